@@ -1,0 +1,29 @@
+"""How every command ends: quietly, or with one clear message instead of a traceback when the user can mend it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+#: Errors whose message is written for the person at the keyboard.
+USER_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, ModuleNotFoundError)
+
+
+def run_command_line(main: Callable[[], Any]) -> NoReturn:
+    """Call `main()` and exit: 0 when done, 130 on Ctrl-C, 1 with `error: ...` on an error that a user can mend.
+
+    `DINOV3_TRACEBACK=1` shows the traceback as well. Other exceptions are bugs and always show it.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if os.environ.get("DINOV3_TRACEBACK") == "1" or not str(error):
+            raise
+        print(f"error: {error}\n(DINOV3_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,136 @@
+"""The training data of a configuration: dataset, augmentation, masks and loaders, resumable to the batch.
+
+Everything random about a batch depends only on (`train.seed`, loader, batch number, rank), so a run that is resumed at
+iteration n sees the batches that an uninterrupted one sees, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dinov3 import distributed
+from dinov3.data import CombinedDataLoader, MaskingGenerator, collate_data_and_cast, make_dataset
+from dinov3.data.loaders import SamplerType, make_train_data_loader
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils import as_torch_dtype
+
+COMBINED_SEED = 65537
+SAMPLER_SEED_OFFSET = 2
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The crop sizes of one loader and how often it is drawn."""
+
+    global_size: int
+    local_size: int
+    ratio: float
+
+
+def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
+    """An endless loader of training batches, from the batch of `start_iteration` on.
+
+    Args:
+        cfg: the training configuration; with lists of crop sizes there is one loader per entry, drawn by
+            `crops.global_local_crop_pairs_ratios`.
+        start_iteration: number of batches that the run consumed before.
+
+    Returns:
+        An iterable of dictionaries of `collate_data_and_cast`.
+    """
+    resolutions = crop_resolutions(cfg)
+    delivered = _batches_delivered(resolutions, start_iteration)
+    loaders = [
+        _build_loader(cfg, resolution, index, first_batch)
+        for index, (resolution, first_batch) in enumerate(zip(resolutions, delivered, strict=True))
+    ]
+    if len(loaders) == 1:
+        return loaders[0]
+    return CombinedDataLoader(
+        loaders_with_ratios=[(loader, r.ratio) for loader, r in zip(loaders, resolutions, strict=True)],
+        batch_size=cfg.train.batch_size_per_gpu,
+        combining_mode=CombinedDataLoader.GLOBAL_HOMOGENEOUS,
+        seed=COMBINED_SEED,
+        name="MultiResDL",
+        advance=start_iteration,
+    )
+
+
+def crop_resolutions(cfg: Any) -> list[Resolution]:
+    """One entry per crop resolution; a scalar setting counts as a list of one."""
+    crops = cfg.crops
+    columns = [_as_list(v) for v in (crops.global_crops_size, crops.local_crops_size)]
+    return [
+        Resolution(global_size, local_size, ratio)
+        for global_size, local_size, ratio in zip(*columns, _as_list(crops.global_local_crop_pairs_ratios), strict=True)
+    ]
+
+
+def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
+    """The dataset of `train.dataset_path` with the multi-crop augmentation; targets are dropped."""
+    augmentation = SSLMetaArch.build_data_augmentation_dino(
+        cfg, global_crops_size=resolution.global_size, local_crops_size=resolution.local_size, output_uint8=True
+    )
+    return make_dataset(dataset_str=cfg.train.dataset_path, transform=augmentation, target_transform=_no_target)
+
+
+def _build_loader(cfg: Any, resolution: Resolution, index: int, first_batch: int) -> Any:
+    batch_size = cfg.train.batch_size_per_gpu
+    return make_train_data_loader(
+        dataset=build_train_dataset(cfg, resolution),
+        batch_size=batch_size,
+        num_workers=cfg.train.num_workers,
+        sampler_type=SamplerType.SHARDED_INFINITE if cfg.train.cache_dataset else SamplerType.INFINITE,
+        sampler_seed=cfg.train.seed + index + SAMPLER_SEED_OFFSET,
+        collate_fn=build_collate(cfg, resolution),
+        seed_key=(cfg.train.seed, index, distributed.get_rank()),
+        first_batch=first_batch,
+        on_bad_image=cfg.train.on_bad_image,
+    )
+
+
+def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[str, Any]]:
+    """The collate function of one loader: stacks crops, draws the iBOT masks, normalises and casts."""
+    patch_size = int(cfg.student.patch_size * cfg.crops.teacher_to_student_resolution_scale)
+    side = resolution.global_size // patch_size
+    # The published expression, floor by floor: at most half of the patches may be masked by one block.
+    max_block = 0.5 * resolution.global_size // patch_size * resolution.global_size // patch_size
+    return functools.partial(
+        collate_data_and_cast,
+        mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
+        mask_probability=cfg.ibot.mask_sample_probability,
+        dtype=as_torch_dtype(cfg.compute_precision.param_dtype),
+        n_tokens=side**2,
+        mask_generator=MaskingGenerator(input_size=(side, side), max_num_patches=max_block),
+        random_circular_shift=cfg.ibot.mask_random_circular_shift,
+        normalize=(tuple(cfg.crops.rgb_mean), tuple(cfg.crops.rgb_std)),
+    )
+
+
+def _batches_delivered(resolutions: list[Resolution], n_batches: int) -> list[int]:
+    if len(resolutions) == 1:
+        return [n_batches]
+    # The draws of the combined loader, replayed.
+    ratios = np.array([resolution.ratio for resolution in resolutions], dtype=np.float64)
+    draws = np.random.default_rng(COMBINED_SEED).choice(len(ratios), size=n_batches, p=ratios / ratios.sum())
+    return np.bincount(draws, minlength=len(ratios)).tolist()
+
+
+def take(loader: Any, n_batches: int) -> Iterator[Any]:
+    """The first `n_batches` of `loader`, without fetching one more."""
+    iterator = iter(loader)
+    for _ in range(n_batches):
+        yield next(iterator)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, int | float) else list(value)
+
+
+def _no_target(_target: Any) -> tuple[()]:
+    return ()

@@ -1,0 +1,55 @@
+"""The teacher of a training run as a file that evaluations and the hub load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from dinov3 import distributed
+from dinov3.checkpointer import save_checkpoint
+from dinov3.fsdp import full_state_dict
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+TEACHER_FILE = "teacher_checkpoint.pth"
+SHARDED_TEACHER_DIRECTORY = "sharded_teacher_checkpoint"
+
+
+def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
+    """Write the EMA teacher after `iteration` to `<output_dir>/eval/training_<iteration>/`.
+
+    A file holds `{"teacher": {...}}` with full float32 tensors under `backbone.*`, `dino_head.*`, `ibot_head.*`, and
+    `<output_dir>/teacher_checkpoint.pth` links to the newest one. Nothing appears under its final name before it is
+    complete.
+
+    Args:
+        model: the meta-architecture.
+        output_dir: the run's directory.
+        iteration: the iteration that was just finished.
+        sharded: write a distributed-checkpoint directory instead; every process writes its shards.
+
+    Returns:
+        The file or directory.
+    """
+    directory = output_dir / "eval" / f"training_{iteration}"
+    if sharded:
+        path = directory / SHARDED_TEACHER_DIRECTORY
+        save_checkpoint(path, iteration=iteration, model=model.model_ema)
+        return path
+    path = directory / TEACHER_FILE
+    state = full_state_dict(model.model_ema)
+    if distributed.is_subgroup_main_process():
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        torch.save({"teacher": state}, temporary)
+        temporary.replace(path)
+        _link_newest(output_dir / TEACHER_FILE, path)
+    return path
+
+
+def _link_newest(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".tmp-{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    temporary.replace(link)

@@ -1,0 +1,181 @@
+"""Pretraining from the command line: one CPU process, one GPU, or many under torchrun or Slurm, the same command.
+
+    python dinov3/train/train.py --config-file CONFIG.yaml --output-dir DIR [key=value ...]
+    torchrun --nproc-per-node 8 dinov3/train/train.py --config-file ...
+
+A run that is started again with the same output directory continues where its newest checkpoint is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run by path: this file's directory would hide the standard library's names
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import logging
+import time
+from typing import Any
+
+import torch
+
+from dinov3 import distributed
+from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
+from dinov3.configs import DinoV3SetupArgs, setup_config
+from dinov3.run.cli import run_command_line
+from dinov3.run.init import job_context
+from dinov3.train.loop import Trainer, do_train
+from dinov3.train.preflight import check_dataset, check_disk
+from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils import fix_random_seeds
+
+__all__ = ["apply_optim_scheduler", "build_schedulers", "do_train", "get_args_parser", "main"]
+
+logger = logging.getLogger("dinov3")
+
+RETIRED_FLAGS = ("eval", "eval_pretrained_weights", "test_ibot", "dump_fsdp_weights", "record_ref_losses", "ref_losses_path")
+UNAVAILABLE_FLAGS = {
+    "multi_distillation": "multi-distillation",
+    "profiling": "profiling",
+    "benchmark_codebase": "the built-in benchmark (see benchmarks/train_step.py)",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of a training: flags, and `key=value` options that override the configuration file."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a DINOv3 backbone. Runs on one CPU process, on one GPU, or under torchrun.",
+        epilog="Example: train.py --config-file dinov3/configs/train/demo_cpu.yaml --output-dir outputs/run "
+        "train.dataset_path=ImageFolder:root=photos optim.epochs=10",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the default configuration")
+    parser.add_argument("--output-dir", default="./local_dino", type=str, metavar="DIR", help="where the run writes")
+    parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="only export the teacher of the newest checkpoint")
+    parser.add_argument("--seed", default=0, type=int, metavar="N", help="the same as train.seed=N")
+    parser.add_argument("--multi-distillation", action="store_true", help="not available yet")
+    parser.add_argument("--profiling", action="store_true", help="not available yet")
+    parser.add_argument("--benchmark-codebase", action="store_true", help="not available yet")
+    for flag, default in (
+        ("--eval", ""),
+        ("--eval_pretrained_weights", ""),
+        ("--ref_losses_path", ""),
+    ):
+        parser.add_argument(flag, default=default, type=str, help=argparse.SUPPRESS)
+    for flag in ("--test-ibot", "--dump-fsdp-weights", "--record_ref_losses"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "opts", default=None, nargs=argparse.REMAINDER, metavar="key=value", help="options such as optim.epochs=10"
+    )
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse flags and `key=value` options in any order.
+
+    Raises:
+        SystemExit: unknown flags or bare words; argparse prints the usage.
+    """
+    parser = get_args_parser()
+    takes_value = {
+        flag for action in parser._actions if action.nargs is None for flag in action.option_strings
+    }
+    flags: list[str] = []
+    options: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token in takes_value:
+            flags += [token, *([value] if (value := next(tokens, None)) is not None else [])]
+        elif "=" in token and not token.startswith("-"):
+            options.append(token)
+        elif token.startswith("-"):
+            flags.append(token)
+        else:
+            parser.error(f"{token!r} is neither a flag nor a key=value option")
+    args, unknown = parser.parse_known_args(flags)
+    if unknown or args.opts:
+        parser.error(f"unknown flags: {' '.join(unknown or args.opts)}")
+    args.opts = options
+    if any(token == "--seed" or token.startswith("--seed=") for token in flags):
+        args.opts.append(f"train.seed={args.seed}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run a training.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from the command line.
+
+    Returns:
+        The global average of every metric (empty if there was nothing left to do).
+    """
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    for flag, what in UNAVAILABLE_FLAGS.items():
+        if getattr(args, flag):
+            raise NotImplementedError(f"--{flag.replace('_', '-')}: {what} is not available yet")
+    setup = DinoV3SetupArgs(config_file=args.config_file, output_dir=args.output_dir, opts=args.opts)
+    with job_context(output_dir=args.output_dir), RunLock(Path(args.output_dir)):
+        for flag in RETIRED_FLAGS:
+            if getattr(args, flag):
+                logger.warning("--%s has no effect and is ignored", flag)
+        cfg = setup_config(setup)
+        fix_random_seeds(cfg.train.seed + distributed.get_rank())
+        return _run(cfg, args)
+
+
+def _run(cfg: Any, args: argparse.Namespace) -> dict[str, float]:
+    checkpoint_root = Path(cfg.train.output_dir) / "ckpt"
+    checkpoint_root.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(checkpoint_root)
+    check_dataset(cfg)
+    model = build_model(cfg)
+    check_disk(model, Path(cfg.train.output_dir))
+    if args.no_resume:
+        _set_old_checkpoints_aside(checkpoint_root)
+    if args.eval_only:
+        return _export_newest(cfg, model, checkpoint_root)
+    return do_train(cfg, model, resume=not args.no_resume)
+
+
+def build_model(cfg: Any) -> SSLMetaArch:
+    """The meta-architecture of `cfg`, sharded and on the runtime device, its weights not yet initialised.
+
+    Raises:
+        ValueError: unknown `MODEL.META_ARCHITECTURE`.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "SSLMetaArch":
+        raise ValueError(f"unknown MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}; expected SSLMetaArch")
+    with torch.device("meta"):
+        model = SSLMetaArch(cfg)
+    model.prepare_for_distributed_training()
+    return model
+
+
+def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[str, float]:
+    directory = latest_valid_checkpoint(checkpoint_root)
+    if directory is None:
+        raise FileNotFoundError(f"--eval-only: no checkpoint in {checkpoint_root}; train first")
+    model.init_weights()
+    trainer = Trainer(cfg, model)
+    trainer.export(trainer.load(directory))
+    return {}
+
+
+def _set_old_checkpoints_aside(checkpoint_root: Path) -> None:
+    # A new run beside old checkpoints would later resume from, and prune in favour of, the old run's.
+    if distributed.is_main_process() and any(checkpoint_root.iterdir()):
+        aside = checkpoint_root.with_name(f"ckpt.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        checkpoint_root.rename(aside)
+        checkpoint_root.mkdir()
+        logger.info("--no-resume: the old checkpoints are now in %s", aside)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_command_line(main)

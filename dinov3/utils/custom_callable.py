@@ -1,0 +1,69 @@
+"""Functions from Python files that are given by path."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
+    """Import a Python file and return one of its attributes.
+
+    The file is imported under a name of its own, so that it can neither shadow nor replace an installed module of the
+    same name. While it is imported, its directory comes first on `sys.path`.
+
+    Args:
+        module_path: the file.
+        callable_name: the attribute, usually a function.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AttributeError: the file does not define `callable_name`.
+    """
+    path = Path(module_path).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no Python file at {str(path)!r} to load {callable_name!r} from")
+    name = f"_dinov3_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{str(path)!r} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Pickling and dataclasses look the module up by its name.
+    with _first_on_path(path.parent):
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    if not hasattr(module, callable_name):
+        raise AttributeError(f"{str(path)!r} does not define {callable_name!r}")
+    return getattr(module, callable_name)
+
+
+@contextlib.contextmanager
+def change_working_dir_and_pythonpath(new_dir: str | Path) -> Iterator[None]:
+    """Inside the context `new_dir` is the working directory and first on `sys.path`; afterwards both are restored."""
+    old_dir = Path.cwd()
+    new_dir = Path(new_dir).expanduser().resolve()
+    os.chdir(new_dir)
+    try:
+        with _first_on_path(new_dir):
+            yield
+    finally:
+        os.chdir(old_dir)
+
+
+@contextlib.contextmanager
+def _first_on_path(directory: Path) -> Iterator[None]:
+    before = sys.path[:]
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

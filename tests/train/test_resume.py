@@ -1,0 +1,98 @@
+"""A run that was killed and resumed repeats an uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinov3.checkpointer import find_all_checkpoints, latest_valid_checkpoint
+from dinov3.train import main
+
+from . import tiny
+
+SCRIPT = Path(__file__).parents[2] / "dinov3" / "train" / "train.py"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tiny.write_config(tmp_path / "tiny.yaml", tiny.write_images(tmp_path / "images"))
+
+
+def arguments(config: Path, output_dir: Path, *options: str) -> list[str]:
+    return ["--config-file", str(config), "--output-dir", str(output_dir), *options]
+
+
+def kill_after_checkpoint(command: list[str], checkpoint: Path, *, delay: float) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_and_resumed_run_equals_uninterrupted_run(config: Path, tmp_path: Path, num_workers: int) -> None:
+    options = [f"train.num_workers={num_workers}"]
+    main(arguments(config, tmp_path / "whole", *options))
+
+    command = [sys.executable, str(SCRIPT), *arguments(config, tmp_path / "killed", *options)]
+    kill_after_checkpoint(command, tmp_path / "killed" / "ckpt" / "9", delay=random.uniform(0, 0.3))
+    assert not (tmp_path / "killed" / "teacher_checkpoint.pth").exists(), "the run ended before it was killed"
+    main(arguments(config, tmp_path / "killed", *options))
+
+    assert tiny.read_losses(tmp_path / "killed") == tiny.read_losses(tmp_path / "whole")
+    tiny.assert_same_weights(tiny.read_teacher(tmp_path / "killed"), tiny.read_teacher(tmp_path / "whole"))
+
+
+def test_stopped_and_resumed_run_equals_uninterrupted_run(config: Path, tmp_path: Path) -> None:
+    shorten = ["train.OFFICIAL_EPOCH_LENGTH=3", "checkpointing.period=2"]
+    main(arguments(config, tmp_path / "whole", *shorten))
+    first = tmp_path / "resumed"
+    main(arguments(config, first, *shorten))
+    # What a kill after iteration 3 leaves: no later checkpoint, but metrics that ran ahead.
+    for directory in find_all_checkpoints(first / "ckpt"):
+        if int(directory.name) > 3:
+            directory.rename(directory.with_name(f"later-{directory.name}"))
+    (first / "teacher_checkpoint.pth").unlink()
+    main(arguments(config, first, *shorten))
+
+    assert tiny.read_losses(first) == tiny.read_losses(tmp_path / "whole")
+    tiny.assert_same_weights(tiny.read_teacher(first), tiny.read_teacher(tmp_path / "whole"))
+
+
+def test_damaged_newest_checkpoint_is_set_aside(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    main(arguments(config, output, "train.OFFICIAL_EPOCH_LENGTH=3", "checkpointing.period=2"))
+    newest = latest_valid_checkpoint(output / "ckpt")
+    assert newest is not None and newest.name == "5"
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    main(arguments(config, output, "train.OFFICIAL_EPOCH_LENGTH=3", "checkpointing.period=2"))
+
+    assert (output / "ckpt" / "5.corrupt").is_dir()
+    assert sorted(tiny.read_losses(output)) == list(range(6))
+
+
+def test_no_resume_starts_anew_and_keeps_the_old_checkpoints(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    short = ["train.OFFICIAL_EPOCH_LENGTH=1", "checkpointing.period=1"]
+    main(arguments(config, output, *short))
+    main(arguments(config, output, "--no-resume", *short))
+
+    assert [d.name for d in find_all_checkpoints(output / "ckpt")] == ["0", "1"]
+    (aside,) = output.glob("ckpt.before-*")
+    assert [d.name for d in find_all_checkpoints(aside)] == ["0", "1"]
+    assert sorted(tiny.read_losses(output)) == [0, 1]
