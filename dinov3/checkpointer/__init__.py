@@ -1,0 +1,42 @@
+"""Checkpoints of trainings, on torch.distributed.checkpoint: atomic, verified, strict, for any number of processes."""
+
+from __future__ import annotations
+
+from dinov3.checkpointer.agreement import CheckpointError
+from dinov3.checkpointer.files import remove_stale_temporaries
+from dinov3.checkpointer.hooks import register_dont_save_hooks
+from dinov3.checkpointer.initializing import init_fsdp_model_from_checkpoint
+from dinov3.checkpointer.loading import load_checkpoint
+from dinov3.checkpointer.lock import RunLock
+from dinov3.checkpointer.manifest import latest_valid_checkpoint, read_manifest
+from dinov3.checkpointer.reading import read_tensors
+from dinov3.checkpointer.retention import (
+    CheckpointRetentionPolicy,
+    cleanup_checkpoint,
+    find_all_checkpoints,
+    find_latest_checkpoint,
+    keep_checkpoint_copy,
+    keep_last_n_checkpoints,
+)
+from dinov3.checkpointer.rng import RngState
+from dinov3.checkpointer.saving import save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointRetentionPolicy",
+    "RngState",
+    "RunLock",
+    "cleanup_checkpoint",
+    "find_all_checkpoints",
+    "find_latest_checkpoint",
+    "init_fsdp_model_from_checkpoint",
+    "keep_checkpoint_copy",
+    "keep_last_n_checkpoints",
+    "latest_valid_checkpoint",
+    "load_checkpoint",
+    "read_manifest",
+    "read_tensors",
+    "register_dont_save_hooks",
+    "remove_stale_temporaries",
+    "save_checkpoint",
+]

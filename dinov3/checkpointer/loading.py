@@ -1,0 +1,225 @@
+"""Reading a checkpoint into a model and an optimizer of any sharding: strictly, after checking the files.
+
+Notable: entries that are missing, unexpected or of another shape are an error that lists them and guesses the reason.
+Official checkpoints hold the teacher twice, as `model_ema` and as `teacher`; either will do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dinov3.checkpointer.agreement import CheckpointError, load_dcp
+from dinov3.checkpointer.manifest import Verify, check_files, read_metadata
+from dinov3.checkpointer.reading import read_nested
+from dinov3.distributed import get_process_subgroup
+
+logger = logging.getLogger("dinov3")
+
+OPTIMIZER_STATE = "optimizer.state"
+PARAM_GROUPS = "optimizer.param_groups"
+N_LISTED = 20
+
+
+@dataclass
+class Differences:
+    """How the entries of a checkpoint differ from those that are wanted."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, str] = field(default_factory=dict)
+
+    def check(self, source: object, *, strict: bool) -> None:
+        """Raise a `CheckpointError` that lists the differences; if not strict, only for other shapes."""
+        if self.misshaped or (strict and (self.missing or self.unexpected)):
+            raise CheckpointError(f"{source} does not fit this model:\n{self}")
+        if self.missing or self.unexpected:
+            logger.warning("%s does not fit this model, loaded in part:\n%s", source, self)
+
+    def __str__(self) -> str:
+        lists = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": [f"{key}: {shapes}" for key, shapes in self.misshaped.items()],
+        }
+        lines = [f"  {len(entries)} {what}: {_shorten(entries)}" for what, entries in lists.items() if entries]
+        return "\n".join([*lines, f"  {self._guess()}"])
+
+    def _guess(self) -> str:
+        different = [*self.missing, *self.unexpected, *self.misshaped]
+        if all("_head." in key for key in different):
+            return (
+                "Only heads differ: compare dino.head_* and ibot.head_* (e.g. head_n_prototypes) with the saved run's."
+            )
+        if all(key.startswith("optimizer.") for key in different):
+            return (
+                "Only the optimizer differs: was the checkpoint written without one, or with other parameters frozen?"
+            )
+        if any(".backbone." in key for key in different):
+            return (
+                "The backbone differs: compare student.arch, patch_size and the other student.* with the saved run's."
+            )
+        return "Compare the configuration with the one that the checkpoint was saved with."
+
+
+def load_checkpoint(
+    ckpt_dir: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    strict_loading: bool = True,
+    process_group: ProcessGroup | None = None,
+    verify: Verify = "auto",
+    **others: Any,
+) -> int:
+    """Load what `save_checkpoint` wrote, on any number of processes; all ranks call it.
+
+    Args:
+        ckpt_dir: the checkpoint, of this library or of the official release.
+        model: plain or sharded, on its device; its entries are overwritten.
+        optimizer: of the model's parameters.
+        strict_loading: entries that are missing or unexpected are an error, else a warning. Another shape always is an
+            error.
+        process_group: the processes that hold the model, by default the subgroup of this process.
+        verify: compare checksums first (`"auto"`: below 8 GB); sizes are always compared.
+        others: objects with `load_state_dict()`, by the name they were saved under. One that the checkpoint does not
+            have stays as it is, with a warning.
+
+    Returns:
+        The iteration that had just been finished when it was saved; -1 if the checkpoint does not say.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit; nothing was loaded.
+    """
+    directory = Path(ckpt_dir)
+    group = process_group or get_process_subgroup()
+    check_files(directory, verify, group)
+    metadata = read_metadata(directory)
+    model_state = get_model_state_dict(model)
+    optimizer_state: dict[str, Any] = {} if optimizer is None else get_optimizer_state_dict(model, optimizer)
+
+    wanted, differences = _match_model(model, model_state, metadata)
+    wanted |= _match_optimizer(optimizer_state, metadata, differences)
+    differences.check(directory, strict=strict_loading)
+
+    iteration = read_nested(directory, metadata, "iteration", group)
+    load_dcp(wanted, directory, group)
+    set_model_state_dict(model, model_state, options=StateDictOptions(strict=False))
+    if optimizer is not None:
+        _set_optimizer(model, optimizer, optimizer_state, read_nested(directory, metadata, PARAM_GROUPS, group))
+    for name, other in others.items():
+        saved = read_nested(directory, metadata, name, group)
+        if saved is None:
+            logger.warning("%s holds no %r: it is not restored", directory, name)
+        else:
+            other.load_state_dict(saved)
+    return -1 if iteration is None else int(iteration)
+
+
+def compare_entries(
+    wanted: dict[str, Any], available: dict[str, torch.Size | None], ignored: Iterable[str] = ()
+) -> Differences:
+    """Compare names and shapes.
+
+    Args:
+        wanted: entries to fill, tensors or other values.
+        available: the shape of each entry that there is; None for what is no tensor.
+        ignored: entries that may be there without being wanted.
+    """
+    may_be_there = set(ignored)
+    misshaped = {
+        key: f"saved {list(available[key] or ())}, here {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in available and isinstance(value, Tensor) and available[key] != value.shape
+    }
+    return Differences(
+        missing=[key for key in wanted if key not in available],
+        unexpected=[key for key in available if key not in wanted and key not in may_be_there],
+        misshaped=misshaped,
+    )
+
+
+def _match_model(model: nn.Module, state: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Differences]:
+    """The model's entries by their name in the checkpoint, and how the two differ."""
+    available = _shapes(metadata, "model")
+    wanted: dict[str, Any] = {}
+    not_needed = {f"model.{key}" for key in _all_entries(model)}
+    for key, value in state.items():
+        name, second_name = f"model.{key}", f"model.{_second_name(key)}"
+        wanted[second_name if name not in available and second_name in available else name] = value
+        not_needed.add(second_name)
+    differences = compare_entries(wanted, available, ignored=not_needed)
+    return {key: value for key, value in wanted.items() if key in available}, differences
+
+
+def _match_optimizer(state: dict[str, Any], metadata: Metadata, differences: Differences) -> dict[str, Any]:
+    """The optimizer's entries by name; adds what does not fit to `differences`."""
+    if not state:
+        return {}
+    available = _shapes(metadata, OPTIMIZER_STATE)
+    if not available:
+        differences.missing.append(OPTIMIZER_STATE)
+    with_state = {key.rpartition(".")[0] for key in available}
+    for parameter in list(state["state"]):
+        if f"{OPTIMIZER_STATE}.{parameter}" not in with_state:
+            # It had no gradient before the save; the zeros that stand in for its state must go.
+            del state["state"][parameter]
+    wanted = {
+        f"{OPTIMIZER_STATE}.{parameter}.{name}": value
+        for parameter, entries in state["state"].items()
+        for name, value in entries.items()
+    }
+    found = compare_entries(wanted, available)
+    differences.missing += found.missing
+    differences.unexpected += found.unexpected
+    differences.misshaped |= found.misshaped
+    return {key: value for key, value in wanted.items() if key in available}
+
+
+def _set_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], groups: list[dict[str, Any]] | None
+) -> None:
+    if groups is not None and [set(g["params"]) for g in groups] == [set(g["params"]) for g in state["param_groups"]]:
+        state["param_groups"] = groups
+    else:
+        logger.warning("the checkpoint groups the parameters differently: the present groups and settings stay")
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+
+def _shapes(metadata: Metadata, prefix: str) -> dict[str, torch.Size | None]:
+    return {
+        key: entry.size if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(f"{prefix}.")
+    }
+
+
+def _second_name(key: str) -> str:
+    return f"teacher.{key.removeprefix('model_ema.')}" if key.startswith("model_ema.") else key
+
+
+def _all_entries(model: nn.Module) -> set[str]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name for name, _ in [*parameters, *buffers]}
+
+
+def _shorten(entries: list[str]) -> str:
+    more = f" and {len(entries) - N_LISTED} more" if len(entries) > N_LISTED else ""
+    return ", ".join(entries[:N_LISTED]) + more

@@ -1,0 +1,152 @@
+"""`python -m dinov3.configs`: what a recipe and options amount to, without starting anything."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinov3.configs import rules_images, rules_teachers, schema
+from dinov3.configs.merging import (
+    Layer,
+    get_default_config,
+    layers_of,
+    load_yaml,
+    merge_layers,
+    plain,
+    resolve_config_path,
+    unknown_keys,
+)
+from dinov3.configs.scaling import learning_rate_scale
+from dinov3.configs.schema import ConfigError
+from dinov3.configs.validation import find_notes, find_problems
+
+EPILOG = """\
+The output is YAML (the summary stands in comments), so it can be kept as a configuration file:
+
+    python -m dinov3.configs dinov3/configs/train/vitl_im1k_lin834.yaml optim.epochs=10 > mine.yaml
+
+FILE is looked for in the current directory, in the repository and among the package's own recipes. Without FILE the
+default configuration is shown; the comments in dinov3/configs/ssl_default_config.yaml say what each key does.
+Exit status: 0, or 1 if this configuration could not be trained."""
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m dinov3.configs`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov3.configs",
+        description="Print a merged training configuration, check it, and show what follows from it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="FILE | key=value", help="a recipe, and options that override it")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs that train together (default: 1)")
+    parser.add_argument("--changed", action="store_true", help="only settings that differ from the defaults")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the configuration and what is wrong with it.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from the command line.
+
+    Returns:
+        0 if the configuration can be trained, else 1.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    parser = get_args_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: must be at least 1")
+    files = [word for word in args.words if "=" not in word]
+    if len(files) > 1:
+        parser.error(f"more than one configuration file: {' '.join(files)} (options are key=value)")
+    args.config_file, args.output_dir = (files or [""])[0], None
+    args.opts = [word for word in args.words if "=" in word]
+    try:
+        layers = layers_of(args)
+        cfg = merge_layers(get_default_config(), layers, strict=False)
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(OmegaConf.to_yaml(_changed(cfg) if args.changed else cfg), end="")
+    # What there is to warn of has been said in the merge above.
+    logging.getLogger("dinov3").setLevel(logging.ERROR)
+    if unknown_keys(layers):
+        problems = ["there are unknown keys, see above"]
+    elif cfg.multidistillation.enabled:
+        problems = _student_problems(cfg, args.processes, layers)
+    else:
+        problems = find_problems(cfg, args.processes)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 1
+    processes = _students(cfg)[-1].ranks_range[1] if _students(cfg) else args.processes
+    if _students(cfg):
+        cfg.train.batch_size_per_gpu = cfg.multidistillation.global_batch_size // processes
+    print("".join(f"# {line}\n" for line in summary(cfg, processes)), end="")
+    return 0
+
+
+def summary(cfg: Any, processes: int) -> Iterator[str]:
+    """What a person wants to know of a valid configuration before it trains, line by line."""
+    crops, optim, batch_size = cfg.crops, cfg.optim, cfg.train.batch_size_per_gpu * processes
+    scale = learning_rate_scale(cfg, processes)
+    lr = optim.lr if cfg.get("schedules") is None else max(cfg.schedules.lr.peak, cfg.schedules.lr.end)
+    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+    steps = round(optim.epochs * epoch)
+    names = [student.name for student in _students(cfg)] or [cfg.student.arch]
+    global_sizes, local_sizes = (
+        "/".join(str(size) for size in rules_images.as_list(sizes))
+        for sizes in (crops.global_crops_size, crops.local_crops_size)
+    )
+    yield f"network          {', '.join(names)}"
+    yield f"crops            2 of {global_sizes} and {crops.local_crops_number} of {local_sizes} pixels"
+    yield f"data             {cfg.train.dataset_path}"
+    yield (
+        f"effective batch  {batch_size} images ({cfg.train.batch_size_per_gpu} per process, "
+        f"{processes} process{'es' if processes > 1 else ''})"
+    )
+    yield f"peak lr          {lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {optim.scaling_rule})"
+    yield f"steps            {steps} ({optim.epochs} epochs of {epoch}), {steps * batch_size} images"
+    yield f"checkpoints      every {cfg.checkpointing.period} steps"
+    for note in find_notes(cfg):
+        yield f"note: {note}"
+
+
+def _students(cfg: Any) -> Any:
+    return (cfg.multidistillation.get("students") or []) if cfg.multidistillation.enabled else []
+
+
+def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> list[str]:
+    # The shared file alone is no student's configuration: each is default < student's file < shared file < options.
+    problems = [*rules_teachers.student_list(cfg)] or [*rules_teachers.multidistillation(cfg, processes)]
+    for student in [] if problems else _students(cfg):
+        try:
+            path = resolve_config_path(student.config_path)
+            merged = merge_layers(get_default_config(), [Layer(str(path), load_yaml(path)), *layers])
+            found = find_problems(merged, processes)
+        except (ConfigError, FileNotFoundError) as error:
+            found = [str(error)]
+        problems += [f"student {student.name}: {problem}" for problem in found]
+    return problems
+
+
+def _changed(cfg: DictConfig) -> DictConfig:
+    changed = OmegaConf.create()
+    defaults = schema.default_values()
+    for key, value in schema.flatten(plain(cfg)):
+        if key not in defaults or defaults[key] != value:
+            OmegaConf.update(changed, key, value)
+    return changed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""How the learning rate grows with the global batch, and the other numbers that follow from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from dinov3 import distributed
+from dinov3.configs.schema import CHOICES, ConfigError, choice_problem
+
+logger = logging.getLogger("dinov3")
+
+
+def learning_rate_scale(cfg: Any, world_size: int | None = None) -> float:
+    """The factor by which `optim.scaling_rule` multiplies learning rates.
+
+    Args:
+        cfg: the training configuration.
+        world_size: number of processes; None: of this job (1 without a process group).
+
+    Returns:
+        With B = `train.batch_size_per_gpu` x processes: B/256 for `linear_wrt_256`, 4*sqrt(B/1024) for
+        `sqrt_wrt_1024` (both are 4 at 1024 images), 1 for `none`.
+
+    Raises:
+        ConfigError: unknown rule.
+    """
+    batch_size = cfg.train.batch_size_per_gpu * (distributed.get_world_size() if world_size is None else world_size)
+    rule = cfg.optim.scaling_rule
+    if problem := choice_problem("optim.scaling_rule", rule, CHOICES["optim.scaling_rule"]):
+        raise ConfigError(problem)
+    if rule == "linear_wrt_256":
+        return batch_size / 256
+    if rule == "sqrt_wrt_1024":
+        return 4 * math.sqrt(batch_size / 1024)
+    return 1.0
+
+
+def apply_scaling_rules_to_cfg(cfg: Any) -> Any:
+    """Multiply `optim.lr` by `learning_rate_scale`, in place; returns `cfg`.
+
+    A configuration with a section `schedules` stays as it is: there `lr.peak` and `lr.end` are multiplied when the
+    schedules are built.
+
+    Raises:
+        ConfigError: unknown rule.
+    """
+    scale = learning_rate_scale(cfg)
+    if cfg.get("schedules") is not None:
+        return cfg
+    base = cfg.optim.lr
+    cfg.optim.lr = base * scale
+    logger.info("learning rate %.6g = %.6g x %.6g (%s)", cfg.optim.lr, base, scale, cfg.optim.scaling_rule)
+    return cfg

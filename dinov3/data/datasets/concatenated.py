@@ -1,0 +1,76 @@
+"""Several datasets one after the other, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+
+
+class ConcatenatedDataset(ExtendedVisionDataset):
+    """The samples of several datasets in order.
+
+    Targets are kept if all datasets have the same classes; otherwise a class index would mean different things, and
+    every target is None.
+
+    Args:
+        datasets: at least one dataset, without transforms of their own.
+        transforms: of (image, target); or else
+        transform: of the image, and
+        target_transform: of the target.
+
+    Attributes:
+        classes: of the datasets if they agree, else None.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ExtendedVisionDataset],
+        *,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        self.datasets = list(datasets)
+        self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+        classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
+        self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None
+
+    def get_image_data(self, index: int) -> bytes:
+        dataset, inner = self._find(index)
+        return dataset.get_image_data(inner)
+
+    def get_image_relpath(self, index: int) -> str:
+        """Path of the image of sample `index`, relative to the root of its dataset."""
+        dataset, inner = self._find(index)
+        return dataset.get_image_relpath(inner)
+
+    def get_target(self, index: int) -> Any:
+        """The target of sample `index`; None if the datasets have no or different classes."""
+        dataset, inner = self._find(index)
+        return None if self.classes is None else dataset.get_target(inner)
+
+    def get_targets(self) -> np.ndarray | None:
+        """The class indices of all samples, int64; None if the datasets have no or different classes."""
+        if self.classes is None:
+            return None
+        return np.concatenate([dataset.get_targets() for dataset in self.datasets]).astype(np.int64)
+
+    def load_image(self, index: int) -> Any:
+        dataset, inner = self._find(index)
+        return dataset.load_image(inner)
+
+    def load_target(self, index: int) -> Any:
+        dataset, inner = self._find(index)
+        return None if self.classes is None else dataset.load_target(inner)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.datasets[which], index - (int(self._ends[which - 1]) if which else 0)

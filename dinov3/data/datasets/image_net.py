@@ -1,0 +1,251 @@
+"""ImageNet-1k (Russakovsky et al. 2015) as unpacked from the official archives, or any part of it.
+
+The files of a split are listed once, by `dump_extra` or `python -m dinov3.data.datasets.dump`, into NumPy files that are
+then read memory-mapped, so that no process walks over 1.28 million files again or holds their names.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.files import save_array
+from dinov3.data.datasets.listing import list_images
+
+logger = logging.getLogger("dinov3")
+
+LABELS_FILE = "labels.txt"
+NO_CLASS = np.iinfo(np.uint32).max
+
+
+class Split(Enum):
+    """The parts of ImageNet-1k; the labels of TEST were never published."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+    @property
+    def length(self) -> int:
+        """Number of images of the complete split."""
+        return {Split.TRAIN: 1_281_167, Split.VAL: 50_000, Split.TEST: 100_000}[self]
+
+    def get_dirname(self, class_id: str | None = None) -> str:
+        """Directory of a class (without a class, or for TEST: of the split), relative to the root."""
+        return self.value if class_id is None else f"{self.value}/{class_id}"
+
+    def get_image_relpath(self, actual_index: int, class_id: str | None = None) -> str:
+        """Path of an image relative to the root, from the number in its file name."""
+        if self is Split.TEST:
+            return f"{self.get_dirname()}/ILSVRC2012_test_{actual_index:08d}.JPEG"
+        name = f"{class_id}_{actual_index}" if self is Split.TRAIN else f"ILSVRC2012_val_{actual_index:08d}"
+        return f"{self.get_dirname(class_id)}/{name}.JPEG"
+
+    def parse_image_relpath(self, image_relpath: str) -> tuple[str, int]:
+        """Class id and number of an image from its path relative to the root; the inverse of `get_image_relpath`.
+
+        Raises:
+            ValueError: the path does not follow the pattern of the split, or the split is TEST, which has no classes.
+        """
+        if self is Split.TEST:
+            raise ValueError(f"{image_relpath!r}: images of the TEST split have no class")
+        number = r"(?P=class_id)_(?P<index>\d+)" if self is Split.TRAIN else r"ILSVRC2012_val_(?P<index>\d{8})"
+        match = re.fullmatch(rf"{self.value}/(?P<class_id>[^/]+)/{number}\.JPEG", image_relpath)
+        if match is None:
+            example = self.get_image_relpath(42, "n01440764")
+            raise ValueError(f"{image_relpath!r} is not named like an ImageNet image of {self.name}, e.g. {example!r}")
+        return match["class_id"], int(match["index"])
+
+
+class ImageNet(ExtendedVisionDataset):
+    """ImageNet-1k.
+
+    Args:
+        split: one of `ImageNet.Split`.
+        root: directory with `train/<class id>/`, `val/<class id>/`, `test/` and `labels.txt`, whose lines are
+            `class id,class name`.
+        extra: directory of the files that `dump_extra` writes; may be `root`.
+        transforms: of (image, target); or else
+        transform: of the PIL image, and
+        target_transform: of the class index.
+
+    Raises:
+        FileNotFoundError: `root` is no directory. Missing files of `extra` are reported when they are first needed.
+    """
+
+    Split = Split
+    Target = int
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        root: str,
+        extra: str,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
+        if not os.path.isdir(self.root):
+            raise FileNotFoundError(f"ImageNet: root={root!r} is not a directory")
+        self._split = Split(split)
+        self._extra = Path(extra).expanduser()
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrays": {}}
+
+    @property
+    def split(self) -> Split:
+        """The split of this dataset."""
+        return self._split
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class ids by class index; None for TEST."""
+        return None if self.split is Split.TEST else self._load("class-ids").tolist()
+
+    def find_class_id(self, class_index: int) -> str:
+        """The class id, e.g. `n01440764`, of a class index."""
+        return str(self._load("class-ids")[class_index])
+
+    def find_class_name(self, class_index: int) -> str:
+        """The class name, e.g. `tench`, of a class index."""
+        return str(self._load("class-names")[class_index])
+
+    def get_class_id(self, index: int) -> str | None:
+        """The class id of sample `index`; None for TEST."""
+        return None if self.split is Split.TEST else str(self._entries["class_id"][index])
+
+    def get_class_name(self, index: int) -> str | None:
+        """The class name of sample `index`; None for TEST."""
+        return None if self.split is Split.TEST else str(self._entries["class_name"][index])
+
+    def get_image_relpath(self, index: int) -> str:
+        entry = self._entries[index]
+        class_id = None if self.split is Split.TEST else str(entry["class_id"])
+        return self.split.get_image_relpath(int(entry["actual_index"]), class_id)
+
+    def get_image_data(self, index: int) -> bytes:
+        return Path(self.root, self.get_image_relpath(index)).read_bytes()
+
+    def get_target(self, index: int) -> int | None:
+        """The class index of sample `index`; None for TEST."""
+        return None if self.split is Split.TEST else int(self._entries["class_index"][index])
+
+    def get_targets(self) -> np.ndarray | None:
+        """The class indices of all samples, uint32; None for TEST."""
+        return None if self.split is Split.TEST else np.array(self._entries["class_index"])
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def dump_extra(self) -> None:
+        """Write the files of `extra`: for TRAIN and VAL from the directory and `labels.txt`, for TEST from nothing.
+
+        Raises:
+            FileNotFoundError: the directory of the split or `labels.txt` is missing, or holds no image.
+            ValueError: a file is not named like an ImageNet image, or a class id has no row in `labels.txt`.
+        """
+        entries = _test_entries() if self.split is Split.TEST else self._list_entries()
+        self._arrays.clear()
+        save_array(self._path("entries"), entries)
+        if self.split is not Split.TEST:
+            _, first = np.unique(entries["class_index"], return_index=True)
+            save_array(self._path("class-ids"), entries["class_id"][first])
+            save_array(self._path("class-names"), entries["class_name"][first])
+        logger.info("wrote %d entries of ImageNet %s to %s", len(entries), self.split.name, self._extra)
+
+    @property
+    def _entries(self) -> np.ndarray:
+        return self._load("entries")
+
+    def _path(self, kind: str) -> Path:
+        return self._extra / f"{kind}-{self.split.name}.npy"
+
+    def _load(self, kind: str) -> np.ndarray:
+        if kind not in self._arrays:
+            if self.split is Split.TEST and kind != "entries":
+                raise AssertionError("the TEST split of ImageNet has no classes")
+            self._arrays[kind] = self._read(kind)
+        return self._arrays[kind]
+
+    def _read(self, kind: str) -> np.ndarray:
+        path = self._path(kind)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"ImageNet: {path} does not exist. Write the extra files once:\n"
+                f"    python -m dinov3.data.datasets.dump 'ImageNet:root={self.root}:extra={self._extra}'\n"
+                "or in Python:\n"
+                f"    ImageNet(split=ImageNet.Split.{self.split.name}, root={str(self.root)!r}, "
+                f"extra={str(self._extra)!r}).dump_extra()"
+            )
+        array = np.load(path, mmap_mode="r")
+        if kind == "entries" and len(array) != self.split.length:
+            logger.warning(
+                "ImageNet %s has %d images in %s, the complete split has %d",
+                self.split.name,
+                len(array),
+                path,
+                self.split.length,
+            )
+        return array
+
+    def _list_entries(self) -> np.ndarray:
+        directory = Path(self.root, self.split.get_dirname())
+        if not directory.is_dir():
+            raise FileNotFoundError(f"ImageNet: the directory {directory} does not exist")
+        names = _read_labels(Path(self.root, LABELS_FILE))
+        parsed = [
+            self.split.parse_image_relpath(self.split.get_dirname(path)) for path in list_images(directory).images
+        ]
+        if not parsed:
+            example = self.split.get_image_relpath(42, "n01440764")
+            raise FileNotFoundError(f"ImageNet: no images in {directory}; expected e.g. {example} in {self.root}")
+        class_ids = sorted({class_id for class_id, _ in parsed})
+        for class_id in class_ids:
+            if class_id not in names:
+                raise ValueError(f"ImageNet: class {class_id!r} of {directory} has no row in {self.root}/{LABELS_FILE}")
+        ranks = {class_id: rank for rank, class_id in enumerate(class_ids)}
+        rows = [(number, ranks[class_id], class_id, names[class_id]) for class_id, number in parsed]
+        return np.array(rows, dtype=_entry_dtype(class_ids, [names[class_id] for class_id in class_ids]))
+
+
+def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
+    id_width, name_width = (max(map(len, texts), default=0) for texts in (class_ids, class_names))
+    return np.dtype(
+        [
+            ("actual_index", "<u4"),
+            ("class_index", "<u4"),
+            ("class_id", f"<U{id_width}"),
+            ("class_name", f"<U{name_width}"),
+        ]
+    )
+
+
+def _test_entries() -> np.ndarray:
+    entries = np.zeros(Split.TEST.length, dtype=_entry_dtype([], []))
+    entries["actual_index"] = np.arange(1, len(entries) + 1)
+    entries["class_index"] = NO_CLASS
+    return entries
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"ImageNet: {path} does not exist; its lines are `class id,class name`")
+    with open(path, newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{path}: expected `class id,class name` (a name with a comma in quotes), found {row}")
+    return dict(rows)

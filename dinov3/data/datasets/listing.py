@@ -1,0 +1,158 @@
+"""Every image file below a directory, in a fixed order, in little memory.
+
+Notable:
+- The order is torchvision's `ImageFolder` order, so sample and class indices agree with it.
+- Paths are held in one NumPy buffer: a list of str would be copied page by page into every forked worker, because
+  reading an element writes its reference count.
+- The listing of a large tree can be cached; it is used again as long as no directory of the tree has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinov3.data.datasets.files import save_array
+
+logger = logging.getLogger("dinov3")
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif", "avif")
+_SEPARATOR = b"\0"  # the one byte that no path can contain
+
+
+class PathList:
+    """An immutable list of paths in one buffer of bytes."""
+
+    def __init__(self, buffer: np.ndarray) -> None:
+        self.buffer = buffer  # uint8, each path followed by a zero
+        self._ends = np.flatnonzero(buffer == 0)
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> PathList:
+        joined = b"".join(os.fsencode(path) + _SEPARATOR for path in paths)
+        return cls(np.frombuffer(joined, dtype=np.uint8))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] + 1 if index else 0
+        return os.fsdecode(self.buffer[start : self._ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass
+class Listing:
+    """What a walk over a directory tree found.
+
+    Attributes:
+        images: paths relative to the directory, separated by `/`.
+        n_other_files: files that are no images.
+        mtimes: time of last change (ns) of every directory of the tree, by relative path.
+    """
+
+    images: PathList
+    n_other_files: int
+    mtimes: dict[str, int]
+
+
+def list_images(directory: str | os.PathLike[str]) -> Listing:
+    """All images below `directory`, at any depth.
+
+    An image is a file with one of `EXTENSIONS`, whatever its case. Names that begin with a dot are skipped. Symbolic
+    links are followed; a directory is visited once, under its own name if that lies in the tree.
+
+    Args:
+        directory: where to search.
+
+    Returns:
+        The images ordered by first path component, then by directory path, then by file name.
+
+    Raises:
+        PermissionError: a directory cannot be read.
+    """
+    images: list[tuple[str, str]] = []
+    n_other_files = 0
+    mtimes: dict[str, int] = {}
+    visited: set[tuple[int, int]] = set()
+    pending, linked = deque([""]), deque[str]()
+    while pending or linked:
+        relative = pending.popleft() if pending else linked.popleft()
+        path = os.path.join(directory, relative)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        mtimes[relative] = status.st_mtime_ns
+        for entry in _scan(path):
+            inside = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.is_dir():
+                (linked if entry.is_symlink() else pending).append(inside)
+            elif is_image(entry.name):
+                images.append((relative, entry.name))
+            else:
+                n_other_files += 1
+    images.sort(key=lambda image: ((image[0] or image[1]).partition("/")[0], *image))
+    paths = (f"{parent}/{name}" if parent else name for parent, name in images)
+    return Listing(PathList.of(paths), n_other_files, mtimes)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has an extension of images."""
+    return os.path.splitext(name)[1][1:].lower() in EXTENSIONS
+
+
+def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLike[str]) -> Listing:
+    """`list_images` through files in the directory `cache`, which are used while the tree has not changed."""
+    key = hashlib.sha256(os.fsencode(os.path.abspath(directory))).hexdigest()[:16]
+    images_file = Path(cache) / f"image-folder-{key}.npy"
+    mtimes_file = Path(cache) / f"image-folder-{key}-mtimes.npy"
+    cached = _read_cache(images_file, mtimes_file)
+    if cached is not None and _unchanged(directory, cached.mtimes):
+        return cached
+    listing = list_images(directory)
+    # The times last: without a matching file of times a listing is not used.
+    mtimes_file.unlink(missing_ok=True)
+    save_array(images_file, listing.images.buffer)
+    paths = np.array([os.fsencode(path) for path in listing.mtimes], dtype=np.bytes_)
+    times = np.empty(len(paths), dtype=[("directory", paths.dtype), ("mtime_ns", "<i8")])
+    times["directory"], times["mtime_ns"] = paths, list(listing.mtimes.values())
+    save_array(mtimes_file, times)
+    return listing
+
+
+def _scan(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+    except PermissionError as error:
+        raise PermissionError(f"cannot read the directory {path}: permission denied") from error
+    return sorted((entry for entry in found if entry.is_dir() or entry.is_file()), key=lambda entry: entry.name)
+
+
+def _read_cache(images_file: Path, mtimes_file: Path) -> Listing | None:
+    if not (images_file.exists() and mtimes_file.exists()):
+        return None
+    try:
+        times = np.load(mtimes_file)
+        mtimes = {os.fsdecode(row["directory"]): int(row["mtime_ns"]) for row in times}
+        return Listing(PathList(np.load(images_file, mmap_mode="r")), 0, mtimes)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        logger.warning("ignoring the unreadable listing %s: %s", images_file, error)
+        return None
+
+
+def _unchanged(directory: str | os.PathLike[str], mtimes: dict[str, int]) -> bool:
+    try:
+        return all(os.stat(os.path.join(directory, path)).st_mtime_ns == time for path, time in mtimes.items())
+    except OSError:
+        return False

@@ -1,0 +1,158 @@
+"""Dataset strings: `NAME:key=value:key=value`, several joined by `+`.
+
+    ImageFolder:root=/data/photos
+    ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra
+    ImageFolder:root=/data/a+ImageFolder:root=/data/b
+
+Notable:
+- A `:` separates only where `key=` follows, and a key ends at its first `=`: values may hold both (`root=s3://bucket/x`).
+- A `+` separates only where the name of a dataset and `:` or the end follow.
+- To make another dataset known, add its line to `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dinov3.data.datasets import image_folder, image_net
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+
+_BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
+
+
+class DatasetStringError(ValueError):
+    """A dataset string that means nothing; the message quotes it, names the culprit and says what is allowed."""
+
+
+@dataclass(frozen=True)
+class DatasetGrammar:
+    """What may stand behind a dataset's name.
+
+    Attributes:
+        required: keys that must be given.
+        optional: keys that may be given.
+        splits: what the values of `split` name, ignoring case; None: any text.
+        choices: allowed values of other keys.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    splits: type[Enum] | None = None
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
+    "ImageFolder": (
+        image_folder.ImageFolder,
+        DatasetGrammar(
+            required=("root",), optional=("split", "labels", "extra"), choices={"labels": image_folder.LABELS}
+        ),
+    ),
+    "ImageNet": (
+        image_net.ImageNet,
+        DatasetGrammar(required=("split", "root", "extra"), splits=image_net.Split),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ParsedDataset:
+    """One dataset of a string: its name, and the arguments of its class."""
+
+    name: str
+    kwargs: dict[str, Any]
+
+
+def parse_dataset_string(dataset_str: str) -> list[ParsedDataset]:
+    """The datasets that a string names, without opening anything; missing keys are not looked for.
+
+    Args:
+        dataset_str: see the module's description. Of a repeated key the last value counts.
+
+    Returns:
+        One entry per dataset; the value of `split` is a member of the dataset's splits where it has such.
+
+    Raises:
+        DatasetStringError: unknown dataset, key, split or choice, or a token that is no `key=value`.
+    """
+    # Without the `:` or end behind a name, a directory such as /data/old+ImageNet would be torn apart.
+    joint = re.compile(rf"\+(?=(?:{'|'.join(map(re.escape, DATASETS))})(?::|\+|$))")
+    return [_parse_one(part, dataset_str) for part in joint.split(dataset_str)]
+
+
+def check_required_keys(datasets: Iterable[ParsedDataset], dataset_str: str) -> None:
+    """Raise DatasetStringError if a dataset lacks a key that it needs."""
+    for dataset in datasets:
+        grammar = DATASETS[dataset.name][1]
+        missing = [key for key in grammar.required if key not in dataset.kwargs]
+        if missing:
+            raise DatasetStringError(
+                f"dataset string {dataset_str!r}: {dataset.name} needs {_listed(missing)} as well; "
+                + _describe(dataset.name)
+            )
+
+
+def _parse_one(part: str, whole: str) -> ParsedDataset:
+    name, colon, rest = part.partition(":")
+    if name not in DATASETS:
+        raise DatasetStringError(
+            f"dataset string {whole!r}: unknown dataset {name!r}{_suggest(name, DATASETS)}; "
+            f"known are {_listed(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
+        )
+    tokens = _BEFORE_KEY.split(rest) if colon else []
+    return ParsedDataset(name, dict(_parse_token(name, token, whole) for token in tokens))
+
+
+def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
+    grammar = DATASETS[name][1]
+    key, equals, value = token.partition("=")
+    if not equals:
+        raise DatasetStringError(f"dataset string {whole!r}: {token!r} is not key=value; {_describe(name)}")
+    if key not in grammar.keys:
+        raise DatasetStringError(
+            f"dataset string {whole!r}: unknown key {key!r}{_suggest(key, grammar.keys)}; {_describe(name)}"
+        )
+    if key == "split" and grammar.splits is not None:
+        return key, _find_split(value, grammar.splits, name, whole)
+    if key in grammar.choices and value not in grammar.choices[key]:
+        allowed = grammar.choices[key]
+        raise DatasetStringError(
+            f"dataset string {whole!r}: {key}={value!r}{_suggest(value, allowed)}; {name} takes {_listed(allowed)}"
+        )
+    return key, value
+
+
+def _find_split(value: str, splits: type[Enum], name: str, whole: str) -> Enum:
+    if value.upper() in splits.__members__:
+        return splits[value.upper()]
+    known = list(splits.__members__)
+    raise DatasetStringError(
+        f"dataset string {whole!r}: unknown split {value!r}{_suggest(value.upper(), known)}; "
+        f"{name} has {_listed(known)}"
+    )
+
+
+def _describe(name: str) -> str:
+    grammar = DATASETS[name][1]
+    needs = f"{name} needs {_listed(grammar.required)}"
+    return f"{needs} and takes {_listed(grammar.optional)}" if grammar.optional else needs
+
+
+def _suggest(given: str, known: Iterable[str]) -> str:
+    # Compared in lower case, because "imagenet" is nearer to "ImageNet" than difflib thinks.
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

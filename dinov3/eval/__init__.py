@@ -1,0 +1,1 @@
+"""What is measured on frozen features, and the set-up, extraction, metrics and result files that evaluations share."""

@@ -1,0 +1,256 @@
+"""Labels, few-shot subsets and training features of labelled datasets.
+
+Notable: labels are read without decoding an image wherever the dataset can give them; few-shot tries that overlap share
+their features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset, default_collate
+
+from dinov3 import distributed
+from dinov3.eval.features import extract_rows, gather_rows, make_enumerated_loader
+
+
+class SubsetEx(Subset[Any]):
+    """Some samples of a dataset, whose targets can be read without their images.
+
+    Args:
+        dataset: gives (image, target).
+        indices: positions in `dataset`, in the order of the subset.
+    """
+
+    @property
+    def transforms(self) -> Any:
+        """The transforms of the dataset."""
+        return getattr(self.dataset, "transforms", None)
+
+    def get_target(self, index: int) -> Any:
+        """The target of one sample, before target transforms."""
+        return self.dataset.get_target(self.indices[index])  # type: ignore[attr-defined]
+
+    def get_targets(self) -> Any:
+        """All targets, before target transforms, as the dataset gives them; None if it has no labels."""
+        if not hasattr(self.dataset, "get_targets"):
+            return [self.get_target(index) for index in range(len(self))]
+        targets = self.dataset.get_targets()
+        if targets is None or isinstance(targets, np.ndarray | Tensor):
+            return None if targets is None else targets[self.indices]
+        return [targets[index] for index in self.indices]
+
+
+def get_target_transform(dataset: Any) -> Any:
+    """What the dataset applies to its targets; None if nothing."""
+    return getattr(getattr(dataset, "transforms", None), "target_transform", None)
+
+
+def get_labels(dataset: Any) -> Tensor:
+    """The labels of a dataset, by `get_targets()`, else `get_target(i)`, else from the samples.
+
+    Returns:
+        int64 [N], or multi-hot [N, L].
+
+    Raises:
+        ValueError: the dataset has no labels, or they are not integers of one shape.
+    """
+    labels = get_labels_without_images(dataset)
+    if labels is None:
+        labels = _as_labels([dataset[index][1] for index in range(len(dataset))], dataset)
+    return labels
+
+
+def get_labels_without_images(dataset: Any) -> Tensor | None:
+    """As `get_labels`, but None if only loading the samples would tell."""
+    if hasattr(dataset, "get_targets"):
+        targets = dataset.get_targets()
+    elif hasattr(dataset, "get_target"):
+        targets = [dataset.get_target(index) for index in range(len(dataset))]
+    else:
+        return None
+    transform = get_target_transform(dataset)
+    if targets is not None and transform is not None:
+        targets = [transform(target) for target in targets]
+    return _as_labels(targets, dataset)
+
+
+def get_num_classes(dataset: Any) -> int:
+    """The largest label + 1, or the width of multi-hot labels."""
+    return _num_classes(get_labels(dataset))
+
+
+def create_class_indices_mapping(labels: Tensor) -> dict[int, Tensor]:
+    """The samples of each class.
+
+    Args:
+        labels: int64 [N], or multi-hot [N, L].
+
+    Returns:
+        Ascending sample indices (int64) by class; classes in ascending order, only those that occur.
+    """
+    samples, classes = (torch.arange(len(labels)), labels) if labels.ndim == 1 else labels.nonzero(as_tuple=True)
+    order = classes.argsort(stable=True)
+    present, counts = classes[order].unique_consecutive(return_counts=True)
+    return dict(zip(present.tolist(), samples[order].split(counts.tolist()), strict=True))
+
+
+def create_train_dataset_dict(
+    dataset: Any,
+    few_shot_eval: bool = False,
+    few_shot_k_or_percent: float | None = None,
+    few_shot_n_tries: int = 1,
+) -> dict[int, Any]:
+    """The training sets of an evaluation, by try.
+
+    Args:
+        dataset: the labelled dataset.
+        few_shot_eval: draw subsets; otherwise the only try is the whole dataset.
+        few_shot_k_or_percent: at least 1: images per class (the integer part; all of a smaller class); below 1:
+            fraction of each class, at least one image.
+        few_shot_n_tries: number of subsets; try t is drawn with seed t.
+
+    Returns:
+        The dataset, or its subsets in ascending order of their samples.
+    """
+    if not few_shot_eval:
+        return {0: dataset}
+    if few_shot_k_or_percent is None or few_shot_k_or_percent <= 0:
+        raise ValueError(f"few_shot.k_or_percent must be more than 0, not {few_shot_k_or_percent}")
+    labels = get_labels(dataset)
+    mapping = create_class_indices_mapping(labels)
+    subsets = {}
+    for seed in range(few_shot_n_tries):
+        chosen = _draw_from_each_class(mapping, few_shot_k_or_percent, seed)
+        if labels.ndim == 2 and few_shot_k_or_percent < 1:
+            # A sample with several labels is drawn for each: draw again with a fraction smaller by the overshoot.
+            wanted = int(labels.sum() * few_shot_k_or_percent)
+            overshoot = int(labels[chosen].sum()) / max(wanted, 1)
+            chosen = _draw_from_each_class(mapping, few_shot_k_or_percent / overshoot, seed)
+        subsets[seed] = SubsetEx(dataset, chosen.tolist())
+    return subsets
+
+
+def extract_features_for_dataset_dict(
+    model: nn.Module,
+    dataset_dict: Mapping[int, Any],
+    batch_size: int,
+    num_workers: int,
+    gather_on_cpu: bool = False,
+    *,
+    shard_above_bytes: int | None = None,
+) -> dict[int, dict[str, Tensor]]:
+    """The training features of each try; samples that several tries share go through the model once.
+
+    Args:
+        model: gives [B, D] for a batch of images.
+        dataset_dict: datasets by try, as of `create_train_dataset_dict`.
+        batch_size: images per step and process.
+        num_workers: of the loader.
+        gather_on_cpu: return CPU tensors instead of such on the model's device.
+        shard_above_bytes: with several processes, leave each its own rows if all would take more memory than this.
+
+    Returns:
+        `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. Where rows are left to their
+        process: its [n, D] features, the labels of all N, and `"train_rows"` (int64 [n]), which of the N it has.
+    """
+    dataset, positions = _union(dataset_dict)
+    loader = make_enumerated_loader(dataset, batch_size, num_workers)
+    rows = extract_rows(model, loader, on_cpu=gather_on_cpu, description="training features")
+    n_bytes = 4 * len(dataset) * rows.features.shape[1]
+    sharded = distributed.get_world_size() > 1 and shard_above_bytes is not None and n_bytes > shard_above_bytes
+    if not sharded:
+        rows = gather_rows(rows)
+    labels = gather_rows(rows._replace(features=rows.features[:, :0])).targets if sharded else rows.targets
+    result = {}
+    for name, position in positions.items():
+        # Where each of the rows here stands in this try, if it is part of it.
+        place = torch.full((len(dataset),), -1)
+        place[position] = torch.arange(len(position))
+        place = place[rows.positions]
+        mine = place >= 0
+        result[name] = {
+            "train_features": rows.features if mine.all() else rows.features[mine.to(rows.features.device)],
+            "train_labels": labels[position.to(labels.device)],
+        }
+        if sharded:
+            result[name]["train_rows"] = place[mine].to(labels.device)
+    return result
+
+
+def pad_multilabel_and_collate(batch: Sequence[Any], pad_value: int = -1) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Collate samples whose targets are lists of classes.
+
+    Args:
+        batch: items (image, (index, list of classes)).
+        pad_value: fills the shorter lists.
+
+    Returns:
+        (images, (index int64 [B], targets int64 [B, A])), A the length of the longest list.
+    """
+    width = max(len(target) for _, (_, target) in batch)
+    padded = [[*target, *[pad_value] * (width - len(target))] for _, (_, target) in batch]
+    images = default_collate([image for image, _ in batch])
+    index = torch.tensor([index for _, (index, _) in batch])
+    return images, (index, torch.tensor(padded, dtype=torch.int64).reshape(len(batch), width))
+
+
+def check_same_classes(train_dataset: Any, test_dataset: Any) -> None:
+    """Refuse two datasets that call the same class by different names, as folders with different sub-folders do.
+
+    Raises:
+        ValueError: names the first class that differs.
+    """
+    names = [getattr(dataset, "classes", None) for dataset in (train_dataset, test_dataset)]
+    for index, (train_name, test_name) in enumerate(zip(*(name or [] for name in names), strict=False)):
+        if train_name != test_name:
+            raise ValueError(
+                f"class {index} is {train_name!r} in the training set and {test_name!r} in the test set: "
+                "give both the same class folders"
+            )
+
+
+def _as_labels(targets: Any, dataset: Any) -> Tensor:
+    name = type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__
+    if targets is None or (len(targets) and any(target is None for target in (targets[0], targets[-1]))):
+        raise ValueError(f"the dataset {name} has no labels; an ImageFolder has them if each class has its sub-folder")
+    try:
+        array = np.stack([np.asarray(t) for t in targets]) if isinstance(targets, list) else np.asarray(targets)
+    except ValueError as error:
+        raise ValueError(
+            f"the labels of {name} are lists of different lengths; expected integers or multi-hot rows"
+        ) from error
+    if array.dtype.kind not in "iub" or array.ndim > 2:
+        raise ValueError(
+            f"the labels of {name} are {array.dtype} of shape {array.shape}; expected integers [N] or [N, L]"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _num_classes(labels: Tensor) -> int:
+    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+
+
+def _draw_from_each_class(mapping: Mapping[int, Tensor], k_or_percent: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for samples in mapping.values():
+        count = int(k_or_percent) if k_or_percent >= 1 else max(1, int(k_or_percent * len(samples)))
+        chosen.append(samples[torch.randperm(len(samples), generator=generator)[:count]])
+    return torch.cat(chosen).unique()
+
+
+def _union(dataset_dict: Mapping[int, Any]) -> tuple[Any, dict[int, Tensor]]:
+    # One dataset that holds every sample of every try once, and where in it each try finds its own.
+    datasets = list(dataset_dict.values())
+    if len(datasets) == 1:
+        return datasets[0], {name: torch.arange(len(d)) for name, d in dataset_dict.items()}
+    if not all(isinstance(d, SubsetEx) and d.dataset is datasets[0].dataset for d in datasets):
+        raise ValueError("several training sets must be subsets of one dataset")
+    samples = torch.tensor([index for d in datasets for index in d.indices]).unique()
+    positions = {name: torch.searchsorted(samples, torch.tensor(d.indices)) for name, d in dataset_dict.items()}
+    return SubsetEx(datasets[0].dataset, samples.tolist()), positions

@@ -1,0 +1,346 @@
+"""k-NN classification of frozen features (DINOv3, arXiv 2508.10104, evaluation protocol; the vote is that of DINO).
+
+    python dinov3/eval/knn.py model.config_file=RUN/config.yaml model.pretrained_weights=RUN/teacher_checkpoint.pth \\
+      train.dataset=ImageFolder:root=TRAIN eval.test_dataset=ImageFolder:root=TEST output_dir=OUT
+
+Each test image takes the class with the largest sum of weights among its k most similar training images. Similarity is
+the cosine of the class tokens after the final norm, or with `eval.feature=patch_mean` of the means of the patch tokens
+after the final norm; weights are a softmax of similarity / temperature over the largest k asked for.
+
+Notable:
+- Images go through the model once, however many tries and values of k there are.
+- The search (`neighbours`) is exact, in float32 whatever the model runs in, and within a memory budget. Equal
+  similarities go to the lower training index, so results do not depend on batch sizes or on the number of processes.
+- `KnnModule` and `knn_accuracy` work on features from anywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by path: this directory would hide the standard library's names
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import functools
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data import make_classification_eval_transform, make_dataset
+from dinov3.distributed import runtime
+from dinov3.eval.config import FewShotConfig, TransformConfig
+from dinov3.eval.data import (
+    check_same_classes,
+    create_train_dataset_dict,
+    extract_features_for_dataset_dict,
+    get_labels,
+    get_labels_without_images,
+)
+from dinov3.eval.features import FeatureRows, extract_rows, make_enumerated_loader, model_device
+from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
+from dinov3.eval.knn_config import EvalConfig, Feature, KnnEvalConfig, TrainConfig
+from dinov3.eval.knn_module import KnnModule, blocks_of_slowest_process, knn_accuracy, split_rows
+from dinov3.eval.metrics import ClassificationMetricType, TopKAccuracy, build_classification_metric
+from dinov3.eval.results import write_atomically
+from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
+from dinov3.run.cli import run_command_line
+from dinov3.run.init import job_context
+from dinov3.utils import as_torch_dtype, get_sha
+
+__all__ = [
+    "MAIN_METRICS",
+    "RESULTS_FILENAME",
+    "DictKeysModule",
+    "EvalConfig",
+    "Feature",
+    "FewShotConfig",
+    "KnnEvalConfig",
+    "KnnModule",
+    "TrainConfig",
+    "TransformConfig",
+    "benchmark_launcher",
+    "eval_knn",
+    "eval_knn_with_model",
+    "knn_accuracy",
+    "main",
+    "make_test_data_loader",
+    "make_transform",
+]
+
+logger = logging.getLogger("dinov3")
+
+RESULTS_FILENAME = "results-knn.csv"
+MAIN_METRICS = [".* Top 1"]
+LINES_FILENAME = "results_eval_knn.json"
+
+
+class DictKeysModule(nn.Module):
+    """Postprocessor that takes the entry at a path of keys for the predictions."""
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, features_dict: Any, targets: Tensor) -> dict[str, Tensor]:
+        """`{"preds": features_dict[key][key]..., "target": targets}`."""
+        for name in self.keys:
+            features_dict = features_dict[name]
+        return {"preds": features_dict, "target": targets}
+
+
+def make_transform(config: TransformConfig) -> Any:
+    """Resize the short side, crop the centre, normalise; warns where that crops more or less than customary."""
+    if abs(config.resize_size - config.crop_size * 256 / 224) > 1:
+        logger.warning("transform: resize to %d and crop %d; customary is 8:7", config.resize_size, config.crop_size)
+    return make_classification_eval_transform(resize_size=config.resize_size, crop_size=config.crop_size)
+
+
+def make_test_data_loader(dataset: Any, *, batch_size: int, num_workers: int) -> Any:
+    """A loader of `(images, (index, targets))` of this process's share of the test images, padded with index -1."""
+    return make_enumerated_loader(dataset, batch_size, num_workers)
+
+
+def eval_knn(
+    *,
+    model: nn.Module,
+    train_data_dict: Mapping[int, Mapping[str, Tensor]],
+    test_data_loader: Any,
+    metric_collection: TopKAccuracy,
+    knn_config: TrainConfig,
+    num_classes: int,
+    save_results_func: Callable[..., None] | None = None,
+) -> dict[int, dict[str, float]]:
+    """Classify the test images by the training features of each try.
+
+    Args:
+        model: gives [B, D] for a batch of images; each test image goes through it once.
+        train_data_dict: by try, as of `extract_features_for_dataset_dict`.
+        test_data_loader: as of `make_test_data_loader`.
+        metric_collection: updated and computed in copies.
+        knn_config: `ks` and the settings of the vote.
+        num_classes: C.
+        save_results_func: called with scores [M, C], targets and `filename_suffix`, per try and k.
+
+    Returns:
+        Metrics in percent by k; with several tries their `<metric>_mean` and `<metric>_std`.
+    """
+    device = model_device(model)
+    test_rows = extract_rows(model, test_data_loader, description="test features")
+    tries: dict[int, dict[int, dict[str, float]]] = {}
+    for name, train_data in train_data_dict.items():
+        module = _make_module(train_data, device, knn_config, num_classes)
+        _, metrics, outputs = evaluate(
+            model=module,
+            data_loader=list(_feature_batches(test_rows, module.queries_per_block)),
+            postprocessors={k: DictKeysModule([k]) for k in module.ks},
+            metrics={k: metric_collection.clone() for k in module.ks},
+            device=device,
+            accumulate_results=save_results_func is not None,
+        )
+        tries[name] = {k: {metric: 100 * float(v) for metric, v in values.items()} for k, values in metrics.items()}
+        for k, output in outputs.items():
+            if save_results_func is not None and output is not None:
+                suffix = f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}"
+                save_results_func(**output, filename_suffix=suffix)
+    if len(tries) == 1:
+        return next(iter(tries.values()))
+    ks = sorted({k for results in tries.values() for k in results})
+    return {k: average_metrics({name: results[k] for name, results in tries.items() if k in results}) for k in ks}
+
+
+def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config: KnnEvalConfig) -> dict[str, float]:
+    """Run the evaluation that `config` describes on a backbone, and write its line and score files.
+
+    Args:
+        model: gives the class token [B, D] for images [B, 3, H, W].
+        autocast_dtype: what it runs in; float32 means float32.
+        config: datasets and settings; `config.model` is not looked at.
+
+    Returns:
+        The results table: `"<k> Top 1"`, ... in percent.
+    """
+    return _evaluate_model(model, autocast_dtype, config)[0]
+
+
+def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
+    """Load the model that `eval_args` (as of `cli_parser`) name, evaluate it, write and print the results."""
+    started = time.perf_counter()
+    config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig)
+    model, context = load_model_and_context(config.model, output_dir)
+    results, datasets = _evaluate_model(model, context["autocast_dtype"], config)
+    provenance = {
+        "config": asdict(config),
+        "model": config.model.describe(),
+        "datasets": datasets,
+        "processes": distributed.get_world_size(),
+        "device": str(runtime.device()),
+        "autocast_dtype": str(context["autocast_dtype"]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "code": get_sha()},
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_results(results, output_dir, RESULTS_FILENAME, provenance)
+    if distributed.is_main_process():
+        print(_format_table(results, config, datasets))
+        print(f"written to {Path(output_dir) / RESULTS_FILENAME}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate from the command line.
+
+    Args:
+        argv: `key=value` tokens after the program's name; None takes them from the command line.
+
+    Returns:
+        0.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"}.intersection(argv):
+        print(f"{__doc__}\nKeys, their defaults and meanings:\n{format_keys(KnnEvalConfig)}")
+        return 0
+    eval_args = cli_parser(argv)
+    config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig, save_config=False)
+    config.model.check()
+    with job_context(output_dir=output_dir):
+        benchmark_launcher(eval_args)
+    return 0
+
+
+def _evaluate_model(
+    model: nn.Module, autocast_dtype: torch.dtype, config: KnnEvalConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    transform = make_transform(config.transform)
+    train_dataset, test_dataset = (
+        make_dataset(dataset_str=text, transform=transform, target_transform=None)
+        for text in (config.train.dataset, config.eval.test_dataset)
+    )
+    num_classes = _check_datasets(train_dataset, test_dataset, config.eval.test_metric_type)
+    model = ModelWithPatchMean(model) if config.eval.feature is Feature.PATCH_MEAN else model
+    model = wrap_model(model, normalize=True)
+    few_shot = config.few_shot
+    tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
+    with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
+        train_data_dict = extract_features_for_dataset_dict(
+            model,
+            tries,
+            config.train.batch_size,
+            config.train.num_workers,
+            gather_on_cpu=True,
+            shard_above_bytes=int(config.train.memory_budget_mb * 2**20),
+        )
+        per_k = eval_knn(
+            model=model,
+            train_data_dict=train_data_dict,
+            test_data_loader=make_test_data_loader(
+                test_dataset,
+                batch_size=config.eval.batch_size or config.train.batch_size,
+                num_workers=config.eval.num_workers,
+            ),
+            metric_collection=build_classification_metric(config.eval.test_metric_type, num_classes=num_classes),
+            knn_config=config.train,
+            num_classes=num_classes,
+            save_results_func=functools.partial(save_results, output_dir=config.output_dir)
+            if config.save_results
+            else None,
+        )
+    results = _log_and_format_results_dict(per_k, few_shot.n_tries)
+    _write_lines(results, config.output_dir)
+    return results, {
+        "train": {"dataset": config.train.dataset, "images": [len(subset) for subset in tries.values()]},
+        "test": {"dataset": config.eval.test_dataset, "images": len(test_dataset)},
+        "classes": num_classes,
+    }
+
+
+def _check_datasets(train_dataset: Any, test_dataset: Any, metric_type: ClassificationMetricType) -> int:
+    for name, dataset in (("train.dataset", train_dataset), ("eval.test_dataset", test_dataset)):
+        if len(dataset) == 0:
+            raise ValueError(f"{name} is empty")
+    check_same_classes(train_dataset, test_dataset)
+    train_labels = get_labels(train_dataset)
+    num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
+    test_labels = get_labels_without_images(test_dataset)
+    if test_labels is not None and test_labels.ndim != 1:
+        raise ValueError(
+            f"eval.test_metric_type={metric_type.name} needs one class per test image, not multi-hot labels"
+        )
+    if test_labels is not None and int(test_labels.max()) >= num_classes:
+        raise ValueError(
+            f"eval.test_dataset has class {int(test_labels.max())}, but train.dataset has only {num_classes} classes"
+        )
+    return num_classes
+
+
+def _make_module(
+    train_data: Mapping[str, Tensor], device: torch.device, config: TrainConfig, num_classes: int
+) -> KnnModule:
+    n_train = len(train_data["train_labels"])
+    ks = sorted({min(k, n_train) for k in config.ks})
+    if ks[-1] < max(config.ks):
+        logger.info("train.ks=%s: there are only %d training images, using %s", list(config.ks), n_train, ks)
+    return KnnModule(
+        train_features=train_data["train_features"],
+        train_labels=train_data["train_labels"],
+        row_ids=train_data.get("train_rows"),
+        device=device,
+        ks=ks,
+        T=config.temperature,
+        num_classes=num_classes,
+        skip_first_nn=config.skip_first_nn,
+        memory_budget_mb=config.memory_budget_mb,
+        similarity_dtype=as_torch_dtype(config.similarity_dtype),
+    )
+
+
+def _feature_batches(rows: FeatureRows, size: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    # As a loader gives them, the same number in every process.
+    n_blocks = blocks_of_slowest_process(len(rows.positions), size)
+    parts = (split_rows(t, size, n_blocks) for t in (rows.features, rows.positions, rows.targets))
+    for features, index, targets in zip(*parts, strict=True):
+        yield features, (index, targets)
+
+
+def _log_and_format_results_dict(per_k: Mapping[int, Mapping[str, float]], n_tries: int) -> dict[str, float]:
+    # Published columns first: those of the means, for all k; then the standard deviations.
+    columns = {}
+    for suffix, title in (("_mean", ""), ("_std", " std")) if n_tries > 1 else (("", ""),):
+        for k in sorted(per_k):
+            for name in ("top-1", "top-5"):
+                if name + suffix in per_k[k]:
+                    columns[f"{k} {name.replace('top-', 'Top ')}{title}"] = per_k[k][name + suffix]
+    for name, value in columns.items():
+        logger.info("k-NN %s: %.2f", name, value)
+    return columns
+
+
+def _write_lines(results: Mapping[str, float], output_dir: str) -> None:
+    if distributed.is_main_process():
+        lines = [f'{{"{name}": {value}}}\n' for name, value in results.items() if not name.endswith(" std")]
+        write_atomically(Path(output_dir) / LINES_FILENAME, "".join(lines))
+
+
+def _format_table(results: Mapping[str, float], config: KnnEvalConfig, datasets: Mapping[str, Any]) -> str:
+    ks = sorted({int(name.split(" ")[0]) for name in results})
+    titles = list(dict.fromkeys(name.split(" ", 1)[1] for name in results))
+    n_train = "/".join(str(n) for n in sorted(set(datasets["train"]["images"])))
+    lines = [
+        f"k-NN, {config.eval.test_metric_type.value}, feature {config.eval.feature.value}, {config.model.describe()}",
+        f"{n_train} training images, {datasets['test']['images']} test images, {datasets['classes']} classes",
+        f"{'k':>6}" + "".join(f"{title:>11}" for title in titles),
+    ]
+    for k in ks:
+        lines.append(f"{k:>6}" + "".join(f"{results.get(f'{k} {title}', float('nan')):>11.2f}" for title in titles))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,8 @@
+"""What wraps a model for training, and defines none: activation checkpointing, compilation, sharding."""
+
+from __future__ import annotations
+
+from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
+from dinov3.fsdp.sharding import clip_grad_norm_, full_state_dict
+
+__all__ = ["ac_compile_parallelize", "clip_grad_norm_", "full_state_dict"]

@@ -1,0 +1,78 @@
+"""FSDP2 (`fully_shard`) for backbones and heads, and what is needed to read sharded modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from dinov3.distributed import get_default_process_group, is_subgroup_main_process
+
+
+def make_mesh(group: ProcessGroup | None, device: torch.device) -> DeviceMesh:
+    """A one-dimensional mesh over `group`, by default over all processes."""
+    group = group or get_default_process_group()
+    assert group is not None, "sharding needs a process group"
+    return DeviceMesh.from_group(group, device.type)
+
+
+def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shard each part, then the rest of the backbone, gathering the next part while one computes.
+
+    Args:
+        backbone: the root.
+        parts: its submodules in the order of the forward pass.
+        mesh: processes to shard over.
+        policy: precision of parameters and gradient reduction.
+    """
+    sharded = [fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for part in parts]
+    for part, following in pairwise(sharded):
+        part.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([part])
+    fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if hasattr(backbone, "get_intermediate_layers"):
+        register_fsdp_forward_method(backbone, "get_intermediate_layers")
+
+
+def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shard a head as a whole."""
+    fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their total 2-norm is at most `max_norm`; sharded or not.
+
+    Args:
+        parameters: a module, or parameters that are all sharded alike.
+        max_norm: infinite: only measure.
+
+    Returns:
+        The total norm before, of the whole gradients, 0-dim, equal on all ranks that share the parameters.
+    """
+    parameters = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not math.isinf(max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The whole tensors of a plain or sharded module; all ranks that share it call this.
+
+    Returns:
+        CPU copies by name, in rank 0 of the subgroup; empty elsewhere.
+    """
+    is_main = is_subgroup_main_process()
+    full: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_main:
+            full[name] = torch.empty_like(whole, device="cpu").copy_(whole)
+    return full

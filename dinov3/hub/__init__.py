@@ -1,0 +1,1 @@
+"""Pretrained models: which architecture, which weights, and how they are loaded."""

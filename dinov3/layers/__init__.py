@@ -1,0 +1,23 @@
+"""Building blocks of the networks: attention, feed-forward networks, norms, positions, projection heads."""
+
+from dinov3.layers.attention import CausalSelfAttention, LinearKMaskedBias, SelfAttention
+from dinov3.layers.block import CausalSelfAttentionBlock, SelfAttentionBlock
+from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
+from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.patch_embed import PatchEmbed
+from dinov3.layers.rms_norm import RMSNorm
+from dinov3.layers.rope_position_encoding import RopePositionEmbedding
+
+__all__ = [
+    "CausalSelfAttention",
+    "CausalSelfAttentionBlock",
+    "LayerScale",
+    "LinearKMaskedBias",
+    "Mlp",
+    "PatchEmbed",
+    "RMSNorm",
+    "RopePositionEmbedding",
+    "SelfAttention",
+    "SelfAttentionBlock",
+    "SwiGLUFFN",
+]

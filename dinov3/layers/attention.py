@@ -1,0 +1,238 @@
+"""Multi-head self-attention with rotary positions, and the causal one of text models (Vaswani et al., arXiv 1706.03762).
+
+Notable:
+- The sequence is [prefix tokens, patches]; the rotation touches the patches alone. Queries and keys are rotated in the
+  precision of the sines, which may be lower or higher than their own.
+- A bias of the keys would not cancel in the softmax once keys are rotated; `LinearKMaskedBias` removes it.
+- Lists of token tensors of different lengths share the projections and attend each on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.utils import cat_keep_shapes, uncat_with_shapes
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_rotate_half(x: Tensor) -> Tensor:
+    """[..., d] with halves (a, b) of the channels becomes (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def rope_apply(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Rotate the pairs (channel e, channel e + d / 2) of x [..., d]; `sin` and `cos` broadcast to it."""
+    return x * cos + rope_rotate_half(x) * sin
+
+
+class LinearKMaskedBias(nn.Linear):
+    """A linear layer to queries, keys and values whose bias is multiplied by the buffer `bias_mask`.
+
+    The mask is NaN until `init_weights_vit` sets it (1 for queries and values, 0 for keys) or a state dict brings it;
+    a loaded mask is used as it is.
+
+    Args:
+        *args: of `nn.Linear`.
+        **kwargs: of `nn.Linear`.
+
+    Raises:
+        ValueError: `out_features` is not a multiple of 3.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.out_features % 3 != 0:
+            raise ValueError(f"out_features must be a multiple of 3 (queries, keys, values), got {self.out_features}")
+        if self.bias is not None:
+            self.register_buffer("bias_mask", torch.full_like(self.bias.detach(), torch.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        bias = None if self.bias is None else self.bias * self.bias_mask.to(self.bias.dtype)
+        return F.linear(x, self.weight, bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        dim: D, input and output channels.
+        num_heads: number of heads; d = D / num_heads.
+        qkv_bias: bias of the input projection.
+        proj_bias: bias of the output projection.
+        attn_drop: dropout of the attention weights.
+        proj_drop: dropout of the output.
+        mask_k_bias: silence the key part of the bias.
+        device: of the parameters.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        mask_k_bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        linear_class = LinearKMaskedBias if mask_k_bias else nn.Linear
+        self.qkv = linear_class(dim, 3 * dim, bias=qkv_bias, device=device)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_bias: None = None, rope: Rope | None = None) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            x: [B, T, D].
+            attn_bias: must be None.
+            rope: (sin, cos), each [N, d], [heads, N, d] or [B, 1 or heads, N, d], for the last N <= T tokens.
+
+        Returns:
+            [B, T, D].
+        """
+        assert attn_bias is None, "attention biases are not supported"
+        return self.proj_drop(self.proj(self._attend(self.qkv(x), rope)))
+
+    def forward_list(
+        self, x_list: list[Tensor], attn_bias: None = None, rope_list: list[Rope | None] | None = None
+    ) -> list[Tensor]:
+        """`forward` of several tensors [B_i, T_i, D], with the projections computed on all of them at once.
+
+        Args:
+            x_list: the tensors.
+            attn_bias: must be None.
+            rope_list: one rope, or None, for each tensor; None: no rope for any.
+
+        Returns:
+            A list of tensors of the shapes of the inputs.
+        """
+        assert attn_bias is None, "attention biases are not supported"
+        flat, shapes, num_tokens = cat_keep_shapes(x_list)
+        rope_list = [None] * len(x_list) if rope_list is None else rope_list
+        return uncat_with_shapes(self.forward_flat(flat, shapes, num_tokens, rope_list), shapes, num_tokens)
+
+    def forward_flat(
+        self, flat: Tensor, shapes: list[torch.Size], num_tokens: list[int], rope_list: list[Rope | None]
+    ) -> Tensor:
+        """`forward_list` on what `cat_keep_shapes` made of the list: [sum of B_i * T_i, D] to the same shape."""
+        assert len(shapes) == len(rope_list), f"{len(shapes)} tensors, but {len(rope_list)} ropes"
+        qkv_list = uncat_with_shapes(self.qkv(flat), shapes, num_tokens)
+        attended = [self._attend(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+        return self.proj_drop(self.proj(cat_keep_shapes(attended)[0]))
+
+    def apply_rope(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Rotate the last N of the T tokens of q and k.
+
+        Everything, also the T - N prefix tokens, passes through the precision of the sines and back to its own.
+
+        Args:
+            q: [B, heads, T, d].
+            k: [B, heads, T, d].
+            rope: (sin, cos), each [N, d], [heads, N, d] or [B, 1 or heads, N, d].
+
+        Returns:
+            q and k, rotated, in their own dtypes.
+        """
+        sin, cos = rope
+        n_prefix = q.shape[-2] - sin.shape[-2]
+        assert n_prefix >= 0, f"{sin.shape[-2]} rotations for {q.shape[-2]} tokens"
+        # A rotation by 0 leaves the prefix as it is, and is cheaper than taking q and k apart and joining them again.
+        sin = F.pad(sin, (0, 0, n_prefix, 0))
+        cos = F.pad(cos, (0, 0, n_prefix, 0), value=1.0)
+        rotated_q = rope_apply(q.to(sin.dtype), sin, cos)
+        rotated_k = rope_apply(k.to(sin.dtype), sin, cos)
+        return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+
+    def _attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
+        q, k, v = _split_heads(qkv, self.num_heads)  # each [B, heads, T, d]
+        if rope is not None:
+            q, k = self.apply_rope(q, k, rope)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return x.transpose(1, 2).flatten(2)  # [B, T, D]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention of text models, without positions of its own.
+
+    Args:
+        dim: D, input and output channels.
+        num_heads: number of heads.
+        qkv_bias: bias of the input projection.
+        proj_bias: bias of the output projection.
+        attn_drop: dropout of the attention weights.
+        proj_drop: dropout of the output.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def init_weights(
+        self, init_attn_std: float | None = None, init_proj_std: float | None = None, factor: float = 1.0
+    ) -> None:
+        """Normal weights and zero biases.
+
+        Args:
+            init_attn_std: of the input projection; None: dim ** -0.5.
+            init_proj_std: of the output projection; None: that of the input times `factor`.
+            factor: see `init_proj_std`.
+        """
+        attn_std = self.dim**-0.5 if init_attn_std is None else init_attn_std
+        proj_std = attn_std * factor if init_proj_std is None else init_proj_std
+        for linear, std in ((self.qkv, attn_std), (self.proj, proj_std)):
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, is_causal: bool = True) -> Tensor:
+        """Attend within each sequence [B, T, D]; if `is_causal`, each token only to itself and those before it."""
+        q, k, v = _split_heads(self.qkv(x), self.num_heads)
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    parts = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # three of [B, T, heads, d]
+    return tuple(part.transpose(1, 2) for part in parts)
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if dim % num_heads != 0:
+        raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")

@@ -1,0 +1,38 @@
+"""LayerScale: a learned factor per channel on each residual branch (CaiT, arXiv 2103.17239, section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerScale(nn.Module):
+    """x * gamma.
+
+    Args:
+        dim: D, number of channels.
+        init_values: what `reset_parameters` sets every factor to.
+        inplace: overwrite the input.
+        device: of `gamma` [D].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_values: float = 1e-5,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.inplace = inplace
+        self.gamma = nn.Parameter(torch.empty(dim, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every factor to `init_values`."""
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma

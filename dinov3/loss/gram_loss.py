@@ -1,0 +1,79 @@
+"""Gram anchoring: keep the similarities between patches as an earlier teacher had them (arXiv 2508.10104, section 4).
+
+The features themselves stay free; only the matrix of their cosine similarities is tied.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GramLoss(nn.Module):
+    """Mean squared difference of the similarity matrices of student and Gram teacher.
+
+    Args:
+        apply_norm: cosine similarities; without, dot products.
+        img_level: without effect, as in the published code; the argument of the call counts.
+        remove_neg: negative similarities of both count as 0.
+        remove_only_teacher_neg: negative similarities of the teacher count as 0, the student's stay (also where both
+            are negative, which is what the published code does although it means otherwise).
+
+    Raises:
+        ValueError: both `remove_neg` and `remove_only_teacher_neg`.
+    """
+
+    def __init__(
+        self,
+        apply_norm: bool = True,
+        img_level: bool = True,
+        remove_neg: bool = True,
+        remove_only_teacher_neg: bool = False,
+    ) -> None:
+        super().__init__()
+        if remove_neg and remove_only_teacher_neg:
+            raise ValueError(
+                "gram.remove_neg and gram.remove_only_teacher_neg exclude each other: set one of them false"
+            )
+        self.apply_norm = apply_norm
+        self.remove_neg = remove_neg
+        self.remove_only_teacher_neg = remove_only_teacher_neg
+
+    def forward(self, output_feats: Tensor, target_feats: Tensor, img_level: bool = True) -> Tensor:
+        """Compare the patches of each image with one another, or of the whole batch.
+
+        Args:
+            output_feats: the student's patch tokens, [n, P, D]; [rows, D] is also possible without `img_level`.
+            target_feats: the Gram teacher's, of the same patches; D may differ.
+            img_level: similarities within each image ([P, P] per image); else between all rows of the batch.
+
+        Returns:
+            0-dim float32, the mean over all entries of the matrices.
+
+        Raises:
+            ValueError: the features do not have the dimensions above.
+        """
+        if output_feats.shape[:-1] != target_feats.shape[:-1]:
+            raise ValueError(
+                f"student features {list(output_feats.shape)} and teacher features {list(target_feats.shape)} must be "
+                "of the same patches"
+            )
+        if img_level and output_feats.ndim != 3:
+            raise ValueError(f"img_level=True needs features [images, patches, D], got {list(output_feats.shape)}")
+        student = self._similarities(output_feats, img_level)
+        teacher = self._similarities(target_feats, img_level)
+        if self.remove_neg:
+            student = student.clamp(min=0)
+        if self.remove_neg or self.remove_only_teacher_neg:
+            teacher = teacher.clamp(min=0)
+        return F.mse_loss(student, teacher)
+
+    def _similarities(self, features: Tensor, img_level: bool) -> Tensor:
+        features = features.float()
+        if self.apply_norm:
+            features = F.normalize(features, dim=-1)
+        if not img_level:
+            features = features.flatten(0, -2)  # [rows, D]
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ features.mT  # [n, P, P] or [rows, rows]

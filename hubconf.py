@@ -1,0 +1,25 @@
+"""Entry points of `torch.hub`: `torch.hub.load(<this directory>, "dinov3_vits16", source="local", weights=PATH)`."""
+
+from dinov3.hub.backbones import (
+    dinov3_vit7b16,
+    dinov3_vitb16,
+    dinov3_vith16plus,
+    dinov3_vitl16,
+    dinov3_vitl16plus,
+    dinov3_vits16,
+    dinov3_vits16plus,
+)
+from dinov3.hub.runs import dinov3_from_run
+
+dependencies = ["torch", "numpy"]
+
+__all__ = [
+    "dinov3_from_run",
+    "dinov3_vit7b16",
+    "dinov3_vitb16",
+    "dinov3_vith16plus",
+    "dinov3_vitl16",
+    "dinov3_vitl16plus",
+    "dinov3_vits16",
+    "dinov3_vits16plus",
+]

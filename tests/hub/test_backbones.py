@@ -1,0 +1,291 @@
+"""The published ViTs by name: modes, where weights may come from, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dinov3.hub import backbones
+from dinov3.hub.architectures import PUBLISHED_VITS, PublishedViT
+from dinov3.hub.backbones import Weights, dinov3_vitl16, dinov3_vits16
+from dinov3.hub.files import WeightsError
+from dinov3.models.vision_transformer import DinoVisionTransformer
+
+ENTRIES = [name for name in backbones.__all__ if name.startswith("dinov3_")]
+IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def small_models_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two entries in a size for tests, and a cache of their own; returns the cache's directory of checkpoints."""
+    small = partial(PublishedViT, depth=2, ffn_ratio=4)
+    monkeypatch.setitem(
+        PUBLISHED_VITS,
+        "dinov3_vits16",
+        small(embed_dim=32, num_heads=2, ffn_layer="mlp", hashes={"LVD1689M": "08c60483"}),
+    )
+    monkeypatch.setitem(
+        PUBLISHED_VITS,
+        "dinov3_vitl16",
+        small(
+            embed_dim=48,
+            num_heads=3,
+            ffn_layer="swiglu64",
+            hashes={"LVD1689M": "8aa4cbdd", "SAT493M": "eadcf0ff"},
+            untied=frozenset({"SAT493M"}),
+        ),
+    )
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def random_state(seed: int = 0, entry: Any = dinov3_vits16, **kwargs: Any) -> dict[str, Tensor]:
+    """A state dict as it is published: bfloat16 periods, and no value at its initial one."""
+    torch.manual_seed(seed)
+    state = entry(pretrained=False, **kwargs).state_dict()
+    for name, tensor in state.items():
+        if not name.endswith(("periods", "bias_mask")):
+            tensor += 0.1 * torch.randn_like(tensor)
+    return state | {"rope_embed.periods": state["rope_embed.periods"].bfloat16()}
+
+
+def save(state: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def assert_holds(model: DinoVisionTransformer, state: dict[str, Tensor]) -> None:
+    loaded = model.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, state[name].float()), name
+
+
+def test_model_is_in_evaluation_mode_and_deterministic(tmp_path: Path) -> None:
+    path = save(random_state(), tmp_path / "w.pth")
+    for model in (dinov3_vits16(weights=path), dinov3_vits16(pretrained=False)):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(model(IMAGES), model(IMAGES))
+    model = dinov3_vits16(weights=path).train()
+    torch.manual_seed(0)
+    first = model(IMAGES)
+    torch.manual_seed(0)
+    assert torch.equal(model(IMAGES), first) and not torch.equal(model(IMAGES), first)
+
+
+def test_initialisation_reads_nothing_and_leaves_nothing_out() -> None:
+    model = dinov3_vitl16(pretrained=False, weights=Weights.SAT493M)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    torch.manual_seed(0)
+    first = dinov3_vitl16(pretrained=False).state_dict()
+    torch.manual_seed(0)
+    assert_holds(dinov3_vitl16(pretrained=False), first)
+    with pytest.raises(ValueError, match="weights are given, but pretrained=False reads none"):
+        dinov3_vitl16(pretrained=False, weights="a.pth")
+
+
+@pytest.mark.parametrize(
+    ("weights", "untied"), [(Weights.LVD1689M, False), (Weights.SAT493M, True), ("sat493m", True), ("LVD1689M", False)]
+)
+def test_published_weights_choose_the_structure(weights: Any, untied: bool) -> None:
+    model = dinov3_vitl16(pretrained=False, weights=weights)
+    assert model.untie_global_and_local_cls_norm is untied
+    assert ("local_cls_norm.weight" in model.state_dict()) is untied
+
+
+@pytest.mark.parametrize("form", ["str", "path", "file URL", "home", "training", "safetensors", "dict", "no mmap"])
+def test_local_weights_in_every_form(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = random_state()
+    path = save(state, tmp_path / "a b" / "weights.pth")
+    training = {"teacher": {f"backbone.{k}": v for k, v in state.items()} | {"dino_head.mlp.0.weight": torch.ones(1)}}
+    save_file(state, tmp_path / "weights.safetensors")
+    weights = {
+        "str": str(path),
+        "path": path,
+        "file URL": path.as_uri(),
+        "home": "~/a b/weights.pth",
+        "training": save(training, tmp_path / "training.pth"),
+        "safetensors": tmp_path / "weights.safetensors",
+        "dict": state,
+        "no mmap": path,
+    }[form]
+    assert_holds(dinov3_vits16(weights=weights, mmap=form != "no mmap"), state)
+
+
+def test_files_of_equal_name_are_different_files_and_are_not_copied(
+    tmp_path: Path, small_models_and_an_empty_cache: Path
+) -> None:
+    states = [random_state(seed) for seed in (1, 2)]
+    paths = [save(state, tmp_path / str(i) / "weights.pth") for i, state in enumerate(states)]
+    for state, path in zip(states, paths, strict=True):
+        assert_holds(dinov3_vits16(weights=str(path)), state)
+    assert not small_models_and_an_empty_cache.exists()
+
+
+def test_missing_file_is_not_looked_up_in_the_cache(tmp_path: Path, small_models_and_an_empty_cache: Path) -> None:
+    save(random_state(), small_models_and_an_empty_cache / "weights.pth")
+    for weights in ("none/weights.pth", tmp_path / "weights.pth", (tmp_path / "weights.pth").as_uri(), "weights.pth"):
+        with pytest.raises(FileNotFoundError, match=r"no weights at \S*weights.pth"):
+            dinov3_vits16(weights=weights)
+
+
+def test_parameters_are_trainable_and_the_file_stays(tmp_path: Path) -> None:
+    state = random_state()
+    path = save(state, tmp_path / "w.pth")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = dinov3_vits16(weights=path)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    assert_holds(dinov3_vits16(weights=path), state)
+
+
+def test_state_dict_that_is_given_is_not_shared() -> None:
+    state = random_state()
+    before = copy.deepcopy(state)
+    with torch.no_grad():
+        dinov3_vits16(weights=state).cls_token.add_(1)
+    assert torch.equal(state["cls_token"], before["cls_token"])
+
+
+def test_content_decides_on_the_norm_of_local_crops(tmp_path: Path) -> None:
+    untied = random_state(entry=dinov3_vitl16, weights=Weights.SAT493M)
+    tied = {name: tensor for name, tensor in untied.items() if not name.startswith("local_cls_norm.")}
+    model = dinov3_vitl16(weights=save(untied, tmp_path / "renamed.pth"))
+    assert model.untie_global_and_local_cls_norm is True
+    assert_holds(model, untied)
+    model = dinov3_vitl16(weights=save(tied, tmp_path / "renamed.pth"))
+    assert model.untie_global_and_local_cls_norm is False
+    assert_holds(model, tied)
+
+
+def test_options_of_the_model() -> None:
+    model = dinov3_vits16(pretrained=False, drop_path_rate=0.3, pos_embed_rope_jitter_coords=1.5, device="meta")
+    assert model.blocks[0].sample_drop_ratio == 0.3 and model.rope_embed.jitter_coords == 1.5
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weight": "a.pth"}, "dinov3_vits16 has no keyword argument 'weight'; did you mean 'weights'"),
+        ({"drop_path": 0.1}, "did you mean 'drop_path_rate'"),
+        ({"zzz": 1}, "has no keyword argument 'zzz'; known are pretrained, weights, check_hash, "),
+        ({"embed_dim": 8}, r"dinov3_vits16 fixes embed_dim \(32\)"),
+        ({"patch_size": 8}, r"dinov3_vits16 fixes patch_size \(16\)"),
+        ({"untie_global_and_local_cls_norm": True}, "fixes untie_global_and_local_cls_norm"),
+        ({"version": "v2"}, "only one version of its weights, got version='v2'"),
+        ({"weights": 3}, "weights must be a Weights, a path, a URL or a state dict, got 3"),
+    ],
+)
+def test_keywords_that_are_unknown_or_fixed(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        dinov3_vits16(**kwargs)
+
+
+def test_unknown_kind_of_url_and_needless_hash(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights='s3://b/w.pth': cannot read s3:// URLs"):
+        dinov3_vits16(weights="s3://b/w.pth")
+    with pytest.raises(ValueError, match="hash and version choose among published files, but weights are given"):
+        dinov3_vits16(weights=save(random_state(), tmp_path / "w.pth"), hash="01234567")
+
+
+def test_check_hash_of_a_local_file(tmp_path: Path) -> None:
+    state = random_state()
+    plain = save(state, tmp_path / "w.pth")
+    digest = hashlib.sha256(plain.read_bytes()).hexdigest()
+    named = tmp_path / f"w-{digest[:8]}.pth"
+    shutil.copy(plain, named)
+    assert_holds(dinov3_vits16(weights=named, check_hash=True), state)
+    named.write_bytes(named.read_bytes() + b"!")
+    with pytest.raises(WeightsError, match=f"{named} is not the file that its name promises.*not with {digest[:8]}"):
+        dinov3_vits16(weights=named, check_hash=True)
+    with pytest.raises(ValueError, match="check_hash=True, but w.pth is no file whose name ends in -<hash>.pth"):
+        dinov3_vits16(weights=plain, check_hash=True)
+
+
+class TestDownloads:
+    @pytest.fixture
+    def server(self, tmp_path: Path) -> Iterator[str]:
+        """Serves the files in tmp_path / "www"; returns its address."""
+        (tmp_path / "www").mkdir()
+        handler = partial(QuietHandler, directory=str(tmp_path / "www"))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+            Thread(target=httpd.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{httpd.server_port}"
+            httpd.shutdown()
+
+    def test_url_is_downloaded_once(self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path) -> None:
+        state = random_state()
+        path = save(state, tmp_path / "www" / "w.pth")
+        url = f"{server}/w.pth?Signature=a/b.c&Policy=d"
+        assert_holds(dinov3_vits16(weights=url, progress=False), state)
+        assert [p.name for p in small_models_and_an_empty_cache.iterdir()] == ["w.pth"]
+        path.unlink()
+        assert_holds(dinov3_vits16(weights=url), state)
+
+    def test_published_weights_come_from_their_address(
+        self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backbones, "BASE_URL", server)
+        state = random_state()
+        name = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+        save(state, tmp_path / "www" / "dinov3_vits16" / name)
+        assert_holds(dinov3_vits16(progress=False), state)
+        assert (small_models_and_an_empty_cache / name).is_file()
+        with pytest.raises(WeightsError, match="not the file that its name promises"):
+            dinov3_vits16(check_hash=True)
+
+    def test_broken_downloads_are_not_kept(
+        self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path
+    ) -> None:
+        path = save(random_state(), tmp_path / "www" / "w-01234567.pth")
+        with pytest.raises(WeightsError, match="not the file that its name promises"):
+            dinov3_vits16(weights=f"{server}/{path.name}", check_hash=True, progress=False)
+        path.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(WeightsError, match="is truncated: a zip archive of 5000 bytes"):
+            dinov3_vits16(weights=f"{server}/{path.name}", progress=False)
+        path.write_text("<html>Please log in</html>")
+        with pytest.raises(WeightsError, match="it is a web page"):
+            dinov3_vits16(weights=f"{server}/{path.name}", progress=False)
+        assert not list(small_models_and_an_empty_cache.iterdir())
+
+    def test_failure_tells_what_to_do_and_keeps_the_signature_to_itself(self, server: str) -> None:
+        with pytest.raises(ConnectionError, match=r"/none.pth: HTTP 404 .* pass weights=PATH") as caught:
+            dinov3_vits16(weights=f"{server}/none.pth?Signature=secret", progress=False)
+        assert "secret" not in str(caught.value)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entries_have_a_signature_and_help_that_read_well(entry: str) -> None:
+    function = getattr(backbones, entry)
+    signature = inspect.signature(function)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    defaults.pop("kwargs")
+    assert defaults == {"pretrained": True, "weights": Weights.LVD1689M, "check_hash": False}
+    first, _, rest = function.__doc__.partition("\n")
+    assert first.startswith("DINOv3 ViT-") and first.endswith(".")
+    assert "pretrained: load `weights`" in rest and "Raises:" in rest

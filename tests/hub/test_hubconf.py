@@ -1,0 +1,72 @@
+"""`torch.hub` with this directory as the repository, and what importing the entry points needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dinov3.hub.backbones import dinov3_vits16
+
+REPOSITORY = Path(__file__).parents[2]
+ENTRIES = [
+    "dinov3_from_run",
+    "dinov3_vit7b16",
+    "dinov3_vitb16",
+    "dinov3_vith16plus",
+    "dinov3_vitl16",
+    "dinov3_vitl16plus",
+    "dinov3_vits16",
+    "dinov3_vits16plus",
+]
+
+WITHOUT_OTHER_PACKAGES = """
+import importlib.abc
+import sys
+
+import numpy
+import torch
+
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        if root not in sys.stdlib_module_names and root not in ("torch", "numpy", "dinov3", "hubconf"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+
+before = set(sys.modules)
+sys.meta_path.insert(0, Blocker())
+repository, weights = sys.argv[1:]
+model = torch.hub.load(repository, "dinov3_vits16", source="local", pretrained=False)
+model = torch.hub.load(repository, "dinov3_vits16", source="local", weights=weights)
+assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 384)
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new <= {"torch", "numpy", "dinov3", "hubconf"}, new
+"""
+
+
+def test_loading_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+    torch.save(dinov3_vits16(pretrained=False).state_dict(), tmp_path / "w.pth")
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_OTHER_PACKAGES, str(REPOSITORY), str(tmp_path / "w.pth")],
+        check=True,
+        cwd=tmp_path,
+    )
+
+
+def test_list_names_the_entries() -> None:
+    assert sorted(torch.hub.list(str(REPOSITORY), source="local")) == ENTRIES
+
+
+def test_help_describes_each_entry() -> None:
+    for entry in ENTRIES:
+        text = torch.hub.help(str(REPOSITORY), entry, source="local")
+        assert "Args:" in text and "Returns:" in text and "Raises:" in text
+
+
+def test_load_passes_arguments_on() -> None:
+    model = torch.hub.load(str(REPOSITORY), "dinov3_vits16plus", source="local", pretrained=False, device="meta")
+    assert model.embed_dim == 384 and model.blocks[0].mlp.w1.out_features == 1536
