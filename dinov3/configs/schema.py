@@ -40,6 +40,7 @@ TYPES = {
     "train.data_config": "text or null",
     "train.chunk_schedule": "list",
     "student.layerscale": "number or null",
+    "student.depth": "integer or null",
     "student.ffn_ratio": "number or null",
     "student.pos_embed_rope_base": "number or null",
     "student.pos_embed_rope_min_period": "number or null",

@@ -11,7 +11,6 @@ Notable:
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-logger = logging.getLogger("dinov3")
+from dinov3.utils import refuse_unknown_arguments
 
 convnext_sizes: dict[str, dict[str, list[int]]] = {
     "tiny": {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768]},
@@ -148,9 +147,10 @@ class ConvNeXt(nn.Module):
         drop_path_rate: chance of the last block to lose its branch in training, growing linearly from 0 at the first.
         layer_scale_init_value: what the layer scales start from; 0: no layer scales.
         patch_size: resize the maps of `get_intermediate_layers` to (H // patch_size, W // patch_size); None: do not.
-        **ignored_kwargs: logged as a warning; saved configurations may hold keys that only the ViT knows.
+        **unknown: refused.
 
     Raises:
+        TypeError: an unknown argument.
         ValueError: not four stages, or `patch_size` is not positive.
     """
 
@@ -162,11 +162,10 @@ class ConvNeXt(nn.Module):
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1e-6,
         patch_size: int | None = None,
-        **ignored_kwargs: Any,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        if ignored_kwargs:
-            logger.warning("Ignored kwargs: %s", ", ".join(f"{k}={v!r}" for k, v in ignored_kwargs.items()))
+        refuse_unknown_arguments(type(self), unknown)
         if len(depths) != N_STAGES or len(dims) != N_STAGES:
             raise ValueError(f"depths and dims need one entry for each of the 4 stages, got {depths} and {dims}")
         if patch_size is not None and patch_size <= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -185,7 +184,7 @@ def test_channels_first_norm_is_that_of_dimension_1(shape: tuple[int, ...]) -> N
     torch.testing.assert_close(norm(x), want, rtol=1e-5, atol=1e-6)
 
 
-def test_unknown_names_are_refused_and_unknown_keywords_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_names_and_keywords_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="no ConvNeXt 'convnext_huge', only convnext_tiny, "):
         get_convnext_arch("convnext_huge")
     with pytest.raises(NotImplementedError, match="got 'channels_middle'"):
@@ -194,9 +193,10 @@ def test_unknown_names_are_refused_and_unknown_keywords_logged(caplog: pytest.Lo
         tiny(patch_size=0)
     with pytest.raises(ValueError, match="one entry for each of the 4 stages"):
         ConvNeXt(depths=[1, 2])
-    with caplog.at_level(logging.WARNING, logger="dinov3"):
-        tiny(n_storage_tokens=4)
-    assert "Ignored kwargs: n_storage_tokens=4" in caplog.text
+    with pytest.raises(
+        TypeError, match=r"does not know patchsize=4 \(did you mean 'patch_size'\?\); it takes in_chans"
+    ):
+        tiny(patchsize=4)
 
 
 def test_bfloat16_and_autocast() -> None:

@@ -1,0 +1,5 @@
+"""Backbones, and building them from a configuration."""
+
+from dinov3.models.building import build_model, build_model_from_cfg
+
+__all__ = ["build_model", "build_model_from_cfg"]
