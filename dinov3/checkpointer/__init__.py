@@ -5,7 +5,7 @@ from __future__ import annotations
 from dinov3.checkpointer.agreement import CheckpointError
 from dinov3.checkpointer.files import remove_stale_temporaries
 from dinov3.checkpointer.hooks import register_dont_save_hooks
-from dinov3.checkpointer.initializing import init_fsdp_model_from_checkpoint
+from dinov3.checkpointer.initializing import init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals
 from dinov3.checkpointer.loading import load_checkpoint
 from dinov3.checkpointer.lock import RunLock
 from dinov3.checkpointer.manifest import latest_valid_checkpoint, read_manifest
@@ -30,6 +30,7 @@ __all__ = [
     "find_all_checkpoints",
     "find_latest_checkpoint",
     "init_fsdp_model_from_checkpoint",
+    "init_model_from_checkpoint_for_evals",
     "keep_checkpoint_copy",
     "keep_last_n_checkpoints",
     "latest_valid_checkpoint",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dinov3.checkpointer.agreement import CheckpointError, load_dcp
 from dinov3.checkpointer.loading import compare_entries
 from dinov3.checkpointer.manifest import check_files, read_metadata
+from dinov3.checkpointer.reading import read_tensors
 from dinov3.distributed import get_process_subgroup
 
 #: Where the network may be in a directory: in a training checkpoint it is the teacher.
@@ -60,12 +62,50 @@ def init_fsdp_model_from_checkpoint(
         _fill_from_file(wanted, path, skipped)
 
 
+def init_model_from_checkpoint_for_evals(
+    model: nn.Module, pretrained_weights: str | os.PathLike[str], checkpoint_key: str | None = None
+) -> None:
+    """Fill a plain backbone strictly with the backbone of a checkpoint; heads that are saved with it are ignored.
+
+    Args:
+        model: on its device, without the prefix `backbone.` in its keys.
+        pretrained_weights: a `.pth` or safetensors file with a bare backbone or with keys `backbone.*`, or a
+            torch.distributed.checkpoint directory.
+        checkpoint_key: the entry of a `.pth` file that holds the weights, where there is one; `"teacher"` is found
+            without it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit; nothing was loaded.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(pretrained_weights)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    saved = _read_directory(path) if path.is_dir() else _map_file(path, checkpoint_key)
+    saved = {key.removeprefix("module."): value for key, value in saved.items()}
+    if any(key.startswith(BACKBONE) for key in saved):
+        saved = {key.removeprefix(BACKBONE): value for key, value in saved.items() if key.startswith(BACKBONE)}
+    compare_entries(model.state_dict(), {key: value.shape for key, value in saved.items()}).check(path, strict=True)
+    model.load_state_dict(saved)
+
+
+def _read_directory(path: Path) -> dict[str, Tensor]:
+    check_files(path, "auto", get_process_subgroup())
+    prefix = _network_prefix(read_metadata(path).state_dict_metadata)
+    return read_tensors(path, prefix)
+
+
+def _network_prefix(entries: Iterable[str]) -> str:
+    names = list(entries)
+    return next((prefix for prefix in DIRECTORY_PREFIXES if any(name.startswith(prefix) for name in names)), "")
+
+
 def _fill_from_directory(
     wanted: dict[str, Any], path: Path, skipped: tuple[str, ...], group: ProcessGroup | None
 ) -> None:
     check_files(path, "auto", group)
     entries = read_metadata(path).state_dict_metadata
-    prefix = next((p for p in DIRECTORY_PREFIXES if any(key.startswith(p) for key in entries)), "")
+    prefix = _network_prefix(entries)
     shapes = {
         key.removeprefix(prefix): entry.size if isinstance(entry, TensorStorageMetadata) else None
         for key, entry in entries.items()
@@ -92,23 +132,30 @@ def _fill_from_file(wanted: dict[str, Any], path: Path, skipped: tuple[str, ...]
             target.copy_(saved[key])
 
 
-def _map_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+def _map_file(path: Path, entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, or those below the entry `entry`, else `teacher`, where the file has it."""
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    content = content.get("teacher", content)
+    for key in (entry, "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _with_prefixes_of(wanted: dict[str, Any], saved: dict[str, Tensor]) -> dict[str, Tensor]:
     saved = {key.removeprefix("module."): value for key, value in saved.items()}
-    wants_backbone_only = all(key.startswith(BACKBONE) for key in wanted)
-    if wants_backbone_only and not any(key.startswith(BACKBONE) for key in saved):
+    networks = {key.partition(".")[0] for key in wanted}
+    is_bare_backbone = not any(key.partition(".")[0] in networks for key in saved)
+    if is_bare_backbone and BACKBONE.rstrip(".") in networks:
         return {BACKBONE + key: value for key, value in saved.items()}
     return saved
 

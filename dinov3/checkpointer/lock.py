@@ -33,7 +33,8 @@ class RunLock:
         output_dir: is made if it does not exist.
 
     Raises:
-        RuntimeError: on entering, on all ranks: another run holds the lock; the message says which.
+        RuntimeError: on entering, on all ranks: another run holds the lock (the message says which), or the directory
+            cannot be written to.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
@@ -54,8 +55,11 @@ class RunLock:
             self._close()
 
     def _acquire(self) -> str | None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+")
+        except OSError as error:
+            return f"{self.path.parent} cannot be written to ({error}): choose another --output-dir"
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -62,31 +62,44 @@ def save_checkpoint(
     except TypeError as error:
         raise ValueError(f"metadata must be JSON: {error}") from error
 
-    temporary = on_main(group, lambda: _make_temporary(target, overwrite))
     try:
-        state: dict[str, Any] = {"iteration": iteration, "model": get_model_state_dict(model)}
-        if optimizer is not None:
-            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-        state |= others
-        digests = on_all(group, lambda: _write(state, temporary, group))
-        on_main(
-            group,
-            lambda: write_manifest(
-                temporary,
-                iteration=iteration,
-                world_size=get_world_size(group),
-                digests={name: digest for of_rank in digests for name, digest in of_rank.items()},
-                contents=sorted(state),
-                metadata=metadata or {},
-            ),
-        )
-        on_main(group, lambda: files.publish(temporary, target))
-    except BaseException as error:
-        if get_rank(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise CheckpointError(f"checkpoint {target} could not be saved: {error}") from error
-        raise
+        temporary = on_main(group, lambda: _make_temporary(target, overwrite))
+        try:
+            _fill(temporary, group, iteration, model, optimizer, metadata or {}, others)
+            on_main(group, lambda: files.publish(temporary, target))
+        except BaseException:
+            if get_rank(group) == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {target} could not be saved: {error}") from error
+
+
+def _fill(
+    temporary: Path,
+    group: ProcessGroup | None,
+    iteration: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    metadata: dict[str, Any],
+    others: dict[str, Any],
+) -> None:
+    state: dict[str, Any] = {"iteration": iteration, "model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    state |= others
+    digests = on_all(group, lambda: _write(state, temporary, group))
+    on_main(
+        group,
+        lambda: write_manifest(
+            temporary,
+            iteration=iteration,
+            world_size=get_world_size(group),
+            digests={name: digest for of_rank in digests for name, digest in of_rank.items()},
+            contents=sorted(state),
+            metadata=metadata,
+        ),
+    )
 
 
 def _make_temporary(target: Path, overwrite: bool) -> Path:

@@ -27,7 +27,8 @@ class DatasetWithEnumeratedTargets(Dataset):
             raise ValueError("an empty dataset cannot be padded")
         self._dataset = dataset
         self._size = len(dataset)
-        self._padded_size = -(-self._size // num_replicas) * num_replicas if pad_dataset and num_replicas else self._size
+        multiple = num_replicas if pad_dataset and num_replicas else 1
+        self._padded_size = -(-self._size // multiple) * multiple
 
     def __len__(self) -> int:
         return self._padded_size

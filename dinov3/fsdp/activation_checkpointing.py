@@ -29,5 +29,5 @@ def checkpoint_activations(modules: Iterable[nn.Module], *, full: bool) -> None:
     """
     options = {} if full else {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)}
     for module in modules:
-        # Replacing `forward` instead of wrapping the module keeps names, and leaves FSDP's hooks out of the recomputation.
+        # Not a wrapper module: names stay as they are, and FSDP's hooks stay out of the recomputation.
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **options)

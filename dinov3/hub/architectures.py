@@ -132,7 +132,7 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, nn
     with torch.device("meta"):
         for name, published in PUBLISHED_VITS.items():
             if shapes.get("cls_token") == (1, 1, published.embed_dim) and _n_blocks(shapes) == published.depth:
-                yield name, DinoVisionTransformer(**published.options(), **{UNTIED_CLS_NORM: untied})
+                yield name, DinoVisionTransformer(**published.options() | {UNTIED_CLS_NORM: untied})
         if "downsample_layers.0.0.weight" in shapes:
             for size in convnext_sizes:
                 yield f"convnext_{size}", get_convnext_arch(f"convnext_{size}")()

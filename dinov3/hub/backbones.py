@@ -184,7 +184,7 @@ def _make_vit(
 
 def _on_meta(options: dict[str, Any], *, untied: bool) -> DinoVisionTransformer:
     with torch.device("meta"):
-        return DinoVisionTransformer(**options, **{UNTIED_CLS_NORM: untied})
+        return DinoVisionTransformer(**options | {UNTIED_CLS_NORM: untied})
 
 
 def _published_data(entry: str, weights: WeightsLike) -> Weights | None:

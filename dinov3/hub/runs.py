@@ -162,7 +162,7 @@ def _load(cfg: Any, path: Path) -> nn.Module:
         # Older configurations name a ratio that building the model ignored.
         from omegaconf import OmegaConf
 
-        without_ratio = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        without_ratio: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         without_ratio.student.ffn_ratio = None
         other, _ = build_model_from_cfg(without_ratio, only_teacher=True)
         if _fits(other, state):

@@ -1,4 +1,4 @@
-"""Multi-head self-attention with rotary positions, and the causal one of text models (Vaswani et al., arXiv 1706.03762).
+"""Multi-head self-attention with rotary positions, and the causal one of text models (arXiv 1706.03762).
 
 Notable:
 - The sequence is [prefix tokens, patches]; the rotation touches the patches alone. Queries and keys are rotated in the
@@ -52,7 +52,8 @@ class LinearKMaskedBias(nn.Linear):
         if self.out_features % 3 != 0:
             raise ValueError(f"out_features must be a multiple of 3 (queries, keys, values), got {self.out_features}")
         if self.bias is not None:
-            self.register_buffer("bias_mask", torch.full_like(self.bias.detach(), torch.nan))
+            mask = torch.empty(self.bias.shape, device=self.bias.device, dtype=self.bias.dtype)
+            self.register_buffer("bias_mask", mask.fill_(torch.nan))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dinov3.layers.attention import CausalSelfAttention, Rope, SelfAttention
 from dinov3.layers.ffn_layers import Mlp
 from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.rms_norm import RMSNorm
 from dinov3.utils import cat_keep_shapes, uncat_with_shapes
 
 
@@ -210,7 +211,7 @@ class CausalSelfAttentionBlock(nn.Module):
         fc_std = (2 * self.dim) ** -0.5 if init_fc_std is None else init_fc_std
         self.attention.init_weights(attn_std, proj_std)
         for module in (self.attention_norm, self.ffn_norm, self.ls1, self.ls2):
-            if not isinstance(module, nn.Identity):
+            if isinstance(module, nn.LayerNorm | RMSNorm | LayerScale):
                 module.reset_parameters()
         nn.init.normal_(self.feed_forward.fc1.weight, std=fc_std)
         nn.init.normal_(self.feed_forward.fc2.weight, std=proj_std)

@@ -86,7 +86,9 @@ class SwiGLUFFN(_TokenwiseModule):
         two_thirds = int((hidden_features or in_features) * 2 / 3)
         hidden = two_thirds + (-two_thirds % align_to)
         if hidden == 0:
-            raise ValueError(f"SwiGLU keeps two thirds of hidden_features={hidden_features}, which is no channel at all")
+            raise ValueError(
+                f"SwiGLU keeps two thirds of hidden_features={hidden_features}, which is no channel at all"
+            )
         self.w1 = nn.Linear(in_features, hidden, bias=bias, device=device)
         self.w2 = nn.Linear(in_features, hidden, bias=bias, device=device)
         self.w3 = nn.Linear(hidden, out_features or in_features, bias=bias, device=device)

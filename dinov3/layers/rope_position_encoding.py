@@ -5,7 +5,7 @@ Notable:
 - A quarter of a head's channels turns with the row, a quarter with the column, and the two halves of the channels are
   the two components of the rotated pairs: channel blocks of d / 4 are row, column, row, column.
 - `periods` is a buffer that state dicts carry; what is loaded counts and is never computed again.
-- In training the coordinates may be shifted, jittered and rescaled at random ("RoPE-box jittering"), drawn at each call.
+- In training the coordinates may be shifted, jittered and rescaled at random ("RoPE-box jittering") at each call.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ class RopePositionEmbedding(nn.Module):
     def _init_weights(self) -> None:
         n_periods = self.D_head // 4
         device, dtype = self.periods.device, self.dtype
+        if device.type == "meta":
+            return  # There are no values to set, and arithmetic on meta tensors would load PyTorch's compiler.
         if self.base is not None:
             exponents = 2 * torch.arange(n_periods, device=device, dtype=dtype) / (self.D_head // 2)
             periods = self.base**exponents

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from dinov3.models import vision_transformer
-from dinov3.models.convnext import get_convnext_arch
+from dinov3.models.convnext import ConvNeXt, get_convnext_arch
 
 #: Arguments of a ViT that bear another name in the configuration, or that only some configurations have.
 _RENAMED = {"layerscale_init": "layerscale"}
@@ -60,12 +59,13 @@ def build_model(
     if args.get("fp8_enabled", False):
         raise NotImplementedError("student.fp8_enabled=true: 8-bit matrix products are not available yet")
     if "convnext" in args.arch:
-        teacher, student = (_convnext(args, device) for _ in range(2))
+        teacher = _convnext(args, device)
+        student = None if only_teacher else _convnext(args, device)
     elif hasattr(vision_transformer, args.arch) and args.arch.startswith("vit_"):
         options = _vit_options(args) | {"img_size": img_size, "device": device}
         factory = getattr(vision_transformer, args.arch)
         teacher = factory(**options)
-        student = factory(**options, drop_path_rate=args.get("drop_path_rate", 0.0)) if not only_teacher else None
+        student = None if only_teacher else factory(**options, drop_path_rate=args.get("drop_path_rate", 0.0))
     else:
         known = ", ".join(name for name in vars(vision_transformer) if name.startswith("vit_"))
         raise NotImplementedError(f"there is no architecture {args.arch!r}, only {known} and convnext_<size>")
@@ -92,6 +92,6 @@ def _vit_options(args: Any) -> dict[str, Any]:
     return options | {name: args[name] for name in _OPTIONAL if args.get(name) is not None}
 
 
-def _convnext(args: Any, device: torch.device | str | None) -> nn.Module:
+def _convnext(args: Any, device: torch.device | str | None) -> ConvNeXt:
     with torch.device(device or torch.get_default_device()):
         return get_convnext_arch(args.arch)(patch_size=args.patch_size)

@@ -320,7 +320,7 @@ class DinoVisionTransformer(nn.Module):
         patches = self.patch_embed(x)  # [B, h, w, D]
         b, h, w, _ = patches.shape
         patches = patches.flatten(1, 2)  # [B, N, D]
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if masks is None:
             # Adds nothing, whatever the mask token holds, but gives it a gradient (of zeros), which sharding needs.
             cls_token = cls_token + self.mask_token[:, :0].sum()

@@ -42,9 +42,7 @@ METRICS_FILE = "training_metrics.json"
 GARBAGE_COLLECTION_PERIOD = 150
 
 
-def do_train(
-    cfg: Any, model: SSLMetaArch, *, resume: bool = True, data_loader: Any = None
-) -> dict[str, float]:
+def do_train(cfg: Any, model: SSLMetaArch, *, resume: bool = True, data_loader: Any = None) -> dict[str, float]:
     """Train `model` as `cfg` says, from the newest checkpoint in `train.output_dir` if there is one.
 
     Args:
@@ -226,9 +224,7 @@ class Trainer:
 
     def export(self, iteration: int) -> None:
         """Write the EMA teacher after `iteration` to `eval/training_<iteration>`."""
-        path = export_teacher(
-            self.model, self.output_dir, iteration, sharded=self.cfg.train.sharded_eval_checkpoint
-        )
+        path = export_teacher(self.model, self.output_dir, iteration, sharded=self.cfg.train.sharded_eval_checkpoint)
         logger.info("teacher after iteration %d: %s", iteration, path)
 
     def _finish(self) -> dict[str, float]:

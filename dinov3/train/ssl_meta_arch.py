@@ -44,6 +44,8 @@ class SSLMetaArch(nn.Module):
             distillation, fp8).
     """
 
+    teacher: nn.ModuleDict
+
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         _check_supported(cfg)
@@ -80,7 +82,7 @@ class SSLMetaArch(nn.Module):
         """Initialise the student and the losses; the EMA starts equal to the student, buffers included."""
         materialize_(self)
         for network in self.student.values():
-            network.init_weights()
+            network.init_weights()  # type: ignore[operator]
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
         self.model_ema.load_state_dict(self.student.state_dict())
@@ -109,7 +111,7 @@ class SSLMetaArch(nn.Module):
         Returns:
             The total loss (0-dim float32, graph already freed) and the unweighted terms, detached, in a fixed order.
         """
-        batch = {
+        batch: dict[str, Any] = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in data.items()
         }
@@ -305,16 +307,17 @@ class SSLMetaArch(nn.Module):
         optim = self.cfg.optim
         groups: list[dict[str, Any]] = []
         for name, network in self.student.items():
-            groups += get_params_groups_with_decay_fsdp(
+            of_network = get_params_groups_with_decay_fsdp(
                 network,
                 lr_decay_rate=optim.layerwise_decay,
                 patch_embed_lr_mult=optim.patch_embed_lr_mult,
                 dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
                 is_dino_head=name == "dino_head",
             )
+            groups += fuse_params_groups(of_network) if optim.multi_tensor_optim else of_network
         if not optim.multi_tensor_optim:
             return groups
-        return [group | {"foreach": True, "fused": True} for group in fuse_params_groups(groups)]
+        return [group | {"foreach": True, "fused": True} for group in groups]
 
     @staticmethod
     def build_data_augmentation_dino(cfg: Any, **overrides: Any) -> DataAugmentationDINO:
@@ -411,9 +414,7 @@ def _projection_head(embed_dim: int, cfg: Any) -> DINOHead:
 def _koleo_loss(cfg: Any) -> KoLeoLoss | KoLeoLossDistributed:
     if not cfg.dino.koleo_loss_distributed:
         return KoLeoLoss()
-    return KoLeoLossDistributed(
-        topk=cfg.dino.koleo_topk, loss_group_size=cfg.dino.koleo_distributed_loss_group_size
-    )
+    return KoLeoLossDistributed(topk=cfg.dino.koleo_topk, loss_group_size=cfg.dino.koleo_distributed_loss_group_size)
 
 
 def _weight_schedule(schedule: Any, cfg: Any) -> Any:

@@ -59,7 +59,7 @@ def train_step(
         f"{name}_grad_norm": clip_grad_norm_(network, clip_grad or float("inf"))
         for name, network in model.student.items()
     }
-    metrics, n_bad_ranks = _average_over_ranks({"total_loss": total_loss} | terms | gradient_norms, model.device)
+    metrics, n_bad_ranks = _average_over_ranks({"total_loss": total_loss, **terms, **gradient_norms}, model.device)
     if n_bad_ranks:
         problem = _describe_problem(model, metrics, iteration, n_bad_ranks)
         optimizer.zero_grad(set_to_none=True)
@@ -81,9 +81,7 @@ def _average_over_ranks(
     return values | dict(zip(measured, means.unbind(), strict=True)), n_bad_ranks
 
 
-def _describe_problem(
-    model: SSLMetaArch, metrics: dict[str, Tensor | float], iteration: int, n_bad_ranks: int
-) -> str:
+def _describe_problem(model: SSLMetaArch, metrics: dict[str, Tensor | float], iteration: int, n_bad_ranks: int) -> str:
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Tensor)}
     bad = [name for name, value in numbers.items() if value != value or abs(value) == float("inf")]
     terms = ", ".join(f"{name} = {value:.4g}" for name, value in numbers.items())

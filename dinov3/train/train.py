@@ -36,7 +36,14 @@ __all__ = ["apply_optim_scheduler", "build_schedulers", "do_train", "get_args_pa
 
 logger = logging.getLogger("dinov3")
 
-RETIRED_FLAGS = ("eval", "eval_pretrained_weights", "test_ibot", "dump_fsdp_weights", "record_ref_losses", "ref_losses_path")
+RETIRED_FLAGS = (
+    "eval",
+    "eval_pretrained_weights",
+    "test_ibot",
+    "dump_fsdp_weights",
+    "record_ref_losses",
+    "ref_losses_path",
+)
 UNAVAILABLE_FLAGS = {
     "multi_distillation": "multi-distillation",
     "profiling": "profiling",
@@ -53,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "train.dataset_path=ImageFolder:root=photos optim.epochs=10",
         allow_abbrev=False,
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the default configuration")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the defaults")
     parser.add_argument("--output-dir", default="./local_dino", type=str, metavar="DIR", help="where the run writes")
     parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only export the teacher of the newest checkpoint")
@@ -82,9 +89,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         SystemExit: unknown flags or bare words; argparse prints the usage.
     """
     parser = get_args_parser()
-    takes_value = {
-        flag for action in parser._actions if action.nargs is None for flag in action.option_strings
-    }
+    takes_value = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
     flags: list[str] = []
     options: list[str] = []
     tokens = iter(argv)

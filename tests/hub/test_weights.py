@@ -128,7 +128,7 @@ def vit_tiny() -> dict[str, Tensor]:
 def test_other_architecture_is_recognised(state: Any, hint: str) -> None:
     with torch.device("meta"):
         model = DinoVisionTransformer(embed_dim=384, num_heads=6)
-    with pytest.raises(WeightsError, match="does not fit DinoVisionTransformer: .* missing") as caught:
+    with pytest.raises(WeightsError, match="does not fit DinoVisionTransformer: ") as caught:
         load_backbone_(model, state())
     assert hint in str(caught.value)
 

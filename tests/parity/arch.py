@@ -112,7 +112,10 @@ def gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradient norms per sub-model and parameter, and the stored slices."""
     outputs = {
         "grad_norm_per_param": torch.stack(
-            [_norm(parameters[n].grad) if parameters[n].grad is not None else torch.tensor(-1.0, dtype=torch.float64) for n in sorted(parameters)]
+            [
+                _norm(parameters[n].grad) if parameters[n].grad is not None else torch.tensor(-1.0, dtype=torch.float64)
+                for n in sorted(parameters)
+            ]
         )
     }
     for part in ("backbone", "dino_head", "ibot_head"):
@@ -146,7 +149,9 @@ def compare(case: dict[str, Any], outputs: dict[str, Tensor], *, prefix: str = "
         is_loss = "loss" in name.rsplit(".", 1)[-1] and case["outputs"][name]["shape"] == []
         tolerance = (1e-4 if is_loss else 2e-2) if bf16 else (1e-5 if is_loss else 1e-4)
         want = golden.tensors("ssl")[f"{case['id']}/{name}"]
-        golden.assert_near(outputs[name.removeprefix(prefix)].to(want.dtype), want, relative_to_max=tolerance, name=name)
+        golden.assert_near(
+            outputs[name.removeprefix(prefix)].to(want.dtype), want, relative_to_max=tolerance, name=name
+        )
         compared += 1
     assert compared, f"{case['id']} stores nothing that starts with {prefix!r}"
     return compared

@@ -11,7 +11,7 @@ from torch import nn
 
 from dinov3.layers import RopePositionEmbedding, SwiGLUFFN
 from dinov3.models import vision_transformer
-from dinov3.models.vision_transformer import DinoVisionTransformer, ffn_layer_dict, norm_layer_dict
+from dinov3.models.vision_transformer import DinoVisionTransformer, norm_layer_dict
 from dinov3.utils import named_apply
 
 from . import backbones_runner, golden

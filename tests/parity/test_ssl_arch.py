@@ -76,7 +76,9 @@ def test_configurations_are_accepted_or_rejected(case_id: str) -> None:
     assert checked == len(case["entries"])
 
 
-@pytest.mark.parametrize("case", golden.cases("ssl", "param_groups/vit", "param_groups/convnext"), ids=lambda c: c["id"])
+@pytest.mark.parametrize(
+    "case", golden.cases("ssl", "param_groups/vit", "param_groups/convnext"), ids=lambda c: c["id"]
+)
 def test_parameter_groups(case: dict[str, Any]) -> None:
     with torch.device("meta"):
         arch = SSLMetaArch(builder.config(case))

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 #: Ours, beside the published keys.
 NEW_KEYS = {
+    "student.depth": None,
     "train.fsdp": "auto",
     "train.on_bad_image": "raise",
     "train.max_nonfinite_steps": 0,

@@ -89,4 +89,6 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert first["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert one["losses"][-1] < one["losses"][0]
     for name, tensor in one["teacher"].items():
-        torch.testing.assert_close(first["teacher"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            first["teacher"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )

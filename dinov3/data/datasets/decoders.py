@@ -45,4 +45,6 @@ class DenseTargetDecoder(Decoder):
         self.image_data = image_data
 
     def decode(self) -> Image.Image:
-        return Image.open(BytesIO(self.image_data))
+        image = Image.open(BytesIO(self.image_data))
+        image.load()  # now, while the caller can still say which file is broken
+        return image

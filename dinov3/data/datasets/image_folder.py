@@ -57,7 +57,8 @@ class ImageFolder(ExtendedVisionDataset):
             raise ValueError(f"ImageFolder: labels={labels!r} is not one of {', '.join(LABELS)}")
         self._prefix = _find_split(Path(self.root), split)
         self._directory = Path(self.root, self._prefix)
-        listing = list_images_cached(self._directory, Path(extra).expanduser()) if extra else list_images(self._directory)
+        cache = Path(extra).expanduser() if extra else None
+        listing = list_images(self._directory) if cache is None else list_images_cached(self._directory, cache)
         if not len(listing.images):
             raise FileNotFoundError(_no_images(self._directory, listing))
         self._paths = listing.images

@@ -1,7 +1,7 @@
 """ImageNet-1k (Russakovsky et al. 2015) as unpacked from the official archives, or any part of it.
 
-The files of a split are listed once, by `dump_extra` or `python -m dinov3.data.datasets.dump`, into NumPy files that are
-then read memory-mapped, so that no process walks over 1.28 million files again or holds their names.
+The files of a split are listed once, by `dump_extra` or `python -m dinov3.data.datasets.dump`, into NumPy files. These
+are then read memory-mapped, so that no process walks over 1.28 million files again or holds their names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABELS_FILE = "labels.txt"
 NO_CLASS = np.iinfo(np.uint32).max
 
 
-class Split(Enum):
+class ImageNetSplit(Enum):
     """The parts of ImageNet-1k; the labels of TEST were never published."""
 
     TRAIN = "train"
@@ -37,7 +37,7 @@ class Split(Enum):
     @property
     def length(self) -> int:
         """Number of images of the complete split."""
-        return {Split.TRAIN: 1_281_167, Split.VAL: 50_000, Split.TEST: 100_000}[self]
+        return {"train": 1_281_167, "val": 50_000, "test": 100_000}[self.value]
 
     def get_dirname(self, class_id: str | None = None) -> str:
         """Directory of a class (without a class, or for TEST: of the split), relative to the root."""
@@ -45,9 +45,9 @@ class Split(Enum):
 
     def get_image_relpath(self, actual_index: int, class_id: str | None = None) -> str:
         """Path of an image relative to the root, from the number in its file name."""
-        if self is Split.TEST:
+        if self is ImageNetSplit.TEST:
             return f"{self.get_dirname()}/ILSVRC2012_test_{actual_index:08d}.JPEG"
-        name = f"{class_id}_{actual_index}" if self is Split.TRAIN else f"ILSVRC2012_val_{actual_index:08d}"
+        name = f"{class_id}_{actual_index}" if self is ImageNetSplit.TRAIN else f"ILSVRC2012_val_{actual_index:08d}"
         return f"{self.get_dirname(class_id)}/{name}.JPEG"
 
     def parse_image_relpath(self, image_relpath: str) -> tuple[str, int]:
@@ -56,9 +56,9 @@ class Split(Enum):
         Raises:
             ValueError: the path does not follow the pattern of the split, or the split is TEST, which has no classes.
         """
-        if self is Split.TEST:
+        if self is ImageNetSplit.TEST:
             raise ValueError(f"{image_relpath!r}: images of the TEST split have no class")
-        number = r"(?P=class_id)_(?P<index>\d+)" if self is Split.TRAIN else r"ILSVRC2012_val_(?P<index>\d{8})"
+        number = r"(?P=class_id)_(?P<index>\d+)" if self is ImageNetSplit.TRAIN else r"ILSVRC2012_val_(?P<index>\d{8})"
         match = re.fullmatch(rf"{self.value}/(?P<class_id>[^/]+)/{number}\.JPEG", image_relpath)
         if match is None:
             example = self.get_image_relpath(42, "n01440764")
@@ -82,13 +82,13 @@ class ImageNet(ExtendedVisionDataset):
         FileNotFoundError: `root` is no directory. Missing files of `extra` are reported when they are first needed.
     """
 
-    Split = Split
+    Split = ImageNetSplit
     Target = int
 
     def __init__(
         self,
         *,
-        split: Split,
+        split: ImageNetSplit,
         root: str,
         extra: str,
         transforms: Callable[[Any, Any], Any] | None = None,
@@ -98,7 +98,7 @@ class ImageNet(ExtendedVisionDataset):
         super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
         if not os.path.isdir(self.root):
             raise FileNotFoundError(f"ImageNet: root={root!r} is not a directory")
-        self._split = Split(split)
+        self._split = ImageNetSplit(split)
         self._extra = Path(extra).expanduser()
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -106,14 +106,14 @@ class ImageNet(ExtendedVisionDataset):
         return self.__dict__ | {"_arrays": {}}
 
     @property
-    def split(self) -> Split:
+    def split(self) -> ImageNetSplit:
         """The split of this dataset."""
         return self._split
 
     @property
     def classes(self) -> list[str] | None:
         """Class ids by class index; None for TEST."""
-        return None if self.split is Split.TEST else self._load("class-ids").tolist()
+        return None if self.split is ImageNetSplit.TEST else self._load("class-ids").tolist()
 
     def find_class_id(self, class_index: int) -> str:
         """The class id, e.g. `n01440764`, of a class index."""
@@ -125,15 +125,15 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_class_id(self, index: int) -> str | None:
         """The class id of sample `index`; None for TEST."""
-        return None if self.split is Split.TEST else str(self._entries["class_id"][index])
+        return None if self.split is ImageNetSplit.TEST else str(self._entries["class_id"][index])
 
     def get_class_name(self, index: int) -> str | None:
         """The class name of sample `index`; None for TEST."""
-        return None if self.split is Split.TEST else str(self._entries["class_name"][index])
+        return None if self.split is ImageNetSplit.TEST else str(self._entries["class_name"][index])
 
     def get_image_relpath(self, index: int) -> str:
         entry = self._entries[index]
-        class_id = None if self.split is Split.TEST else str(entry["class_id"])
+        class_id = None if self.split is ImageNetSplit.TEST else str(entry["class_id"])
         return self.split.get_image_relpath(int(entry["actual_index"]), class_id)
 
     def get_image_data(self, index: int) -> bytes:
@@ -141,11 +141,11 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_target(self, index: int) -> int | None:
         """The class index of sample `index`; None for TEST."""
-        return None if self.split is Split.TEST else int(self._entries["class_index"][index])
+        return None if self.split is ImageNetSplit.TEST else int(self._entries["class_index"][index])
 
     def get_targets(self) -> np.ndarray | None:
         """The class indices of all samples, uint32; None for TEST."""
-        return None if self.split is Split.TEST else np.array(self._entries["class_index"])
+        return None if self.split is ImageNetSplit.TEST else np.array(self._entries["class_index"])
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -157,10 +157,10 @@ class ImageNet(ExtendedVisionDataset):
             FileNotFoundError: the directory of the split or `labels.txt` is missing, or holds no image.
             ValueError: a file is not named like an ImageNet image, or a class id has no row in `labels.txt`.
         """
-        entries = _test_entries() if self.split is Split.TEST else self._list_entries()
+        entries = _test_entries() if self.split is ImageNetSplit.TEST else self._list_entries()
         self._arrays.clear()
         save_array(self._path("entries"), entries)
-        if self.split is not Split.TEST:
+        if self.split is not ImageNetSplit.TEST:
             _, first = np.unique(entries["class_index"], return_index=True)
             save_array(self._path("class-ids"), entries["class_id"][first])
             save_array(self._path("class-names"), entries["class_name"][first])
@@ -175,7 +175,7 @@ class ImageNet(ExtendedVisionDataset):
 
     def _load(self, kind: str) -> np.ndarray:
         if kind not in self._arrays:
-            if self.split is Split.TEST and kind != "entries":
+            if self.split is ImageNetSplit.TEST and kind != "entries":
                 raise AssertionError("the TEST split of ImageNet has no classes")
             self._arrays[kind] = self._read(kind)
         return self._arrays[kind]
@@ -234,7 +234,7 @@ def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
 
 
 def _test_entries() -> np.ndarray:
-    entries = np.zeros(Split.TEST.length, dtype=_entry_dtype([], []))
+    entries = np.zeros(ImageNetSplit.TEST.length, dtype=_entry_dtype([], []))
     entries["actual_index"] = np.arange(1, len(entries) + 1)
     entries["class_index"] = NO_CLASS
     return entries

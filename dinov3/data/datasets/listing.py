@@ -136,7 +136,14 @@ def _scan(path: str) -> list[os.DirEntry[str]]:
             found = [entry for entry in entries if not entry.name.startswith(".")]
     except PermissionError as error:
         raise PermissionError(f"cannot read the directory {path}: permission denied") from error
-    return sorted((entry for entry in found if entry.is_dir() or entry.is_file()), key=lambda entry: entry.name)
+    return sorted((entry for entry in found if _exists(entry)), key=lambda entry: entry.name)
+
+
+def _exists(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir() or entry.is_file()
+    except OSError:  # a symbolic link that leads to itself
+        return False
 
 
 def _read_cache(images_file: Path, mtimes_file: Path) -> Listing | None:

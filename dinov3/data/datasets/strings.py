@@ -59,7 +59,7 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
     ),
     "ImageNet": (
         image_net.ImageNet,
-        DatasetGrammar(required=("split", "root", "extra"), splits=image_net.Split),
+        DatasetGrammar(required=("split", "root", "extra"), splits=image_net.ImageNetSplit),
     ),
 }
 
@@ -73,7 +73,7 @@ class ParsedDataset:
 
 
 def parse_dataset_string(dataset_str: str) -> list[ParsedDataset]:
-    """The datasets that a string names, without opening anything; missing keys are not looked for.
+    """The datasets that a string names, without opening anything; that keys are missing is no error here.
 
     Args:
         dataset_str: see the module's description. Of a repeated key the last value counts.
@@ -90,10 +90,10 @@ def parse_dataset_string(dataset_str: str) -> list[ParsedDataset]:
 
 
 def check_required_keys(datasets: Iterable[ParsedDataset], dataset_str: str) -> None:
-    """Raise DatasetStringError if a dataset lacks a key that it needs."""
+    """Raise DatasetStringError if a dataset lacks a key that it needs, or has no value for it."""
     for dataset in datasets:
         grammar = DATASETS[dataset.name][1]
-        missing = [key for key in grammar.required if key not in dataset.kwargs]
+        missing = [key for key in grammar.required if not dataset.kwargs.get(key)]
         if missing:
             raise DatasetStringError(
                 f"dataset string {dataset_str!r}: {dataset.name} needs {_listed(missing)} as well; "

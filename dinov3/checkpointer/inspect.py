@@ -1,0 +1,76 @@
+"""What a checkpoint directory holds, on the command line: `python -m dinov3.checkpointer.inspect DIR`.
+
+Notable: needs no model, no process group and no memory for the tensors; also compares the files with the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dinov3.checkpointer.agreement import CheckpointError
+from dinov3.checkpointer.manifest import MANIFEST, check_files, read_manifest, read_metadata
+from dinov3.checkpointer.reading import read_nested
+
+
+def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator[str]:
+    """Lines about a checkpoint: iteration, origin, number and size of its entries by prefix, and damage.
+
+    Args:
+        directory: the checkpoint, of this library or of the official release.
+        shows_all: one line for every tensor instead of one for every prefix.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint, or is damaged.
+    """
+    metadata = read_metadata(directory)
+    yield f"iteration   {read_nested(directory, metadata, 'iteration', None)}"
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory)
+        yield f"written by  {manifest['world_size']} processes, torch {manifest['torch']}"
+    else:
+        yield f"written by  another library (no {MANIFEST}: checksums cannot be compared)"
+    check_files(directory, True, None)
+    yield "files       undamaged"
+    yield from _tensor_lines(metadata) if shows_all else _prefix_lines(metadata)
+
+
+def _tensor_lines(metadata: Metadata) -> Iterator[str]:
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            yield f"{name}  {list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
+
+
+def _prefix_lines(metadata: Metadata) -> Iterator[str]:
+    entries: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, entry in metadata.state_dict_metadata.items():
+        prefix = ".".join(name.split(".")[:3])
+        entries[prefix] += 1
+        if isinstance(entry, TensorStorageMetadata):
+            sizes[prefix] += math.prod(entry.size) * entry.properties.dtype.itemsize
+    for prefix, count in entries.items():
+        yield f"{prefix:40} {count:6} entries {sizes[prefix] / 2**20:10.1f} MiB"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; `argv` is what follows the program's name."""
+    parser = argparse.ArgumentParser("python -m dinov3.checkpointer.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint, e.g. <run>/ckpt/9999")
+    parser.add_argument("--all", action="store_true", help="list every tensor")
+    args = parser.parse_args(argv)
+    try:
+        for line in describe_checkpoint(args.directory, shows_all=args.all):
+            print(line)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

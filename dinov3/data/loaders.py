@@ -1,0 +1,390 @@
+"""Datasets from strings, and loaders that read them.
+
+Notable:
+- Everything random about a training batch follows from (`train.seed`, loader, batch number, rank, position in the
+  batch). The number of workers makes no difference, and a resumed run sees the batches of an uninterrupted one.
+- Loading leaves the random generators of the calling process as they were.
+- Workers collect garbage even if the process that starts them does not: transforms leave cycles behind.
+- Nothing here is a closure, so that workers can be spawned as well as forked.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+
+from dinov3 import distributed
+from dinov3.data.datasets import BadImageError, ConcatenatedDataset
+from dinov3.data.datasets.strings import DATASETS, check_required_keys, parse_dataset_string
+from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
+from dinov3.distributed import runtime
+
+logger = logging.getLogger("dinov3")
+
+MAX_REPLACEMENTS = 100
+ON_BAD_IMAGE = ("raise", "skip")
+
+
+class SamplerType(Enum):
+    """In which order, and by which process, samples are read; see `dinov3.data.samplers`."""
+
+    DISTRIBUTED = 0  # torch's: each process reads its part once
+    EPOCH = 1  # a given number of samples per epoch
+    INFINITE = 2  # endless permutations, shared out among the processes
+    SHARDED_INFINITE = 3  # endless, each process keeps to its part of the data
+    SHARDED_INFINITE_NEW = 4  # the same, shuffled faster
+
+
+def make_dataset(
+    *,
+    dataset_str: str,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+    transforms: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """The dataset that a string such as `ImageFolder:root=/data/photos` names.
+
+    Args:
+        dataset_str: `NAME:key=value:...`, several joined by `+`; see `dinov3.data.datasets.strings`.
+        transform: of the image.
+        target_transform: of the target.
+        transforms: of (image, target), instead of these two.
+
+    Returns:
+        The dataset, with items (image, target).
+
+    Raises:
+        DatasetStringError: a ValueError; the string means nothing, or lacks a key.
+        FileNotFoundError: what it names does not exist.
+    """
+    parsed = parse_dataset_string(dataset_str)
+    check_required_keys(parsed, dataset_str)
+    given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
+    dataset: Any
+    if len(parsed) == 1:
+        dataset = _open(parsed[0].name, parsed[0].kwargs | given)
+    else:
+        dataset = ConcatenatedDataset([_open(one.name, one.kwargs) for one in parsed], **given)
+    for name, value in given.items():
+        if not hasattr(dataset, name):
+            setattr(dataset, name, value)
+    logger.info("dataset %s: %d samples", dataset_str, len(dataset))
+    return dataset
+
+
+def make_data_loader(
+    *,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
+    prefetch_factor: int | None = None,
+    timeout: float = 0,
+    multiprocessing_context: Any = None,
+) -> DataLoader[Any]:
+    """A loader of this process's share of a dataset.
+
+    Args:
+        dataset: with `len()` and integer indices.
+        batch_size: samples per batch and process.
+        num_workers: processes that load; 0: this one.
+        shuffle: read in a random order.
+        seed: of that order.
+        sampler_type: how the samples are shared out; None: this process reads all of them, once.
+        sampler_size: for EPOCH, samples per epoch of all processes; -1: as many as the dataset has.
+        sampler_advance: for the infinite samplers, entries of this process to leave out.
+        drop_last: leave out a last batch that is not full.
+        persistent_workers: keep the workers between epochs; without workers ignored, as are the last three arguments.
+        collate_fn: makes a batch of a list of samples; None: torch's.
+        worker_init_fn: called in each worker with its number.
+        prefetch_factor: batches loaded ahead per worker; None: torch's default.
+        timeout: seconds to wait for a batch; 0: for ever.
+        multiprocessing_context: how workers are started, e.g. `"spawn"`; None: Python's default.
+
+    Returns:
+        The loader; its batches lie in pinned memory where this process has a CUDA device.
+
+    Raises:
+        TypeError: an iterable dataset.
+        ValueError: `sampler_size` or `sampler_advance` for a sampler that does not take it.
+        NotImplementedError: `sampler_advance` for EPOCH.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"{type(dataset).__name__} is an IterableDataset, which no sampler can index: give the dataset `__len__` "
+            "and `__getitem__`, or use torch.utils.data.DataLoader for it"
+        )
+    sampler = _make_sampler(
+        dataset, sampler_type, shuffle=shuffle, seed=seed, size=sampler_size, advance=sampler_advance
+    )
+    in_order = sampler_type is None
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        shuffle=shuffle if in_order else None,
+        generator=torch.Generator().manual_seed(seed) if in_order and shuffle else None,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        collate_fn=collate_fn,
+        pin_memory=runtime.device().type == "cuda",
+        **_worker_options(
+            num_workers,
+            worker_init_fn=WorkerInit(worker_init_fn),
+            persistent_workers=persistent_workers,
+            prefetch_factor=prefetch_factor,
+            timeout=timeout,
+            multiprocessing_context=multiprocessing_context,
+        ),
+    )
+
+
+def make_train_data_loader(
+    *,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    sampler_type: SamplerType,
+    sampler_seed: int,
+    collate_fn: Callable[[list[Any]], Any],
+    seed_key: tuple[int, int, int],
+    first_batch: int = 0,
+    on_bad_image: str = "raise",
+    multiprocessing_context: Any = None,
+) -> TrainDataLoader:
+    """An endless, shuffled loader whose batches depend on their number and on nothing that happened before.
+
+    Args:
+        dataset: with `len()` and integer indices.
+        batch_size: samples per batch and process.
+        num_workers: processes that load; 0: this one.
+        sampler_type: INFINITE, SHARDED_INFINITE or SHARDED_INFINITE_NEW.
+        sampler_seed: of the order, the same for all processes.
+        collate_fn: makes a batch, a dictionary, of a list of samples; like the dataset, it may draw from the global
+            generators of torch (CPU), NumPy and `random`.
+        seed_key: (seed, number of the loader, rank), of everything else that is random; none below 0.
+        first_batch: number of the first batch to yield: as many have been consumed before.
+        on_bad_image: `raise`, or `skip`: take the next image instead of one that cannot be read, log each such file
+            once, and give their number in the batch as `n_bad_images`.
+        multiprocessing_context: how workers are started, e.g. `"spawn"`; None: Python's default.
+
+    Returns:
+        An iterable of batches.
+
+    Raises:
+        ValueError: another sampler, `on_bad_image` or seed than these, or fewer samples than processes.
+    """
+    if sampler_type not in _INFINITE:
+        names = ", ".join(one.name for one in _INFINITE)
+        raise ValueError(f"training is endless: sampler_type must be one of {names}, got {sampler_type}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"train.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
+    if min(seed_key) < 0:
+        raise ValueError(f"seeds must be at least 0, got (seed, loader, rank) = {seed_key}")
+    sampler = _make_sampler(
+        dataset, sampler_type, shuffle=True, seed=sampler_seed, size=-1, advance=first_batch * batch_size
+    )
+    loader = DataLoader(
+        TrainBatches(dataset, collate_fn, seed_key, skip_bad_images=on_bad_image == "skip"),
+        sampler=BatchRequests(sampler, batch_size, first_batch),
+        batch_size=None,
+        collate_fn=_unchanged,
+        pin_memory=runtime.device().type == "cuda",
+        # Starting the workers would otherwise draw from the generator of the model.
+        generator=torch.Generator(),
+        **_worker_options(
+            num_workers, worker_init_fn=WorkerInit(None), multiprocessing_context=multiprocessing_context
+        ),
+    )
+    return TrainDataLoader(loader, batch_size, counts_bad_images=on_bad_image == "skip")
+
+
+class BatchRequest(NamedTuple):
+    """The number of a batch and the samples it is made of."""
+
+    number: int
+    indices: list[int]
+
+
+class BatchRequests(Sampler[BatchRequest]):
+    """The entries of an endless sampler, grouped into batches that know their number."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, first_batch: int) -> None:
+        self._sampler = sampler
+        self._batch_size = batch_size
+        self._first_batch = first_batch
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        entries = iter(self._sampler)
+        for number in itertools.count(self._first_batch):
+            yield BatchRequest(number, list(itertools.islice(entries, self._batch_size)))
+
+
+class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
+    """A dataset whose items are whole batches, each drawn from its own seeds.
+
+    An item is a pair: the batch, and for every image that was replaced its index and what was wrong.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], dict[str, Any]],
+        seed_key: tuple[int, int, int],
+        *,
+        skip_bad_images: bool,
+    ) -> None:
+        self._dataset = dataset
+        self._collate_fn = collate_fn
+        self._seed, self._loader, self._rank = seed_key
+        self._skip_bad_images = skip_bad_images
+
+    def __getitem__(self, request: BatchRequest) -> tuple[dict[str, Any], list[tuple[int, str]]]:
+        key = [self._seed, self._loader, request.number, self._rank]
+        problems: list[tuple[int, str]] = []
+        with _generators_restored():
+            samples = [self._load(index, [*key, position], problems) for position, index in enumerate(request.indices)]
+            _seed_generators(key)
+            return self._collate_fn(samples), problems
+
+    def _load(self, index: int, key: list[int], problems: list[tuple[int, str]]) -> Any:
+        n_samples = len(self._dataset)
+        n_tries = min(n_samples, MAX_REPLACEMENTS + 1)
+        for candidate in ((index + attempt) % n_samples for attempt in range(n_tries)):
+            _seed_generators(key)
+            try:
+                return self._dataset[candidate]
+            except BadImageError as error:
+                if not self._skip_bad_images:
+                    raise
+                problems.append((candidate, str(error)))
+        raise BadImageError(
+            f"none of {n_tries} images in a row can be read, from index {index} on; the last: {problems[-1][1]}"
+        )
+
+
+class TrainDataLoader:
+    """The batches of `make_train_data_loader`. Each `iter()` starts again at the first one."""
+
+    def __init__(self, loader: DataLoader[Any], batch_size: int, *, counts_bad_images: bool) -> None:
+        self.batch_size = batch_size
+        self._loader = loader
+        self._counts_bad_images = counts_bad_images
+        self._reported: set[int] = set()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch, problems in self._loader:
+            if self._counts_bad_images:
+                self._report(problems)
+                batch["n_bad_images"] = len(problems)
+            yield batch
+
+    def _report(self, problems: list[tuple[int, str]]) -> None:
+        # Here rather than in the workers, which do not know of each other and may have no log.
+        for index, message in problems:
+            if index not in self._reported:
+                self._reported.add(index)
+                logger.warning("%s; another image takes its place", message)
+
+
+class WorkerInit:
+    """What a worker does first: collect garbage, whatever its parent does, then the caller's own initialisation."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self._then = then
+
+    def __call__(self, worker: int) -> None:
+        # What a forked worker shares with its parent is not looked at, or each page would be copied.
+        gc.freeze()
+        gc.enable()
+        if self._then is not None:
+            self._then(worker)
+
+
+_INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+
+
+def _make_sampler(
+    dataset: Any, sampler_type: SamplerType | None, *, shuffle: bool, seed: int, size: int, advance: int
+) -> Any:
+    if size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(f"sampler_size={size} is for SamplerType.EPOCH, not for {sampler_type}")
+    if advance > 0 and sampler_type is SamplerType.EPOCH:
+        raise NotImplementedError(f"sampler_advance={advance}: SamplerType.EPOCH cannot be advanced")
+    if advance > 0 and sampler_type not in _INFINITE:
+        raise ValueError(f"sampler_advance={advance} is for the infinite samplers, not for {sampler_type}")
+    count = len(dataset)
+    match sampler_type:
+        case None:
+            return None
+        case SamplerType.DISTRIBUTED:
+            return DistributedSampler(
+                dataset,
+                num_replicas=distributed.get_world_size(),
+                rank=distributed.get_rank(),
+                shuffle=shuffle,
+                seed=seed,
+                drop_last=False,
+            )
+        case SamplerType.EPOCH:
+            return EpochSampler(size=size if size > 0 else count, sample_count=count, shuffle=shuffle, seed=seed)
+        case SamplerType.INFINITE:
+            return InfiniteSampler(sample_count=count, shuffle=shuffle, seed=seed, advance=advance)
+        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
+            return ShardedInfiniteSampler(
+                sample_count=count,
+                shuffle=shuffle,
+                seed=seed,
+                advance=advance,
+                use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
+            )
+    raise ValueError(f"sampler_type={sampler_type!r} is not a SamplerType")
+
+
+def _worker_options(num_workers: int, **options: Any) -> dict[str, Any]:
+    # Torch refuses most of these options where there are no workers.
+    return {"num_workers": num_workers} | (options if num_workers > 0 else {})
+
+
+def _open(name: str, kwargs: dict[str, Any]) -> Any:
+    return DATASETS[name][0](**kwargs)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _seed_generators(key: list[int]) -> None:
+    words = np.random.SeedSequence(key).generate_state(8)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    # Not `torch.manual_seed`, which also seeds the generators of other devices.
+    torch.default_generator.manual_seed(int(words[:2].view(np.uint64)[0]))
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,315 @@
+"""In which order a dataset is read: every process takes its own slice of one order that all of them know.
+
+Notable:
+- The orders are those of the published recipes, bit for bit, but made with array operations instead of one Python-level
+  random draw per sample.
+- `advance=k` gives exactly what is left of a sequence after its first k entries, and costs next to nothing, so that a
+  run can be resumed at its millionth step.
+- Each `iter()` restarts the same sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from dinov3 import distributed
+
+# From these sizes on torch draws 64-bit words, in `randperm` and in `randint`, and the array operations below would no
+# longer repeat the loops that define the orders.
+RANDPERM_64BIT_FROM = 2**32 // 20
+RANDINT_64BIT_FROM = 2**28
+
+# Shorter passes are made faster than a thread is woken.
+BACKGROUND_FROM = 100_000
+
+_CHUNK = 2**16
+_WORDS_PER_DISCARD = 2**22
+
+
+class EpochSampler(Sampler[int]):
+    """A finite number of samples per epoch, which may be fewer or more than there are.
+
+    The order of an epoch is a function of `seed * epoch` (of `epoch` alone where the seed is 0): epoch 0 is the same
+    for every seed, and seed 2 in epoch 3 repeats seed 3 in epoch 2. Published behaviour, kept for reproducibility.
+
+    Args:
+        size: samples per epoch, of all processes together.
+        sample_count: length N of the dataset; indices 0..N-1 are repeated as often as `size` needs.
+        shuffle: draw `size` of the repeated indices without replacement; else take the first `size`.
+        seed: of the order.
+        start: first position of this process in the order; None: its rank.
+        step: distance of its positions; None: the number of processes.
+
+    Raises:
+        ValueError: `size`, `sample_count` or `step` below 1, or `start` below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"EpochSampler: size must be at least 1, got {size}")
+        self._size = size
+        self._sample_count = sample_count
+        self._shuffle = shuffle
+        self._seed = seed
+        self._start, self._step = _slice_of_this_process(sample_count, start, step)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; without it every epoch has the order of epoch 0."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        indices = np.tile(np.arange(self._sample_count), -(-self._size // self._sample_count))
+        if self._shuffle:
+            generator = np.random.default_rng(self._seed * self._epoch if self._seed != 0 else self._epoch)
+            indices = generator.choice(indices, self._size, replace=False)
+        yield from indices[: self._size][self._start :: self._step].tolist()
+
+    def __len__(self) -> int:
+        return max(0, (self._size - self._start + self._step - 1) // self._step)
+
+
+class InfiniteSampler(Sampler[int]):
+    """The dataset again and again; shuffled, in another permutation each time, of which each process takes its slice.
+
+    Args:
+        sample_count: length N of the dataset.
+        shuffle: draw permutations; else 0..N-1 each time, of which a process sees only `start`, `start + step`, ...
+        seed: of the permutations, the same for all processes.
+        start: first position of this process in each permutation; None: its rank.
+        step: distance of its positions; None: the number of processes.
+        advance: number of entries of this process's sequence to leave out.
+
+    Raises:
+        ValueError: a size out of range, or no sample for this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+    ) -> None:
+        self._sample_count = sample_count
+        self._shuffle = shuffle
+        self._seed = seed
+        self._start, self._step = _slice_of_this_process(sample_count, start, step)
+        self._count = len(range(self._start, sample_count, self._step))
+        self._advance = _checked_advance(advance)
+        _check_enough(self._count, sample_count, self._start, self._step)
+
+    def __iter__(self) -> Iterator[int]:
+        n_passes, offset = divmod(self._advance, self._count)
+        passes = self._permutations(n_passes) if self._shuffle else itertools.repeat(self._own(None))
+        return _flatten(passes, offset, in_background=self._shuffle and self._sample_count >= BACKGROUND_FROM)
+
+    def _permutations(self, n_skipped: int) -> Iterator[np.ndarray]:
+        generator = torch.Generator().manual_seed(self._seed)
+        if self._sample_count >= RANDPERM_64BIT_FROM:
+            for permutation in itertools.islice(_permutations_by_loop(self._sample_count, generator), n_skipped, None):
+                yield self._own(permutation)
+        _discard_words(generator, n_skipped * self._sample_count)
+        while True:
+            yield self._own(_next_permutation(self._sample_count, generator))
+
+    def _own(self, permutation: np.ndarray | None) -> np.ndarray:
+        if permutation is None:
+            return np.arange(self._start, self._sample_count, self._step)
+        return permutation[self._start :: self._step].copy()  # a copy lets go of the other processes' entries
+
+
+class ShardedInfiniteSampler(Sampler[int]):
+    """The dataset again and again, where each process keeps to its own part of it, so that caches of files work.
+
+    The parts are slices of one permutation and equally large: what is left over when the samples are divided by the
+    processes is not read. Seed and start are added up, so that seed 0 on rank 1 shuffles like seed 1 on rank 0.
+
+    Args:
+        sample_count: length N of the dataset.
+        shuffle: deal out the samples at random, and shuffle each part anew in each pass; else the part is `start`,
+            `start + step`, ... of 0..N-1, nothing left over.
+        seed: of the permutations.
+        start: number of this process; None: its rank.
+        step: number of processes; None: as many as there are.
+        advance: number of entries of this process's sequence to leave out.
+        use_new_shuffle_tensor_slice: shuffle by `torch.randperm`, else by an inside-out Fisher-Yates shuffle.
+
+    Raises:
+        ValueError: a size out of range, or no sample for this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+        use_new_shuffle_tensor_slice: bool = False,
+    ) -> None:
+        self._sample_count = sample_count
+        self._shuffle = shuffle
+        self._seed = seed
+        self._start, self._step = _slice_of_this_process(sample_count, start, step)
+        self._advance = _checked_advance(advance)
+        self._shuffle_shard = _shuffle_by_randperm if use_new_shuffle_tensor_slice else _shuffle_inside_out
+        unshuffled = len(range(self._start, sample_count, self._step))
+        self._count = min(unshuffled, sample_count // self._step) if shuffle else unshuffled
+        _check_enough(self._count, sample_count, self._start, self._step)
+        if shuffle and sample_count % self._step:
+            warnings.warn(
+                f"{sample_count} samples do not divide by {self._step} processes: "
+                f"{sample_count % self._step} of them are not read",
+                stacklevel=2,
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        first_pass, offset = divmod(self._advance, self._count)
+        if not self._shuffle:
+            own = np.arange(self._start, self._sample_count, self._step)
+            return _flatten(itertools.repeat(own), offset, in_background=False)
+        return _flatten(self._passes(first_pass), offset, in_background=self._count >= BACKGROUND_FROM)
+
+    def _passes(self, first: int) -> Iterator[np.ndarray]:
+        dtype = torch.int32 if self._sample_count <= 2**31 else torch.int64
+        generator = torch.Generator().manual_seed(self._seed)
+        permutation = torch.randperm(self._sample_count, dtype=dtype, generator=generator)
+        shard = permutation.numpy()[self._start :: self._step][: self._count].copy()
+        for number in itertools.count(first):
+            yield self._shuffle_shard(shard, self._seed + self._start + (number << 24))
+
+
+def _slice_of_this_process(sample_count: int, start: int | None, step: int | None) -> tuple[int, int]:
+    if sample_count < 1:
+        raise ValueError(f"sample_count must be at least 1, got {sample_count}: the dataset is empty")
+    start = distributed.get_rank() if start is None else start
+    step = distributed.get_world_size() if step is None else step
+    if start < 0 or step < 1:
+        raise ValueError(f"start must be at least 0 and step at least 1, got start={start}, step={step}")
+    return start, step
+
+
+def _checked_advance(advance: int) -> int:
+    if advance < 0:
+        raise ValueError(f"advance must be at least 0, got {advance}")
+    return advance
+
+
+def _check_enough(count: int, sample_count: int, start: int, step: int) -> None:
+    if count < 1:
+        raise ValueError(
+            f"no sample is left for process {start} of {step}: the dataset has {sample_count} samples; "
+            "use a larger dataset or fewer processes"
+        )
+
+
+def _flatten(passes: Iterator[np.ndarray], offset: int, *, in_background: bool) -> Iterator[int]:
+    for indices in _one_ahead(passes) if in_background else passes:
+        for begin in range(offset, len(indices), _CHUNK):
+            yield from indices[begin : begin + _CHUNK].tolist()
+        offset = 0
+
+
+def _one_ahead(passes: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    # The next pass is made while this one is read: a loader would else stand still between passes.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, passes)
+        while True:
+            current = following.result()
+            following = pool.submit(next, passes)
+            yield current
+
+
+def _next_permutation(n: int, generator: torch.Generator) -> np.ndarray:
+    # Equals the forward Fisher-Yates loop below, which also draws for the last position, where nothing is left to draw.
+    permutation = torch.randperm(n, generator=generator).numpy()
+    torch.randint(1, (1,), generator=generator)
+    return permutation
+
+
+def _permutations_by_loop(n: int, generator: torch.Generator) -> Iterator[np.ndarray]:
+    while True:
+        permutation = np.arange(n)
+        for i in range(n):
+            j = int(torch.randint(i, n, (1,), generator=generator))
+            permutation[i], permutation[j] = permutation[j], permutation[i]
+        yield permutation
+
+
+def _discard_words(generator: torch.Generator, n_words: int) -> None:
+    words = torch.empty(min(n_words, _WORDS_PER_DISCARD), dtype=torch.int32)
+    for begin in range(0, n_words, _WORDS_PER_DISCARD):
+        words[: n_words - begin].random_(generator=generator)
+
+
+def _shuffle_by_randperm(shard: np.ndarray, seed: int) -> np.ndarray:
+    return shard[torch.randperm(len(shard), generator=torch.Generator().manual_seed(seed)).numpy()]
+
+
+def _shuffle_inside_out(shard: np.ndarray, seed: int) -> np.ndarray:
+    """The loop `result[i] = result[j]; result[j] = shard[i]`, j = `draws[i]`, for i = 0, 1, ..., as array operations.
+
+    Entry i is put into slot j. Whenever a later step i' draws the slot in which an entry lies, the entry moves to slot
+    i'. So it follows a chain of slots, each of which is left at the first later step that draws it; the ends of all
+    chains are found together by doubling.
+    """
+    n = len(shard)
+    draws = _inside_out_draws(n, seed)
+    steps = np.argsort(draws, kind="stable")  # grouped by the slot they draw, in order of time
+    slots = draws[steps]
+    drawn_again = np.append(slots[1:] == slots[:-1], False)
+    begins_group = np.insert(~drawn_again[:-1], 0, True)
+    own = np.arange(n)
+
+    next_same_slot = np.full(n, n)  # the next step that draws the slot which step i draws; n: none
+    next_same_slot[steps[drawn_again]] = steps[np.flatnonzero(drawn_again) + 1]
+    leaves = np.full(n, n)  # the first step after i that draws slot i
+    leaves[slots[begins_group]] = steps[begins_group]
+    leaves = np.where(leaves == own, next_same_slot, leaves)
+
+    last = np.where(leaves == n, own, leaves)
+    while not np.array_equal(last, further := last[last]):
+        last = further
+    stays = next_same_slot == n
+    result = np.empty_like(shard)
+    result[np.where(stays, draws, last[np.where(stays, 0, next_same_slot)])] = shard
+    return result
+
+
+def _inside_out_draws(n: int, seed: int) -> np.ndarray:
+    # What `torch.randint(0, i + 1)` gives for i = 1..n-1, after a 0 for which nothing is drawn.
+    if n >= RANDINT_64BIT_FROM:
+        generator = torch.Generator().manual_seed(seed)
+        draws = (int(torch.randint(0, i + 1, (1,), generator=generator)) for i in range(1, n))
+        return np.fromiter(itertools.chain([0], draws), dtype=np.int64, count=n)
+    return np.append(0, _torch_words(seed, n - 1).astype(np.int64) % np.arange(2, n + 1))
+
+
+def _torch_words(seed: int, count: int) -> np.ndarray:
+    # The 32-bit words of a torch generator: no torch function gives all bits of them, but NumPy has the same generator.
+    words = np.random.MT19937()
+    words.state = cast(Any, np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False))
+    return words.random_raw(count)
