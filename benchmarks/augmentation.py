@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
 from dinov3.data.augmentations import DataAugmentationDINO
@@ -56,7 +57,7 @@ class PlainAugmentation:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, one thread\n")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {pillow_version}, one thread\n")
     print("| image | views | augmentation | ms per image | images/s | ratio |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
     for global_size, local_size, local_number in args.recipe:

@@ -1,7 +1,7 @@
 """One network of a sharded checkpoint as one file: `python -m dinov3.checkpointer.consolidate DIR OUT.pth`.
 
-Notable: no process group, no model. Tensors are read from the shards one after the other into a memory-mapped file
-beside the output, so that the whole network is never in memory.
+Notable: no process group, no model. The shards are put together in memory-mapped files beside the output, so that the
+network need not fit into memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def consolidate(
     directory, output = Path(directory), Path(output)
     check_files(directory, "auto", None)
     with tempfile.TemporaryDirectory(prefix=".tmp-consolidate-", dir=output.parent) as scratch:
-        tensors = _read_one_by_one(directory, _names(directory, model, what), Path(scratch))
+        tensors = _read(directory, _names(directory, model, what), Path(scratch))
         temporary = temporary_beside(output)
         try:
             if safetensors:
@@ -88,19 +88,17 @@ def _names(directory: Path, model: str, what: str) -> dict[str, str]:
     raise CheckpointError(f"{directory} holds no {model} ({what}); it holds {', '.join(held)}")
 
 
-def _read_one_by_one(directory: Path, names: dict[str, str], scratch: Path) -> dict[str, Tensor]:
+def _read(directory: Path, names: dict[str, str], scratch: Path) -> dict[str, Tensor]:
     entries = read_metadata(directory).state_dict_metadata
     tensors: dict[str, Tensor] = {}
     for number, (name, source) in enumerate(names.items()):
         entry = entries[source]
         assert isinstance(entry, TensorStorageMetadata)
         size, dtype = entry.size.numel(), entry.properties.dtype
-        if size == 0:
-            tensors[name] = torch.empty(entry.size, dtype=dtype)
-            continue
-        mapped = torch.from_file(str(scratch / str(number)), shared=True, size=size, dtype=dtype)
-        tensors[name] = mapped.reshape(entry.size)
-        load_dcp({source: tensors[name]}, directory, None)
+        # An empty file cannot be mapped.
+        mapped = torch.from_file(str(scratch / str(number)), shared=True, size=size, dtype=dtype) if size else None
+        tensors[name] = torch.empty(entry.size, dtype=dtype) if mapped is None else mapped.reshape(entry.size)
+    load_dcp({names[name]: tensor for name, tensor in tensors.items()}, directory, None)
     return tensors
 
 

@@ -45,8 +45,9 @@ SOLARIZE_PROBABILITIES = (0.0, 0.2)  # of global crops 1 and 2
 
 CROP_ATTEMPTS = 10
 MIN_CROP_SIZE = BLUR_KERNEL_SIZE // 2 + 1  # the blur reflects half a kernel at the borders
-LUMA = (0.299, 0.587, 0.114)
+LUMA = torch.tensor([0.299, 0.587, 0.114])
 SMALLEST_STD = 1e-6
+CHANNEL_HUES = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1)  # in sixths of a turn
 # A tap below this changes no pixel by more than 0.03 levels.
 NEGLIGIBLE_TAP = 1e-4
 
@@ -274,7 +275,7 @@ def _distorted(view: Tensor, *, jitter: bool, blur: float = 0.0, solarize: float
     to_gray = jitter and _happens(GRAYSCALE_PROBABILITY)
     taps = _gaussian_taps(_between(*BLUR_SIGMA, _uniforms(1)[0])) if blur and _happens(blur) else []
     if adjust or to_gray or len(taps) > 1:
-        levels = view.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        levels = view.to(torch.float32, memory_format=torch.contiguous_format)
         if adjust:
             levels = _color_jittered(levels)
         if to_gray:
@@ -298,7 +299,7 @@ def _color_jittered(levels: Tensor) -> Tensor:
         if step == 0:
             levels.mul_(brightness).clamp_(0, 255)
         elif step == 1:
-            gray = float(levels.mean((1, 2)) @ torch.tensor(LUMA))
+            gray = float(levels.mean((1, 2)) @ LUMA)
             levels.mul_(contrast).add_((1 - contrast) * gray).clamp_(0, 255)
         elif step == 2:
             gray_levels = _luma(levels)
@@ -309,7 +310,7 @@ def _color_jittered(levels: Tensor) -> Tensor:
 
 
 def _luma(levels: Tensor) -> Tensor:
-    return (torch.tensor(LUMA) @ levels.reshape(3, -1)).view(levels.shape[1:])  # [H, W]
+    return (LUMA @ levels.reshape(3, -1)).view(levels.shape[1:])  # [H, W]
 
 
 def _hue_rotated(levels: Tensor, turns: float) -> Tensor:
@@ -326,7 +327,7 @@ def _hue_rotated(levels: Tensor, turns: float) -> Tensor:
     middle.sub_(smaller).div_(chroma.add(1e-6))
     hue = hue.add_(middle).abs_().add_(6 * turns)
     # A channel's share of the chroma is 1 within a sixth of a turn of its hue, falls over the next sixth, then is 0.
-    distance = hue - torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1)
+    distance = hue - CHANNEL_HUES
     share = distance.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
     return share.sub_(1).mul_(chroma).add_(largest)
 

@@ -270,27 +270,22 @@ def _shuffle_by_randperm(shard: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _shuffle_inside_out(shard: np.ndarray, seed: int) -> np.ndarray:
-    """The loop `result[i] = result[j]; result[j] = shard[i]`, j = `draws[i]`, for i = 0, 1, ..., as array operations.
-
-    Entry i is put into slot j. Whenever a later step i' draws the slot in which an entry lies, the entry moves to slot
-    i'. So it follows a chain of slots, each of which is left at the first later step that draws it; the ends of all
-    chains are found together by doubling.
-    """
+    # The loop `result[i] = result[j]; result[j] = shard[i]`, j = draws[i], for i = 0, 1, ..., as array operations. Entry
+    # i is put into slot j. Whenever a later step draws the slot in which an entry lies, the entry moves to the slot
+    # numbered like that step. So it follows a chain of slots, and the ends of all chains are found by doubling.
     n = len(shard)
     draws = _inside_out_draws(n, seed)
     steps = np.argsort(draws, kind="stable")  # grouped by the slot they draw, in order of time
     slots = draws[steps]
     drawn_again = np.append(slots[1:] == slots[:-1], False)
     begins_group = np.insert(~drawn_again[:-1], 0, True)
-    own = np.arange(n)
 
     next_same_slot = np.full(n, n)  # the next step that draws the slot which step i draws; n: none
     next_same_slot[steps[drawn_again]] = steps[np.flatnonzero(drawn_again) + 1]
-    leaves = np.full(n, n)  # the first step after i that draws slot i
+    leaves = np.full(n, n)  # the first step that draws slot i: after i, or i itself, whose slot no chain enters
     leaves[slots[begins_group]] = steps[begins_group]
-    leaves = np.where(leaves == own, next_same_slot, leaves)
 
-    last = np.where(leaves == n, own, leaves)
+    last = np.where(leaves == n, np.arange(n), leaves)
     while not np.array_equal(last, further := last[last]):
         last = further
     stays = next_same_slot == n

@@ -131,7 +131,7 @@ def draw_pca(photos: Sequence[Photo], models: Mapping[str, nn.Module], path: Pat
     Returns:
         `path`.
     """
-    figure, grid, fitted = _make_grid(photos, models, title)
+    figure, grid, fitted = _make_grid(photos, models, title, inches_below=0.05)
     for row, model in enumerate(models.values(), start=1):
         for axes, image in zip(grid[row], fitted, strict=True):
             axes.imshow(pca_colours(patch_features(model, image)), interpolation="nearest")
@@ -151,7 +151,7 @@ def draw_similarity(photos: Sequence[Photo], models: Mapping[str, nn.Module], pa
     Returns:
         `path`.
     """
-    figure, grid, fitted = _make_grid(photos, models, title)
+    figure, grid, fitted = _make_grid(photos, models, title, inches_below=0.2)
     for axes, photo in zip(grid[0], photos, strict=True):
         _draw_mark(axes, photo)
     for row, model in enumerate(models.values(), start=1):
@@ -159,17 +159,14 @@ def draw_similarity(photos: Sequence[Photo], models: Mapping[str, nn.Module], pa
             similarity = similarity_map(patch_features(model, image), photo.mark)
             # Most patches of a small model are alike: stretch over what there is.
             low = float(np.quantile(similarity, 0.02))
-            shown = axes.imshow(similarity, cmap="magma", vmin=low, vmax=1.0, interpolation="nearest")
-            bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.05, pad=0.02, aspect=30)
-            bar.set_ticks([low, 1.0], labels=[f"{low:.2f}", "1"])
-            bar.ax.tick_params(labelsize=8, length=0)
-            bar.outline.set_visible(False)
+            axes.imshow(similarity, cmap="magma", vmin=low, vmax=1.0, interpolation="nearest")
+            axes.set_xlabel(f"from {low:.2f} (dark) to 1 (bright)", fontsize=8, labelpad=2)
     figure.savefig(path, dpi=DPI)
     return path
 
 
 def _make_grid(
-    photos: Sequence[Photo], models: Mapping[str, nn.Module], title: str
+    photos: Sequence[Photo], models: Mapping[str, nn.Module], title: str, *, inches_below: float
 ) -> tuple[Figure, list[list[Axes]], list[Image.Image]]:
     # The photos stand in row 0; also returns what the models see of them.
     patch_size = _patch_size(models)
@@ -178,7 +175,7 @@ def _make_grid(
     column_height = FIGURE_WIDTH / sum(widths)
     # Few or narrow photos would make a giant of each.
     width = FIGURE_WIDTH * min(1.0, 4.0 / column_height)
-    height = width / sum(widths) * (1 + len(models)) * 1.12 + 0.9
+    height = (0.96 * width / sum(widths) + inches_below) * (1 + len(models)) + 0.75
     engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(width, height), layout=engine)
     FigureCanvasAgg(figure)
@@ -190,16 +187,13 @@ def _make_grid(
         for spine in axes.spines.values():
             spine.set_visible(False)
     for axes, photo, image in zip(grid[0], photos, fitted, strict=True):
-        axes.imshow(_sharp(photo.image, image.size), extent=(0, image.width, image.height, 0))
+        # What the models see, at the photo's own resolution.
+        sharp = fit_to_patches(photo.image, 1, short_side=min(photo.image.size))
+        axes.imshow(sharp, extent=(0, image.width, image.height, 0))
         axes.set_title(photo.title, fontsize=10)
     for axes, name in zip(grid[:, 0], ["photo", *models], strict=True):
         axes.set_ylabel(name, fontsize=11)
     return figure, grid.tolist(), fitted
-
-
-def _sharp(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # What the models see, at a resolution that pleases people.
-    return fit_to_patches(image, 1, short_side=max(min(image.size), *size) if min(image.size) > min(size) else min(size))
 
 
 def _draw_mark(axes: Axes, photo: Photo) -> None:

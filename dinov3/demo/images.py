@@ -264,7 +264,6 @@ def _load(dataset: ImageFolder, index: int) -> Image.Image:
         raise BadImageError(f"--images: cannot read {path} ({error}): mend or remove it") from error
 
 
-
 def _fit(image: Image.Image, short_side: int) -> Image.Image:
     scale = short_side / min(image.size)
     if scale >= 1:

@@ -96,7 +96,7 @@ def run_demo(options: DemoOptions) -> DemoResults:
         random_model = build_model_for_eval(cfg, None)
     n_parameters = sum(parameter.numel() for parameter in random_model.parameters())
     _say(
-        f"{cfg.student.arch} with {len(random_model.blocks)} blocks, patches of {cfg.student.patch_size} pixels, "
+        f"{cfg.student.arch}, {random_model.n_blocks} blocks, patches of {cfg.student.patch_size} pixels, "
         f"{n_parameters / 1e6:.1f} M parameters"
     )
 

@@ -22,7 +22,10 @@ from dinov3.models import build_model_from_cfg
 
 logger = logging.getLogger("dinov3")
 
+#: Where a training run keeps what it saves, below its output directory.
 CONFIG_FILE = "config.yaml"
+CHECKPOINT_DIRECTORY = "ckpt"
+EVALUATION_DIRECTORY = "eval"
 TEACHER_FILE = "teacher_checkpoint.pth"
 SHARDED_TEACHER_DIRECTORY = "sharded_teacher_checkpoint"
 
@@ -123,10 +126,10 @@ def find_teacher(run_dir: Path, iteration: int | None = None) -> Path:
 def _saved_teachers(run_dir: Path) -> list[tuple[int, int, Path]]:
     # (iteration, preference, path): of the forms of one iteration, the smallest that needs no assembling comes first.
     found = []
-    for path in (run_dir / "ckpt").glob("*/.metadata"):
+    for path in (run_dir / CHECKPOINT_DIRECTORY).glob("*/.metadata"):
         if match := re.fullmatch(r"(0|[1-9][0-9]*)(_keep)?", path.parent.name):
             found.append((int(match[1]), 0, path.parent))
-    for path in (run_dir / "eval").glob("training_*/*"):
+    for path in (run_dir / EVALUATION_DIRECTORY).glob("training_*/*"):
         match = re.fullmatch(r"training_([0-9]+)", path.parent.name)
         if match and path.name == SHARDED_TEACHER_DIRECTORY and (path / ".metadata").is_file():
             found.append((int(match[1]), 1, path))

@@ -10,10 +10,8 @@ import torch
 from dinov3 import distributed
 from dinov3.checkpointer import save_checkpoint
 from dinov3.fsdp import full_state_dict
+from dinov3.hub.runs import EVALUATION_DIRECTORY, SHARDED_TEACHER_DIRECTORY, TEACHER_FILE
 from dinov3.train.ssl_meta_arch import SSLMetaArch
-
-TEACHER_FILE = "teacher_checkpoint.pth"
-SHARDED_TEACHER_DIRECTORY = "sharded_teacher_checkpoint"
 
 
 def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
@@ -32,7 +30,7 @@ def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, shar
     Returns:
         The file or directory.
     """
-    directory = output_dir / "eval" / f"training_{iteration}"
+    directory = output_dir / EVALUATION_DIRECTORY / f"training_{iteration}"
     if sharded:
         path = directory / SHARDED_TEACHER_DIRECTORY
         save_checkpoint(path, iteration=iteration, model=model.model_ema)

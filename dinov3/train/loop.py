@@ -28,17 +28,17 @@ from dinov3.checkpointer import (
     save_checkpoint,
 )
 from dinov3.distributed import runtime
-from dinov3.logging import MetricLogger, truncate_metrics_file
+from dinov3.hub.runs import CHECKPOINT_DIRECTORY
+from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
 from dinov3.train.data_loading import build_train_loader
 from dinov3.train.export import export_teacher
-from dinov3.train.plot import plot_losses
+from dinov3.train.plot import METRICS_FILE, plot_losses
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.step import NonFiniteLossError, StepResult, train_step
 
 logger = logging.getLogger("dinov3")
 
-METRICS_FILE = "training_metrics.json"
 GARBAGE_COLLECTION_PERIOD = 150
 
 
@@ -74,7 +74,7 @@ class Trainer:
         self.cfg = cfg
         self.model = model.train()
         self.output_dir = Path(cfg.train.output_dir)
-        self.checkpoint_root = self.output_dir / "ckpt"
+        self.checkpoint_root = self.output_dir / CHECKPOINT_DIRECTORY
         self.n_iterations = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
         self.global_batch_size = cfg.train.batch_size_per_gpu * distributed.get_world_size()
         self.schedules = build_schedulers(cfg)
@@ -87,6 +87,10 @@ class Trainer:
             tensorboard_dir=str(self.output_dir / "tensorboard") if cfg.train.tensorboard else None,
         )
         self.rng_state = RngState()
+        if cfg.train.on_bad_image == "skip":
+            # A running total, of which a median over a window would say nothing.
+            self.metric_logger.add_meter("bad_images", SmoothedValue(window_size=1, fmt="{value:.0f}"))
+        self.n_bad_images = 0
         self.nonfinite_in_a_row = 0
         self.save_failed_before = False
 
@@ -105,11 +109,16 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the trainer itself."""
-        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "meters": self.metric_logger.state_dict()}
+        return {
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "n_bad_images": self.n_bad_images,
+            "meters": self.metric_logger.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the trainer's own state from a checkpoint."""
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.n_bad_images = state["n_bad_images"]
         self.metric_logger.load_state_dict(state["meters"])
 
     def save(self, iteration: int) -> None:
@@ -151,11 +160,12 @@ class Trainer:
 
     def _resume(self) -> int:
         directory = latest_valid_checkpoint(self.checkpoint_root)
-        if directory is None:
-            return 0
-        start = self.load(directory) + 1
+        start = 0 if directory is None else self.load(directory) + 1
         if distributed.is_subgroup_main_process():
+            # Iterations after the checkpoint come again.
             truncate_metrics_file(self.output_dir / METRICS_FILE, start)
+        if directory is None:
+            return start
         logger.info("resumed from %s: %d of %d iterations are done", directory, start, self.n_iterations)
         return start
 
@@ -173,7 +183,7 @@ class Trainer:
         if iteration % GARBAGE_COLLECTION_PERIOD == 0:
             gc.collect()
         settings = settings_at(self.schedules, iteration)
-        n_bad_images = data.pop("n_bad_images", 0)
+        self._count_bad_images(data.pop("n_bad_images", None))
         started = time.perf_counter()
         result = train_step(
             self.model,
@@ -194,9 +204,14 @@ class Trainer:
             images_per_second=self.global_batch_size / (time.perf_counter() - started),
             max_memory_mib=runtime.max_memory_mib(),
         )
-        if self.cfg.train.on_bad_image == "skip":
-            self.metric_logger.update(bad_images=n_bad_images)
         self._after_step(iteration, is_finite=result.problem is None)
+
+    def _count_bad_images(self, count: int | None) -> None:
+        if count is None:  # `train.on_bad_image=raise`
+            return
+        total = distributed.all_reduce(torch.tensor(count, device=runtime.device()))
+        self.n_bad_images += int(total)
+        self.metric_logger.update(bad_images=self.n_bad_images)
 
     def _after_step(self, iteration: int, *, is_finite: bool) -> None:
         done = iteration + 1

@@ -24,9 +24,11 @@ import torch
 from dinov3 import distributed
 from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
 from dinov3.configs import DinoV3SetupArgs, setup_config
+from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
 from dinov3.run.cli import run_command_line
 from dinov3.run.init import job_context
 from dinov3.train.loop import Trainer, do_train
+from dinov3.train.plot import METRICS_FILE
 from dinov3.train.preflight import check_dataset, check_disk
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
@@ -135,14 +137,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def _run(cfg: Any, args: argparse.Namespace) -> dict[str, float]:
-    checkpoint_root = Path(cfg.train.output_dir) / "ckpt"
+    checkpoint_root = Path(cfg.train.output_dir) / CHECKPOINT_DIRECTORY
     checkpoint_root.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(checkpoint_root)
     check_dataset(cfg)
     model = build_model(cfg)
     check_disk(model, Path(cfg.train.output_dir))
     if args.no_resume:
-        _set_old_checkpoints_aside(checkpoint_root)
+        _set_old_run_aside(Path(cfg.train.output_dir))
     if args.eval_only:
         return _export_newest(cfg, model, checkpoint_root)
     return do_train(cfg, model, resume=not args.no_resume)
@@ -172,13 +174,17 @@ def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[
     return {}
 
 
-def _set_old_checkpoints_aside(checkpoint_root: Path) -> None:
-    # A new run beside old checkpoints would later resume from, and prune in favour of, the old run's.
-    if distributed.is_main_process() and any(checkpoint_root.iterdir()):
-        aside = checkpoint_root.with_name(f"ckpt.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        checkpoint_root.rename(aside)
-        checkpoint_root.mkdir()
-        logger.info("--no-resume: the old checkpoints are now in %s", aside)
+def _set_old_run_aside(output_dir: Path) -> None:
+    # A new run among an old one's files would later resume from, or be taken for, the old one.
+    if distributed.is_main_process():
+        now = time.strftime("%Y%m%d-%H%M%S")
+        for name in (CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, METRICS_FILE):
+            path = output_dir / name
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                path.rename(output_dir / f"{name}.before-{now}")
+                logger.info("--no-resume: the old %s is now %s.before-%s", path, name, now)
+        (output_dir / TEACHER_FILE).unlink(missing_ok=True)
+        (output_dir / CHECKPOINT_DIRECTORY).mkdir(exist_ok=True)
     distributed.barrier()
 
 

@@ -31,6 +31,7 @@ from dinov3.data import (
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset, ImageFolder
 from dinov3.data.loaders import make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
+from dinov3.data.samplers import InfiniteSampler, ShardedInfiniteSampler
 
 N_SAMPLES = 10
 
@@ -399,6 +400,18 @@ def test_distributed_type_is_torchs_sampler_of_this_process(monkeypatch: pytest.
 def test_sampler_advance_reaches_the_infinite_samplers(sampler_type: SamplerType) -> None:
     whole = sum(indices(plain_loader(sampler_type=sampler_type), 8), [])
     assert sum(indices(plain_loader(sampler_type=sampler_type, sampler_advance=12), 5), []) == whole[12:]
+
+
+def test_each_sampler_type_has_its_own_order() -> None:
+    make = functools.partial(ShardedInfiniteSampler, sample_count=N_SAMPLES, shuffle=True, seed=3)
+    expected = {
+        SamplerType.INFINITE: InfiniteSampler(sample_count=N_SAMPLES, shuffle=True, seed=3),
+        SamplerType.SHARDED_INFINITE: make(),
+        SamplerType.SHARDED_INFINITE_NEW: make(use_new_shuffle_tensor_slice=True),
+    }
+    for sampler_type, sampler in expected.items():
+        batches = indices(plain_loader(sampler_type=sampler_type, seed=3), 5)
+        assert sum(batches, []) == list(itertools.islice(sampler, 20)), sampler_type
 
 
 @pytest.mark.parametrize(

@@ -118,18 +118,21 @@ def test_passes_made_in_the_background_are_the_same(make: Callable[..., Any], mo
 
 
 def test_next_pass_is_made_while_this_one_is_read() -> None:
-    second_begun = threading.Event()
+    first_is_read = threading.Event()
+    waited = []
 
     def passes() -> Iterator[np.ndarray]:
-        yield np.arange(3)
-        second_begun.set()
-        yield np.arange(3)
-        yield np.arange(3)
+        yield np.array([1, 2])
+        waited.append(first_is_read.wait(timeout=10))
+        yield np.array([3, 4])
+        yield np.array([5, 6])
 
     entries = samplers._flatten(passes(), 0, in_background=True)
-    next(entries)
-    assert second_begun.wait(timeout=30)
+    assert next(entries) == 1
+    first_is_read.set()
+    assert [next(entries), next(entries)] == [2, 3]
     entries.close()  # type: ignore[attr-defined]
+    assert waited == [True]
 
 
 def test_epoch_decides_the_order() -> None:
