@@ -88,8 +88,9 @@ def random_batch(cfg: Any) -> dict[str, Any]:
     def crops(count: int, size: int) -> list[torch.Tensor]:
         return [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(count)]
 
+    n_local = cfg.crops.local_crops_number
     samples = [
-        ({"global_crops": crops(2, resolution.global_size), "local_crops": crops(cfg.crops.local_crops_number, resolution.local_size)}, ())
+        ({"global_crops": crops(2, resolution.global_size), "local_crops": crops(n_local, resolution.local_size)}, ())
         for _ in range(cfg.train.batch_size_per_gpu)
     ]
     return build_collate(cfg, resolution)(samples) | {"global_batch_size": len(samples)}
@@ -127,7 +128,7 @@ def report(cfg: Any, model: Any, seconds: list[float], phases: dict[str, list[fl
     median = statistics.median(seconds)
     batch_size = cfg.train.batch_size_per_gpu
     n_parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    print(f"{cfg.student.arch}/{cfg.student.patch_size}, batch {batch_size}, student {n_parameters / 1e6:.1f} M parameters, ")
+    print(f"{cfg.student.arch}/{cfg.student.patch_size}, batch {batch_size}, {n_parameters / 1e6:.1f} M parameters,")
     print(f"{runtime.device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {len(seconds)} steps")
     print(f"step        {median * 1e3:9.1f} ms median ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})")
     print(f"images      {batch_size / median:9.1f} /s")

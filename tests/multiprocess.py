@@ -16,9 +16,7 @@ import torch.multiprocessing as mp
 def _worker(rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world_size)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     try:
         torch.save(function(rank, world_size, *args), f"{directory}/result{rank}.pt")
         dist.barrier()

@@ -31,12 +31,13 @@ import sys
 import numpy
 import torch
 
+ALLOWED = {"torch", "sympy", "mpmath", "numpy", "dinov3", "hubconf"}  # PyTorch itself computes shapes with sympy.
+
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         root = name.partition(".")[0]
-        # PyTorch itself computes shapes with sympy.
-        if root not in sys.stdlib_module_names and root not in ("torch", "sympy", "mpmath", "numpy", "dinov3", "hubconf"):
+        if root not in sys.stdlib_module_names and root not in ALLOWED:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 
@@ -47,7 +48,7 @@ model = torch.hub.load(repository, "dinov3_vits16", source="local", pretrained=F
 model = torch.hub.load(repository, "dinov3_vits16", source="local", weights=weights)
 assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 384)
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
-assert new <= {"torch", "sympy", "mpmath", "numpy", "dinov3", "hubconf"}, new
+assert new <= ALLOWED, new
 """
 
 
