@@ -270,8 +270,8 @@ def _shuffle_by_randperm(shard: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _shuffle_inside_out(shard: np.ndarray, seed: int) -> np.ndarray:
-    # The loop `result[i] = result[j]; result[j] = shard[i]`, j = draws[i], for i = 0, 1, ..., as array operations. Entry
-    # i is put into slot j. Whenever a later step draws the slot in which an entry lies, the entry moves to the slot
+    # The loop `result[i] = result[j]; result[j] = shard[i]`, j = draws[i], for i = 0, 1, ..., as array operations.
+    # Entry i is put into slot j. Whenever a later step draws the slot in which an entry lies, it moves to the slot
     # numbered like that step. So it follows a chain of slots, and the ends of all chains are found by doubling.
     n = len(shard)
     draws = _inside_out_draws(n, seed)

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dinov3 import distributed
 from dinov3.data import CombinedDataLoader, MaskingGenerator, collate_data_and_cast, make_dataset
 from dinov3.data.loaders import SamplerType, make_train_data_loader
+from dinov3.data.meta_loaders import count_draws
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import as_torch_dtype
 
@@ -115,10 +114,7 @@ def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[st
 def _batches_delivered(resolutions: list[Resolution], n_batches: int) -> list[int]:
     if len(resolutions) == 1:
         return [n_batches]
-    # The draws of the combined loader, replayed.
-    ratios = np.array([resolution.ratio for resolution in resolutions], dtype=np.float64)
-    draws = np.random.default_rng(COMBINED_SEED).choice(len(ratios), size=n_batches, p=ratios / ratios.sum())
-    return np.bincount(draws, minlength=len(ratios)).tolist()
+    return count_draws([resolution.ratio for resolution in resolutions], COMBINED_SEED, n_batches)
 
 
 def take(loader: Any, n_batches: int) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import (
     CheckpointError,
     RngState,
+    find_latest_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
     latest_valid_checkpoint,
@@ -33,6 +34,7 @@ from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
 from dinov3.train.data_loading import build_train_loader
 from dinov3.train.export import export_teacher
 from dinov3.train.plot import METRICS_FILE, plot_losses
+from dinov3.train.resuming import report_changes, run_metadata
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.step import NonFiniteLossError, StepResult, train_step
@@ -132,6 +134,7 @@ class Trainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 process_group=distributed.get_process_subgroup(),
+                metadata=run_metadata(self.cfg),
                 rng=self.rng_state,
                 trainer=self,
             )
@@ -154,12 +157,15 @@ class Trainer:
             model=self.model,
             optimizer=self.optimizer,
             process_group=distributed.get_process_subgroup(),
+            verify=False,  # Its finder did.
             rng=self.rng_state,
             trainer=self,
         )
 
     def _resume(self) -> int:
-        directory = latest_valid_checkpoint(self.checkpoint_root)
+        directory = latest_valid_checkpoint(self.checkpoint_root, verify=self.cfg.checkpointing.verify)
+        if directory is not None:
+            report_changes(directory, self.cfg)
         start = 0 if directory is None else self.load(directory) + 1
         if distributed.is_subgroup_main_process():
             # Iterations after the checkpoint come again.
@@ -230,7 +236,7 @@ class Trainer:
         if self.nonfinite_in_a_row <= allowed:
             logger.warning("%s; dropped (%d of %d allowed)", result.problem, self.nonfinite_in_a_row, allowed)
             return
-        newest = latest_valid_checkpoint(self.checkpoint_root)
+        newest = find_latest_checkpoint(self.checkpoint_root)
         raise NonFiniteLossError(
             f"{result.problem}. The step was not applied. Last good checkpoint: {newest or 'none yet'}. "
             "Lower the learning rate or optim.clip_grad and start again (the run resumes there), or let "

@@ -25,8 +25,10 @@ from dinov3 import distributed
 from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
 from dinov3.configs import DinoV3SetupArgs, setup_config
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
+from dinov3.models.summary import summarize
 from dinov3.run.cli import run_command_line
 from dinov3.run.init import job_context
+from dinov3.train.data_loading import crop_resolutions
 from dinov3.train.loop import Trainer, do_train
 from dinov3.train.plot import METRICS_FILE
 from dinov3.train.preflight import check_dataset, check_disk
@@ -139,7 +141,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def _run(cfg: Any, args: argparse.Namespace) -> dict[str, float]:
     checkpoint_root = Path(cfg.train.output_dir) / CHECKPOINT_DIRECTORY
     checkpoint_root.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(checkpoint_root)
+    if distributed.is_main_process():
+        for directory in (checkpoint_root, *Path(cfg.train.output_dir).glob(f"{EVALUATION_DIRECTORY}/training_*")):
+            remove_stale_temporaries(directory)
+    distributed.barrier()
     check_dataset(cfg)
     model = build_model(cfg)
     check_disk(model, Path(cfg.train.output_dir))
@@ -160,12 +165,14 @@ def build_model(cfg: Any) -> SSLMetaArch:
         raise ValueError(f"unknown MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}; expected SSLMetaArch")
     with torch.device("meta"):
         model = SSLMetaArch(cfg)
+    size = max(resolution.global_size for resolution in crop_resolutions(cfg))
+    logger.info("student's backbone: %s", summarize(model.student["backbone"], size, cfg.student.in_chans))
     model.prepare_for_distributed_training()
     return model
 
 
 def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[str, float]:
-    directory = latest_valid_checkpoint(checkpoint_root)
+    directory = latest_valid_checkpoint(checkpoint_root, verify=cfg.checkpointing.verify)
     if directory is None:
         raise FileNotFoundError(f"--eval-only: no checkpoint in {checkpoint_root}; train first")
     model.init_weights()

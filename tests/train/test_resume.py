@@ -96,3 +96,14 @@ def test_no_resume_starts_anew_and_keeps_the_old_checkpoints(config: Path, tmp_p
     (aside,) = output.glob("ckpt.before-*")
     assert [d.name for d in find_all_checkpoints(aside)] == ["0", "1"]
     assert sorted(tiny.read_losses(output)) == [0, 1]
+
+
+def test_changed_settings_are_named_when_a_run_goes_on(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    short = ["train.OFFICIAL_EPOCH_LENGTH=1", "checkpointing.period=1"]
+    main(arguments(config, output, *short))
+    main(arguments(config, output, *short, "optim.epochs=3", "optim.clip_grad=0.5", "train.num_workers=1"))
+    log = (output / "logs" / "log.txt").read_text()
+    (warning,) = [line for line in log.splitlines() if "the run goes on with other settings than before" in line]
+    assert "optim.clip_grad: 3.0 before, 0.5 now; optim.epochs: 2 before, 3 now" in warning
+    assert "num_workers" not in warning

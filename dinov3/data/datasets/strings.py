@@ -12,7 +12,6 @@ Notable:
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 from dinov3.data.datasets import image_folder, image_net
 from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.utils import did_you_mean
 
 _BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
 
@@ -105,7 +105,7 @@ def _parse_one(part: str, whole: str) -> ParsedDataset:
     name, colon, rest = part.partition(":")
     if name not in DATASETS:
         raise DatasetStringError(
-            f"dataset string {whole!r}: unknown dataset {name!r}{_suggest(name, DATASETS)}; "
+            f"dataset string {whole!r}: unknown dataset {name!r}{did_you_mean(name, DATASETS)}; "
             f"known are {_listed(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
         )
     tokens = _BEFORE_KEY.split(rest) if colon else []
@@ -119,14 +119,14 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
         raise DatasetStringError(f"dataset string {whole!r}: {token!r} is not key=value; {_describe(name)}")
     if key not in grammar.keys:
         raise DatasetStringError(
-            f"dataset string {whole!r}: unknown key {key!r}{_suggest(key, grammar.keys)}; {_describe(name)}"
+            f"dataset string {whole!r}: unknown key {key!r}{did_you_mean(key, grammar.keys)}; {_describe(name)}"
         )
     if key == "split" and grammar.splits is not None:
         return key, _find_split(value, grammar.splits, name, whole)
     if key in grammar.choices and value not in grammar.choices[key]:
         allowed = grammar.choices[key]
         raise DatasetStringError(
-            f"dataset string {whole!r}: {key}={value!r}{_suggest(value, allowed)}; {name} takes {_listed(allowed)}"
+            f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; {name} takes {_listed(allowed)}"
         )
     return key, value
 
@@ -136,7 +136,7 @@ def _find_split(value: str, splits: type[Enum], name: str, whole: str) -> Enum:
         return splits[value.upper()]
     known = list(splits.__members__)
     raise DatasetStringError(
-        f"dataset string {whole!r}: unknown split {value!r}{_suggest(value.upper(), known)}; "
+        f"dataset string {whole!r}: unknown split {value!r}{did_you_mean(value.upper(), known)}; "
         f"{name} has {_listed(known)}"
     )
 
@@ -145,13 +145,6 @@ def _describe(name: str) -> str:
     grammar = DATASETS[name][1]
     needs = f"{name} needs {_listed(grammar.required)}"
     return f"{needs} and takes {_listed(grammar.optional)}" if grammar.optional else needs
-
-
-def _suggest(given: str, known: Iterable[str]) -> str:
-    # Compared in lower case, because "imagenet" is nearer to "ImageNet" than difflib thinks.
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(given.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,0 +1,66 @@
+"""What a checkpoint remembers of its run, and what is different when the run is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dinov3 import distributed
+from dinov3.checkpointer import CheckpointError, read_manifest
+from dinov3.configs.schema import flatten
+
+logger = logging.getLogger("dinov3")
+
+#: Settings that change nothing about the numbers of a run.
+HARMLESS = ("train.output_dir", "train.num_workers", "train.print_freq", "train.progress", "train.tensorboard")
+HARMLESS_SECTIONS = ("checkpointing.", "evaluation.")
+
+
+def run_metadata(cfg: Any) -> dict[str, Any]:
+    """The configuration and its SHA-256, for the manifest of a checkpoint."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return {"config": config, "config_sha256": digest}
+
+
+def report_changes(directory: Path, cfg: Any) -> list[str]:
+    """Log a warning that lists what is not as it was when a checkpoint was saved.
+
+    Args:
+        directory: the checkpoint. One without a manifest, as the official release writes them, tells nothing.
+        cfg: the configuration of the resumed run.
+
+    Returns:
+        One phrase per difference.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        logger.info("cannot compare the configuration with that of the checkpoint: %s", error)
+        return []
+    changes = _config_changes(manifest["metadata"].get("config"), cfg)
+    if changes:
+        logger.warning("the run goes on with other settings than before: %s", "; ".join(changes))
+    if manifest["world_size"] != distributed.get_world_size():
+        changes.append(f"{manifest['world_size']} processes before, {distributed.get_world_size()} now")
+        logger.warning(
+            "%s: data are split, and sums are taken, in another order; the run is not bit for bit what it was",
+            changes[-1],
+        )
+    return changes
+
+
+def _config_changes(before: Any, cfg: Any) -> list[str]:
+    if before is None:
+        return []
+    old, new = dict(flatten(before)), dict(flatten(OmegaConf.to_container(cfg, resolve=True)))
+    return [
+        f"{key}: {old.get(key)} before, {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in HARMLESS and not key.startswith(HARMLESS_SECTIONS)
+    ]
