@@ -314,7 +314,6 @@ def test_uint8_views_normalised_are_the_float_views(options: dict[str, Any]) -> 
         ({"gram_teacher_crops_size": 32}, set()),
         ({"gram_teacher_crops_size": 48, "gram_teacher_no_distortions": True}, set()),
     ],
-    ids=str,
 )
 def test_only_views_resized_as_floats_stay_floats(options: dict[str, Any], float_keys: set[str]) -> None:
     floats = views_at(3, augmentation(**options))
@@ -403,7 +402,9 @@ def test_parameters_are_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 # Errors
 
 
-@pytest.mark.parametrize("image", [Image.new("L", (8, 8)), Image.new("RGBA", (8, 8)), torch.zeros(3, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "image", [Image.new("L", (8, 8)), Image.new("RGBA", (8, 8)), torch.zeros(3, 8, 8)], ids=["gray", "alpha", "tensor"]
+)
 def test_other_inputs_than_rgb_images_are_refused(image: Any) -> None:
     with pytest.raises(TypeError, match=r"PIL image of mode RGB, got .*(L|RGBA|Tensor)"):
         augmentation()(image)
