@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_checkpoint_holds_each_network_once(run: Path) -> None:
 
 def test_longer_run_continues_where_the_shorter_one_ended(run: Path, tmp_path: Path) -> None:
     expected = golden.case("trainer", "run-files")["expect"]["resumed_with_epochs_3_starts_at"]
-    config = run / "config.yaml"
-    main(["--config-file", str(config), "--output-dir", str(run), "optim.epochs=3", "train.print_freq=1"])
-    iterations = [line["iteration"] for line in tiny.read_metrics(run)]
+    longer = shutil.copytree(run, tmp_path / "longer", symlinks=True)
+    config = longer / "config.yaml"
+    main(["--config-file", str(config), "--output-dir", str(longer), "optim.epochs=3", "train.print_freq=1"])
+    iterations = [line["iteration"] for line in tiny.read_metrics(longer)]
     assert iterations[2:] == list(range(expected, 12))
