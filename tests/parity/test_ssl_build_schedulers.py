@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dinov3 import distributed
 from dinov3.configs import apply_scaling_rules_to_cfg
-from dinov3.train.schedules import build_schedulers
+from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 
 from . import arch as builder
 from . import golden
@@ -26,3 +27,12 @@ def test_schedules_of_a_configuration(case: dict[str, Any], monkeypatch: pytest.
         got = np.array([schedule[index] for index in case["indices"]])
         want = golden.tensors("ssl")[f"{case['id']}/{name}"].numpy()
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=0, err_msg=name)
+
+
+def test_settings_reach_the_parameter_groups() -> None:
+    case = golden.case("trainer", "apply-optim-scheduler")
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], **group} for group in case["groups"]]
+    optimizer = torch.optim.AdamW(groups)
+    apply_optim_scheduler(optimizer, *case["args"])
+    for group, want in zip(optimizer.param_groups, case["expect"], strict=True):
+        assert {key: group[key] for key in want} == pytest.approx(want, rel=1e-12)
