@@ -15,7 +15,7 @@ from dinov3.demo.run import RECIPE, DemoOptions, run_demo
 from dinov3.run.cli import run_command_line
 
 DESCRIPTION = """\
-Train a small ViT with DINO, iBOT and KoLeo on real images, on the CPU, in about five minutes:
+Train a small ViT with DINO, iBOT and KoLeo on real images, on the CPU, in a few minutes:
 
   1. write the images out: scanned digits, small faces, and tiles of photos, all from inside installed packages
      (nothing is downloaded), or those of your own folder

@@ -104,11 +104,13 @@ def prepare_images(root: Path, folder: Path | None = None) -> tuple[Images, bool
 
     Raises:
         FileNotFoundError: `folder` is no directory, or holds no images.
-        ValueError: `root` holds something else, or a class has too few images to hold some out.
+        ValueError: `root` holds something else or lies in `folder`, or a class has too few images to hold some out.
         RuntimeError: an image of `folder` cannot be decoded.
         ModuleNotFoundError: a package that ships images is missing.
     """
     root = root.resolve()
+    if folder is not None and root.is_relative_to(folder.expanduser().resolve()):
+        raise ValueError(f"{root} lies inside of --images {folder} and would count as its images: choose another")
     dataset = None if folder is None else ImageFolder(root=str(folder.expanduser()))
     source, fingerprint = _describe_packages() if dataset is None else _describe_folder(dataset)
     if root.exists() and not (root / MANIFEST).is_file() and any(root.iterdir()):

@@ -129,7 +129,7 @@ def format_summary(results: DemoResults, images: Images, n_iterations: int) -> s
     for task, by_feature in results.accuracy.items():
         n_train, n_test = images.task_sizes[task]
         n_neighbours = min(NEIGHBOURS, n_train)
-        lines += ["", f"{n_neighbours}-NN accuracy on {n_test} held-out {task} images, by {n_train} training images"]
+        lines += ["", f"{n_neighbours}-NN accuracy on {n_test} held-out images ({task}), by {n_train} training images"]
         lines.append(f"  {'':<18}{RANDOM:>24}{TRAINED:>18}")
         for feature, by_model in by_feature.items():
             lines.append(f"  {feature:<18}{by_model[RANDOM]:>22.1f} %{by_model[TRAINED]:>16.1f} %")

@@ -169,9 +169,16 @@ class TestUsingAgain:
 
     def test_foreign_files_are_never_deleted(self, tmp_path):
         folder = write_folder(tmp_path / "mine", ["a.png"])
+        other = write_folder(tmp_path / "other", ["b.png"])
         with pytest.raises(ValueError, match="did not write"):
-            prepare_images(folder, folder)
-        assert (folder / "a.png").is_file()
+            prepare_images(other, folder)
+        assert (other / "b.png").is_file()
+
+    def test_the_tree_may_not_lie_among_the_users_images(self, tmp_path):
+        folder = write_folder(tmp_path / "mine", ["a.png"])
+        with pytest.raises(ValueError, match="lies inside of --images"):
+            prepare_images(folder / "outputs" / "images", folder)
+        assert [path.name for path in folder.iterdir()] == ["a.png"]
 
     def test_the_manifest_is_plain_json(self, tmp_path):
         prepare_images(tmp_path / "out", write_folder(tmp_path / "mine", ["a.png"]))

@@ -12,6 +12,7 @@ from dinov3.demo import __main__ as command_line
 from dinov3.demo import figures
 from dinov3.demo import images as demo_images
 from dinov3.demo.run import RANDOM, RECIPE, TRAINED, DemoOptions, run_demo
+from dinov3.train.loop import Trainer
 from tests.demo.test_images import write_folder
 
 TINY = (
@@ -53,7 +54,7 @@ def test_classes_of_ones_own_are_classified_before_and_after_training(tmp_path, 
         assert by_model.keys() == {RANDOM, TRAINED} and all(0 <= value <= 100 for value in by_model.values())
     assert all(Path(path).exists() for path in results.files.values()) and len(results.files) == 5
     printed = capsys.readouterr().out
-    assert "6-NN accuracy on 2 held-out labelled images" in printed
+    assert "6-NN accuracy on 2 held-out images (labelled)" in printed
     assert all(path in printed for path in results.files.values())
 
 
@@ -76,6 +77,30 @@ def test_a_second_start_trains_nothing_and_finds_the_same(tmp_path, small, capsy
     printed = capsys.readouterr().out
     assert "wrote" in printed or "using again" in printed
     assert "nothing left to train" in printed and second.accuracy == first.accuracy
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, small, monkeypatch):
+    wanted = options(
+        tmp_path,
+        images=write_folder(tmp_path / "mine", ["a.png", "b.png"]),
+        iterations=3,
+        overrides=(*TINY, "checkpointing.period=1"),
+    )
+    done: list[int] = []
+    iterate = Trainer._iterate
+
+    def interrupted_at_2(trainer, data, iteration):
+        if iteration == 2 and len(done) == 2:
+            raise KeyboardInterrupt
+        iterate(trainer, data, iteration)
+        done.append(iteration)
+
+    monkeypatch.setattr(Trainer, "_iterate", interrupted_at_2)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(wanted)
+    monkeypatch.setattr(Trainer, "_iterate", lambda *args: (iterate(*args), done.append(args[2])))
+    run_demo(wanted)
+    assert done == [0, 1, 2] and not list((tmp_path / "out").glob("run.before-*"))
 
 
 def test_other_settings_train_anew_and_keep_the_earlier_run(tmp_path, small, capsys):
