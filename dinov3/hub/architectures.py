@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.models import vision_transformer
-from dinov3.models.convnext import convnext_sizes, get_convnext_arch
+from dinov3.models.convnext import ConvNeXt, convnext_sizes
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
 #: What all published ViTs share.
@@ -93,6 +93,38 @@ PUBLISHED_VITS: dict[str, PublishedViT] = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class PublishedConvNeXt:
+    """One entry of the hub.
+
+    Attributes:
+        depths: blocks of each of the four stages.
+        dims: channels of each of the four stages.
+        hashes: first digits of the SHA-256 of each published file, by the data that it was trained on.
+    """
+
+    depths: Sequence[int]
+    dims: Sequence[int]
+    hashes: dict[str, str]
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `ConvNeXt`."""
+        return {
+            "in_chans": 3,
+            "depths": self.depths,
+            "dims": self.dims,
+            "drop_path_rate": 0.0,
+            "layer_scale_init_value": 1e-6,
+            "patch_size": None,
+        }
+
+
+PUBLISHED_CONVNEXTS: dict[str, PublishedConvNeXt] = {
+    f"dinov3_convnext_{size}": PublishedConvNeXt(**convnext_sizes[size], hashes={"LVD1689M": file_hash})
+    for size, file_hash in {"tiny": "21b726bb", "small": "296db49d", "base": "801f2ba9", "large": "61fa432d"}.items()
+}
+
 FACTORIES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_so400m", "vit_huge2", "vit_giant2", "vit_7b")
 
 
@@ -104,26 +136,119 @@ def has_untied_cls_norm(state: Mapping[str, Tensor]) -> bool:
 def identify(state: Mapping[str, Tensor]) -> str | None:
     """Say, in a sentence for an error message, what model the entries of `state` belong to; None if unknown."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for layout, witness in _FOREIGN_LAYOUTS.items():
-        if witness in shapes:
-            return f"It has the layout of {layout}, which cannot be read here yet: convert it first."
-    for name, model in _candidates(shapes):
-        if shapes == {key: tuple(entry.shape) for key, entry in model.state_dict().items()}:
-            return f"Its entries are those of {name}: use that instead."
+    for description, is_that in _OTHER_MODELS.items():
+        if is_that(shapes):
+            return f"It is {description}."
+    if name := published_name(state):
+        return f"Its entries are those of {name}: use that instead."
     if "cls_token" not in shapes:
         return None
-    dim, depth = shapes["cls_token"][-1], _n_blocks(shapes)
+    dim, depth = shapes["cls_token"][-1], count_blocks(shapes)
     names = [name for name, sizes in _factory_sizes().items() if sizes == (dim, depth)]
     same = f", as many as in a {names[0]}" if names else ""
     return f"It is a ViT of {dim} channels and {depth} blocks{same}."
 
 
-#: An entry that only this layout has.
-_FOREIGN_LAYOUTS = {
-    "Hugging Face transformers": "embeddings.patch_embeddings.weight",
-    "Hugging Face transformers (ConvNeXt)": "stages.0.downsample_layers.0.weight",
-    "timm": "reg_token",
-    "timm (ConvNeXt)": "stem.0.weight",
+def published_name(state: Mapping[str, Tensor]) -> str | None:
+    """The hub entry that has exactly the entries of `state`, by their names and shapes; None if none has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, model in _candidates(shapes):
+        if shapes == {key: tuple(entry.shape) for key, entry in model.state_dict().items()}:
+            return name
+    return None
+
+
+def build_like(state: Mapping[str, Tensor]) -> nn.Module | None:
+    """The backbone that `state` looks like, on the meta device, with the sizes that its entries tell.
+
+    Whether it is complete, a comparison with the state dict of the result tells. What entries do not tell is as in the
+    published models.
+
+    Args:
+        state: in our names.
+
+    Returns:
+        A `DinoVisionTransformer` or `ConvNeXt`; None if there is too little to go by.
+    """
+    try:
+        is_convnext = "downsample_layers.0.0.weight" in state
+        with torch.device("meta"):
+            return ConvNeXt(**_convnext_options(state)) if is_convnext else DinoVisionTransformer(**_vit_options(state))
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, AssertionError):
+        return None
+
+
+def _convnext_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "in_chans": state["downsample_layers.0.0.weight"].shape[1],
+        "depths": [count_blocks(state, rf"stages\.{stage}\.(\d+)\.") for stage in range(4)],
+        "dims": [state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4)],
+        "layer_scale_init_value": 1e-6 if "stages.0.0.gamma" in state else 0.0,
+    }
+
+
+def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    dim, depth = state["cls_token"].shape[-1], count_blocks(state)
+    is_gated = "blocks.0.mlp.w1.weight" in state
+    hidden = state["blocks.0.mlp.w1.weight" if is_gated else "blocks.0.mlp.fc1.weight"].shape[0]
+    return SHARED_VIT_OPTIONS | {
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": dim // (4 * len(state["rope_embed.periods"])),
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "in_chans": state["patch_embed.proj.weight"].shape[1],
+        # A gated FFN keeps two thirds of its hidden channels, and rounds them down first.
+        "ffn_ratio": (1.5 * hidden + 0.5) / dim if is_gated else (hidden + 0.5) / dim,
+        "ffn_layer": "swiglu" if is_gated else "mlp",
+        "ffn_bias": f"blocks.0.mlp.{'w1' if is_gated else 'fc1'}.bias" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "mask_k_bias": "blocks.0.attn.qkv.bias_mask" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "layerscale_init": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "norm_layer": "layernormbf16" if "norm.bias" in state else "rmsnorm",
+        "n_storage_tokens": state["storage_tokens"].shape[1] if "storage_tokens" in state else 0,
+        "untie_cls_and_patch_norms": "cls_norm.weight" in state,
+        UNTIED_CLS_NORM: has_untied_cls_norm(state),
+    }
+
+
+def count_blocks(names: Iterable[str], pattern: str = r"blocks\.(\d+)\.") -> int:
+    """How many blocks the entries of a ViT belong to.
+
+    Args:
+        names: of the entries.
+        pattern: matches the beginning of those of a block, with its index as a group.
+    """
+    matches = (re.match(pattern, name) for name in names)
+    return len({match[1] for match in matches if match})
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _has(*witnesses: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: all(any(witness in name for name in shapes) for witness in witnesses)
+
+
+#: What people also have on their disks, and what tells it.
+_OTHER_MODELS: dict[str, Callable[[Shapes], bool]] = {
+    "a single linear layer, such as the head of a classifier (load it with the entry of that head, e.g. "
+    "dinov3_vit7b16_lc(weights=...), and the backbone with backbone_weights=...)": lambda shapes: (
+        shapes.keys() <= {"weight", "bias"}
+    ),
+    "the head of a depth estimator (DPT), not a backbone": _has("reassemble_blocks."),
+    "the weights of a detector, not a backbone": _has("transformer.decoder."),
+    "the weights of a segmentation model, not a backbone": _has("segmentation_model."),
+    "a text encoder and the vision head that belongs to it (dino.txt), not a backbone": _has("text_model."),
+    "the DINOHead of a training, not a backbone": lambda shapes: (
+        "last_layer.weight" in shapes and "cls_token" not in shapes
+    ),
+    "a DINOv2 model of Hugging Face transformers, or another ViT with learned positions": _has(
+        "embeddings.position_embeddings"
+    ),
+    "a DINOv2 model, or another ViT with learned positions (pos_embed)": lambda shapes: "pos_embed" in shapes,
+    "a CLIP model": _has("visual.", "logit_scale"),
+    "a ResNet": _has("layer1.0.conv1.weight"),
 }
 
 
@@ -131,15 +256,11 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, nn
     untied = "local_cls_norm.weight" in shapes
     with torch.device("meta"):
         for name, published in PUBLISHED_VITS.items():
-            if shapes.get("cls_token") == (1, 1, published.embed_dim) and _n_blocks(shapes) == published.depth:
+            if shapes.get("cls_token") == (1, 1, published.embed_dim) and count_blocks(shapes) == published.depth:
                 yield name, DinoVisionTransformer(**published.options() | {UNTIED_CLS_NORM: untied})
         if "downsample_layers.0.0.weight" in shapes:
-            for size in convnext_sizes:
-                yield f"convnext_{size}", get_convnext_arch(f"convnext_{size}")()
-
-
-def _n_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+            for name, sizes in PUBLISHED_CONVNEXTS.items():
+                yield name, ConvNeXt(**sizes.options())
 
 
 def _factory_sizes() -> dict[str, tuple[int, int]]:

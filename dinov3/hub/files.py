@@ -1,4 +1,4 @@
-"""What a weights file holds, told by its content and never by its name; no code in it is run.
+"""What a weights file holds, told by its content and never by its name; no code in it is run. And writing safetensors.
 
 PyTorch checkpoints in zip form and safetensors are memory-mapped: tensors are read from the disk when they are first
 used, and writing to them changes a private copy. The file must stay in place while its tensors are in use.
@@ -6,14 +6,18 @@ used, and writing to them changes a private copy. The file must stay in place wh
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 #: Everything that the index of a distributed checkpoint is made of, besides the dtypes.
@@ -27,6 +31,21 @@ _INDEX_PARTS = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     *((_METADATA, name) for name in ("TensorProperties", "TensorStorageMetadata")),
     *((_METADATA, name) for name in ("ChunkStorageMetadata", "BytesStorageMetadata")),
+}
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -50,21 +69,20 @@ def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
 
     Args:
         path: an existing file.
-        mmap: map zip-format checkpoints into memory instead of reading them; safetensors are always mapped.
+        mmap: map zip-format checkpoints and safetensors into memory instead of reading them.
 
     Returns:
         The mapping that the file holds; its tensors are on the CPU.
 
     Raises:
         WeightsError: the file is empty, truncated, no checkpoint, or holds more than plain data.
-        ModuleNotFoundError: a safetensors file, but the package safetensors is missing.
     """
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
         raise WeightsError(f"{path} is empty (0 bytes): the download or the copy failed, fetch the file again")
     if _is_safetensors(head):
-        return _read_safetensors(path)
+        return _read_safetensors(path, mmap=mmap)
     if not head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         raise WeightsError(f"{path} is not a checkpoint: {_describe(head)}")
     if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
@@ -75,6 +93,153 @@ def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, expected a state dict")
     return content
+
+
+@dataclass(frozen=True)
+class SafetensorsEntry:
+    """What the header of a safetensors file says about one tensor.
+
+    Attributes:
+        dtype: of its values.
+        shape: of the tensor.
+        begin: its first byte, counted from the end of the header.
+        end: the byte after its last.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The header of a safetensors file.
+
+    Attributes:
+        entries: what there is, by name.
+        metadata: texts by name, for which the format has a place of its own.
+        start: the byte of the file where the tensors begin.
+    """
+
+    entries: dict[str, SafetensorsEntry]
+    metadata: dict[str, str]
+    start: int
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins like a safetensors file."""
+    with path.open("rb") as file:
+        return _is_safetensors(file.read(9))
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Read what a safetensors file holds, without its tensors, and check that it can be true.
+
+    Raises:
+        WeightsError: the header is damaged, contradicts itself, or does not match the size of the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, size))
+    if 8 + length > size:
+        raise WeightsError(
+            f"{path} is a truncated safetensors file: its header should take {length} bytes, but the whole file has "
+            f"{size}; fetch the file again"
+        )
+    try:
+        content = json.loads(text)
+        metadata = {str(key): str(value) for key, value in content.pop("__metadata__", {}).items()}
+        entries = {name: _parse_entry(path, name, entry) for name, entry in content.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path} is a damaged safetensors file: its header cannot be read ({error})") from error
+    _check_places(path, entries, size - 8 - length)
+    return SafetensorsHeader(entries, metadata, start=8 + length)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    on_written: Callable[[int], Any] = lambda n_bytes: None,
+) -> None:
+    """Write a safetensors file, one tensor after the other, so that mapped ones need no memory.
+
+    Args:
+        path: the file, which is replaced if it is there.
+        tensors: on the CPU.
+        metadata: texts by name.
+        on_written: called with the number of bytes after each tensor.
+    """
+    # Wide types first, so that every tensor is aligned in the mapped file.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    reached = 0
+    for name, tensor in ordered:
+        place = [reached, reached + tensor.nbytes]
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        reached = place[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            on_written(tensor.nbytes)
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> SafetensorsEntry:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        is_plausible = isinstance(code, str) and all(
+            type(number) is int and number >= 0 for number in (*shape, begin, end)
+        )
+    except (KeyError, TypeError, ValueError):
+        is_plausible = False
+    if not is_plausible:
+        raise WeightsError(
+            f"{path} has a safetensors header that cannot be true: {name!r} needs a dtype, a shape and its first and "
+            f"last byte, but has {str(entry)[:100]}"
+        )
+    if code not in SAFETENSORS_DTYPES:
+        raise WeightsError(
+            f"{path} holds values of a kind that cannot be read: {name!r} is {code}, "
+            f"expected one of {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    dtype = SAFETENSORS_DTYPES[code]
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != end - begin:
+        raise WeightsError(
+            f"{path} has a safetensors header that contradicts itself: {name!r} is {code} of shape {list(shape)}, "
+            f"which takes {needed} bytes, but its place ({begin} to {end}) has {end - begin}; fetch the file again"
+        )
+    return SafetensorsEntry(dtype, shape, begin, end)
+
+
+def _check_places(path: Path, entries: dict[str, SafetensorsEntry], size: int) -> None:
+    reached = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != reached:
+            raise WeightsError(
+                f"{path} has a safetensors header that contradicts itself: {name!r} begins at byte {entry.begin} of "
+                f"the data, but the tensor before it ends at byte {reached}; fetch the file again"
+            )
+        reached = entry.end
+    if reached > size:
+        raise WeightsError(
+            f"{path} is a truncated safetensors file: its header promises {reached} bytes of data, but there are "
+            f"{size}; fetch the file again"
+        )
+    if reached < size:
+        raise WeightsError(
+            f"{path} is a damaged safetensors file: its header promises {reached} bytes of data, but there are {size}; "
+            "fetch the file again"
+        )
 
 
 def check_index(path: Path) -> None:
@@ -126,16 +291,29 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} is a safetensors file: to read it, pip install safetensors") from error
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is a damaged or truncated safetensors file ({error}); fetch it again") from error
+def _read_safetensors(path: Path, *, mmap: bool) -> dict[str, Tensor]:
+    # Read here and not with the package of that name, so that PyTorch alone is enough.
+    header = read_safetensors_header(path)
+    size = path.stat().st_size
+    if mmap:
+        storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    else:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        with path.open("rb") as file:
+            file.readinto(buffer.numpy().data)
+        storage = buffer.untyped_storage()
+    return {name: _tensor(entry, storage, header.start) for name, entry in header.entries.items()}
+
+
+def _tensor(entry: SafetensorsEntry, storage: Any, start: int) -> Tensor:
+    tensor = torch.empty(0, dtype=entry.dtype)
+    begin, end = start + entry.begin, start + entry.end
+    if begin == end:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    part = storage[begin:end]
+    if begin % entry.dtype.itemsize:  # Unusual, and slow or forbidden to compute on: move it.
+        part = part.clone()
+    return tensor.set_(part).reshape(entry.shape)
 
 
 def _describe(head: bytes) -> str:

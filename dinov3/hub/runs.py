@@ -55,7 +55,7 @@ def dinov3_from_run(
         ModuleNotFoundError: the package omegaconf, which reads configurations, is missing.
     """
     run_dir = Path(run_dir).expanduser()
-    cfg = _read_config(run_dir)
+    cfg = read_run_config(run_dir)
     teacher = find_teacher(run_dir, iteration)
     model = _load(cfg, teacher)
     logger.info("backbone of %s", teacher)
@@ -138,7 +138,17 @@ def _saved_teachers(run_dir: Path) -> list[tuple[int, int, Path]]:
     return found
 
 
-def _read_config(run_dir: Path) -> Any:
+def read_run_config(run_dir: Path) -> Any:
+    """The configuration of a training run.
+
+    Args:
+        run_dir: its output directory.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no configuration.
+        ValueError: the configuration is not one of a training.
+        ModuleNotFoundError: the package omegaconf is missing.
+    """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no training run at {run_dir}: there is no such directory")
     path = run_dir / CONFIG_FILE

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import urllib.error
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
-from uuid import uuid4
 
 import torch
 
+from dinov3.hub.downloads import GATED, download, without_query
 from dinov3.hub.files import WeightsError, read_file
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
@@ -24,6 +23,11 @@ BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
 def is_url(path: str) -> bool:
     """Whether `path` is an https or file URL."""
     return urlparse(path).scheme in ("https", "file")
+
+
+def is_download(weights: str | os.PathLike[str]) -> bool:
+    """Whether `weights` is what `locate` downloads: an https or http URL."""
+    return urlparse(os.fspath(weights)).scheme in ("https", "http")
 
 
 def convert_path_or_url_to_url(path: str) -> str:
@@ -42,12 +46,13 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
     Raises:
         FileNotFoundError: there is nothing at the path.
         ConnectionError: the download failed.
+        OSError: the disk is too small for the download.
         WeightsError: the hash differs, or what was downloaded is no checkpoint.
         ValueError: another kind of URL, or `check_hash` for a name without a hash.
     """
     text = os.fspath(weights)
     scheme = urlparse(text).scheme
-    if scheme in ("https", "http"):
+    if is_download(text):
         return _download(text, check_hash=check_hash, progress=progress)
     if scheme != "file" and "://" in text:
         raise ValueError(
@@ -63,44 +68,45 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
 
 def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     name = os.path.basename(urlparse(url).path)
+    if not name:
+        raise ValueError(f"weights={without_query(url)!r}: the URL names no file")
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.exists():
         if check_hash:
             _check_hash(path, name)
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.{uuid4().hex}.partial")
-    try:
-        _fetch(url, partial, progress=progress)
-        if check_hash:
-            _check_hash(partial, name)
-        read_file(partial)  # What is truncated or a log-in page must not become the cached file.
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if check_hash:
+        _digits_in(name)
+
+    def check(partial: Path) -> None:
+        # What is truncated or a log-in page must not become the cached file.
+        try:
+            read_file(partial)
+            if check_hash:
+                _check_hash(partial, name)
+        except WeightsError as error:
+            reason = str(error).replace(str(partial), "what the server sent")
+            raise WeightsError(f"{without_query(url)} gave no weights that can be used: {reason}. {GATED}") from error
+
+    download(url, path, progress=progress, check=check)
     return path
 
 
-def _fetch(url: str, path: Path, *, progress: bool) -> None:
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=progress)
-    except urllib.error.URLError as error:
-        reason = f"HTTP {error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else error.reason
-        # Without the query: it may be a signature that gives access.
-        raise ConnectionError(
-            f"could not download {url.partition('?')[0]}: {reason}. The published weights are gated: accept their "
-            "license to get a signed URL, and pass that as weights=, or fetch the file yourself and pass weights=PATH"
-        ) from error
-
-
 def _check_hash(path: Path, name: str) -> None:
-    found = re.search(r"-([0-9a-f]{8,64})(\.[a-z]+)*$", name)
-    if not found or not path.is_file():
-        raise ValueError(f"check_hash=True, but {name} is no file whose name ends in -<hash>.pth")
+    digits = _digits_in(name)
+    if not path.is_file():
+        raise ValueError(f"check_hash=True, but {path} is a directory: only files have a hash")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(found[1]):
+    if not digest.startswith(digits):
         raise WeightsError(
-            f"{path} is not the file that its name promises: its SHA-256 begins with {digest[: len(found[1])]}, not "
-            f"with {found[1]}; it was damaged or changed, fetch it again"
+            f"{path} is not the file that its name promises: its SHA-256 begins with {digest[: len(digits)]}, not "
+            f"with {digits}; it was damaged or changed, fetch it again"
         )
+
+
+def _digits_in(name: str) -> str:
+    found = re.search(r"-([0-9a-f]{8,64})(\.[a-z]+)*$", name)
+    if not found:
+        raise ValueError(f"check_hash=True, but {name} is no file whose name ends in -<hash>.pth")
+    return found[1]

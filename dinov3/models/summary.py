@@ -1,24 +1,101 @@
-"""What a model costs: a table of its parameters, and its arithmetic for one image.
+"""What a model costs: parameters and arithmetic of each of its modules, tokens, and memory.
 
-Notable: nothing is computed and no memory is needed, whatever the size of the model. fvcore makes the table; the
-operations are counted by PyTorch's own counter on the meta device, where fvcore cannot trace, and which knows fused
-attention, which fvcore does not.
+Notable:
+- Nothing is computed and no memory is needed, whatever the size of the model. fvcore counts the parameters; the
+  operations are counted by PyTorch's own counter on the meta device, where fvcore cannot trace, and which knows fused
+  attention, which fvcore does not.
+- The memory of activations is an estimate: the tensors of a forward pass in PyTorch's eager mode, followed from their
+  making to their end. What kernels and the allocator take besides is not in it.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from itertools import chain
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinov3.models.convnext import N_STAGES, STEM_STRIDE, ConvNeXt
 from dinov3.utils import count_parameters
 
+Size = int | tuple[int, int]
 
-def count_flops(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: int = 3) -> int:
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a backbone makes of one image.
+
+    Attributes:
+        n_class: class tokens; in a ConvNeXt the mean of the last map.
+        n_storage: storage tokens (registers).
+        grid: (rows, columns) of patch tokens.
+        channels: D, of each token.
+    """
+
+    n_class: int
+    n_storage: int
+    grid: tuple[int, int]
+    channels: int
+
+    @property
+    def total(self) -> int:
+        """Tokens of one image."""
+        return self.n_class + self.n_storage + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a model takes.
+
+    Attributes:
+        weights: parameters and buffers.
+        forward: estimate of the largest sum of tensors alive at once in a forward pass without gradients, images and
+            results included.
+        backward: estimate of the tensors that a forward pass with gradients keeps for the backward pass, weights not
+            included.
+    """
+
+    weights: int
+    forward: int
+    backward: int
+
+
+def patch_stride(model: nn.Module) -> int:
+    """Pixels between the patch tokens of `forward_features`: the patch of a ViT, the last stride of a ConvNeXt."""
+    return STEM_STRIDE * 2 ** (N_STAGES - 1) if isinstance(model, ConvNeXt) else int(model.patch_size)  # type: ignore[arg-type]
+
+
+def count_tokens(model: nn.Module, image_size: Size = 224) -> Tokens:
+    """The tokens of one image.
+
+    Args:
+        model: a backbone.
+        image_size: side, or (H, W), in pixels.
+
+    Raises:
+        ValueError: the image is smaller than a patch.
+    """
+    (height, width), stride = _pair(image_size), patch_stride(model)
+    if min(height, width) < stride:
+        raise ValueError(
+            f"an image of {height} x {width} pixels is smaller than a patch: {type(model).__name__} needs sides of at "
+            f"least {stride} pixels"
+        )
+    grid = height // stride, width // stride
+    backbone: Any = model
+    return Tokens(1, backbone.n_storage_tokens, grid, backbone.embed_dim)
+
+
+def count_flops(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> int:
     """Floating-point operations of one forward pass of one image; a multiply-add counts as two.
 
     Args:
@@ -29,17 +106,97 @@ def count_flops(model: nn.Module, image_size: int | tuple[int, int] = 224, in_ch
     Returns:
         Operations of matrix products, convolutions and attention; the small rest is not counted.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    # The copy shares the structure; its tensors are there already, without memory.
-    memo = {id(tensor): tensor.detach().to("meta") for tensor in chain(model.parameters(), model.buffers())}
-    on_meta = copy.deepcopy(model, memo).eval()
+    return flops_by_module(model, image_size, in_chans)[""]
+
+
+def flops_by_module(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> dict[str, int]:
+    """`count_flops` of each module that takes part, by its dotted name; the model itself is ""."""
+    on_meta = _copy_of(model, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        on_meta(torch.empty(1, in_chans, height, width, device="meta"))
-    return counter.get_total_flops()
+        on_meta(torch.empty(1, in_chans, *_pair(image_size), device="meta"))
+    root = type(model).__name__
+    found = {
+        name.removeprefix(root).removeprefix("."): sum(operations.values())
+        for name, operations in counter.get_flop_counts().items()
+        if name == root or name.startswith(f"{root}.")
+    }
+    return found | {"": counter.get_total_flops()}
 
 
-def summarize(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: int = 3, max_depth: int = 1) -> str:
-    """A table of parameters by sub-module, and a line with the totals.
+def estimate_memory(
+    model: nn.Module,
+    image_size: Size = 224,
+    in_chans: int = 3,
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Memory:
+    """The memory of a model, without using any.
+
+    Args:
+        model: takes images [B, in_chans, H, W]; may be on the meta device.
+        image_size: side, or (H, W), in pixels.
+        in_chans: channels of the images.
+        batch_size: B.
+        dtype: of parameters and images; buffers keep theirs.
+
+    Returns:
+        Bytes; see `Memory` for what is estimated.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # Takes a second to import, and has no public name.
+
+    with FakeTensorMode():
+        fake = _copy_of(model, "cpu", dtype)
+        images = torch.empty(batch_size, in_chans, *_pair(image_size), dtype=dtype)
+        weights = {_storage(tensor): _n_bytes(tensor) for tensor in chain(fake.parameters(), fake.buffers())}
+        with torch.no_grad(), _LiveTensors(ignored=set(weights)) as tracker:
+            fake(images)
+        saved: dict[int, int] = {}
+        # What is packed has no other owner than the graph of `result`, which keeps it alive.
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_note, saved), _unchanged):
+            result = fake(images)
+        del result
+    return Memory(
+        weights=sum(weights.values()),
+        forward=tracker.peak + _n_bytes(images),
+        backward=sum(n_bytes for storage, n_bytes in saved.items() if storage not in weights),
+    )
+
+
+def module_table(model: nn.Module, image_size: Size = 224, in_chans: int = 3, *, max_depth: int = 2) -> str:
+    """A table of the modules with their parameters and operations for one image.
+
+    Equal neighbours, such as the blocks of a transformer, share a row, which gives the cost of each.
+
+    Args:
+        model: takes images [1, in_chans, H, W]; may be on the meta device.
+        image_size: side, or (H, W), in pixels.
+        in_chans: channels of the image.
+        max_depth: levels of sub-modules; 0: the model alone.
+
+    Returns:
+        Text of several lines.
+    """
+    return _table(model, flops_by_module(model, image_size, in_chans), max_depth)
+
+
+def _table(model: nn.Module, flops: Mapping[str, int], max_depth: int) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about how fvcore uses it
+        from fvcore.nn import parameter_count
+
+    costs = _Costs(parameter_count(model), flops)
+    rows = [("module", "", "parameters", "GFLOP"), *_rows("", type(model).__name__, model, costs, max_depth)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {parameters:>{widths[2]}}  {gflop:>{widths[3]}}"
+        for name, kind, parameters, gflop in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def summarize(model: nn.Module, image_size: Size = 224, in_chans: int = 3, max_depth: int = 1) -> str:
+    """A line with the totals, and a table of parameters and operations by sub-module.
 
     Args:
         model: takes images [1, in_chans, H, W]; may be on the meta device.
@@ -50,14 +207,103 @@ def summarize(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chan
     Returns:
         Text of several lines.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about how fvcore uses it
-        from fvcore.nn import parameter_count_table
-
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    flops = count_flops(model, image_size, in_chans)
+    height, width = _pair(image_size)
+    flops = flops_by_module(model, image_size, in_chans)
     return (
         f"{type(model).__name__}: {count_parameters(model) / 1e6:.1f} M parameters, "
-        f"{flops / 1e9:.2f} GFLOP for one image of {height} x {width} pixels\n"
-        f"{parameter_count_table(model, max_depth=max_depth)}"
+        f"{flops[''] / 1e9:.2f} GFLOP for one image of {height} x {width} pixels\n"
+        f"{_table(model, flops, max_depth)}"
     )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    parameters: Mapping[str, int]
+    flops: Mapping[str, int]
+
+    def of(self, name: str, module: nn.Module) -> tuple[int, int]:
+        if name in self.flops:
+            return self.parameters.get(name, 0), self.flops[name]
+        # A list of modules is never called itself.
+        children = [f"{name}.{child}" for child, _ in module.named_children()]
+        return self.parameters.get(name, 0), sum(self.flops.get(child, 0) for child in children)
+
+
+def _rows(name: str, label: str, module: nn.Module, costs: _Costs, depth: int) -> Iterator[tuple[str, str, str, str]]:
+    parameters, flops = costs.of(name, module)
+    yield label, type(module).__name__, f"{parameters:,}", f"{flops / 1e9:.3f}"
+    if depth == 0:
+        return
+    children = [
+        (child, f"{name}.{child}" if name else child, below)
+        for child, below in module.named_children()
+        if any(costs.of(f"{name}.{child}" if name else child, below))
+    ]
+    indent = " " * (len(label) - len(label.lstrip())) + "  "
+    for _, group in groupby(children, lambda entry: (type(entry[2]), entry[0].isdigit(), costs.of(entry[1], entry[2]))):
+        equal = list(group)
+        first, full_name, below = equal[0]
+        if len(equal) == 1 or not first.isdigit():
+            for child, child_name, child_module in equal:
+                yield from _rows(child_name, indent + child, child_module, costs, depth - 1)
+        else:
+            yield from _rows(full_name, f"{indent}{first} to {equal[-1][0]}, each", below, costs, depth - 1)
+
+
+def _note(saved: dict[int, int], tensor: Tensor) -> Tensor:
+    saved[_storage(tensor)] = _n_bytes(tensor)
+    return tensor
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Follows the storages that operations make until they are freed; `peak` is the most bytes alive at once."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        super().__init__()
+        self.peak = self._alive = 0
+        self._known = set(ignored)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for output in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(output, Tensor) and _storage(output) not in self._known:
+                self._add(output)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        key, n_bytes = _storage(tensor), _n_bytes(tensor)
+        self._known.add(key)
+        self._alive += n_bytes
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(tensor.untyped_storage(), self._drop, key, n_bytes)
+
+    def _drop(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self._alive -= n_bytes
+
+
+def _copy_of(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+    # The copy shares the structure; its tensors are there already, without memory.
+    memo: dict[int, Any] = {
+        id(buffer): torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in model.buffers()
+    }
+    for parameter in model.parameters():
+        like = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
+        memo[id(parameter)] = nn.Parameter(like, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _n_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

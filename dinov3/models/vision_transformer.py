@@ -338,9 +338,13 @@ class DinoVisionTransformer(nn.Module):
             coordinates = [self.rope_embed.coordinates(h, w) for h, w in grids]
             while True:
                 yield [self.rope_embed.rotations(c) for c in coordinates]
-        ropes = {grid: self.rope_embed(H=grid[0], W=grid[1]) for grid in dict.fromkeys(grids)}
+        ropes: list[Rope] = []
+        for index, (h, w) in enumerate(grids):
+            # Not a dictionary: the symbolic sizes of an export cannot be hashed.
+            same = next(i for i, (rows, columns) in enumerate(grids) if rows == h and columns == w)
+            ropes.append(ropes[same] if same < index else self.rope_embed(H=h, W=w))
         while True:
-            yield [ropes[grid] for grid in grids]
+            yield ropes
 
     def _features_of(self, x: Tensor, mask: Tensor | None, index: int) -> Features:
         is_local = index == 1 and self.training and self.local_cls_norm is not None

@@ -1,4 +1,4 @@
-"""The published ViTs by name: modes, where weights may come from, and what is refused."""
+"""The published backbones by name: modes, dtypes, where weights may come from, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import copy
 import hashlib
 import inspect
 import shutil
-from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov3.hub import backbones
-from dinov3.hub.architectures import PUBLISHED_VITS, PublishedViT
-from dinov3.hub.backbones import Weights, dinov3_vitl16, dinov3_vits16
+from dinov3.hub import backbones, sources
+from dinov3.hub.architectures import PUBLISHED_CONVNEXTS, PUBLISHED_VITS, PublishedConvNeXt, PublishedViT
+from dinov3.hub.backbones import Weights, dinov3_convnext_tiny, dinov3_vitl16, dinov3_vits16
 from dinov3.hub.files import WeightsError
-from dinov3.models.vision_transformer import DinoVisionTransformer
 
 ENTRIES = [name for name in backbones.__all__ if name.startswith("dinov3_")]
 IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
@@ -30,7 +26,7 @@ IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def small_models_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two entries in a size for tests, and a cache of their own; returns the cache's directory of checkpoints."""
+    """Three entries in a size for tests, and a cache of their own; returns the cache's directory of checkpoints."""
     small = partial(PublishedViT, depth=2, ffn_ratio=4)
     monkeypatch.setitem(
         PUBLISHED_VITS,
@@ -48,6 +44,11 @@ def small_models_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             untied=frozenset({"SAT493M"}),
         ),
     )
+    monkeypatch.setitem(
+        PUBLISHED_CONVNEXTS,
+        "dinov3_convnext_tiny",
+        PublishedConvNeXt(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], hashes={"LVD1689M": "21b726bb"}),
+    )
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
@@ -59,7 +60,9 @@ def random_state(seed: int = 0, entry: Any = dinov3_vits16, **kwargs: Any) -> di
     for name, tensor in state.items():
         if not name.endswith(("periods", "bias_mask")):
             tensor += 0.1 * torch.randn_like(tensor)
-    return state | {"rope_embed.periods": state["rope_embed.periods"].bfloat16()}
+    if "rope_embed.periods" in state:
+        state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16()
+    return dict(state)
 
 
 def save(state: Any, path: Path) -> Path:
@@ -68,7 +71,7 @@ def save(state: Any, path: Path) -> Path:
     return path
 
 
-def assert_holds(model: DinoVisionTransformer, state: dict[str, Tensor]) -> None:
+def assert_holds(model: nn.Module, state: dict[str, Tensor]) -> None:
     loaded = model.state_dict()
     assert loaded.keys() == state.keys()
     for name, tensor in loaded.items():
@@ -183,6 +186,136 @@ def test_options_of_the_model() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_convnext_is_loaded_as_the_vits_are(tmp_path: Path) -> None:
+    state = random_state(entry=dinov3_convnext_tiny)
+    model = dinov3_convnext_tiny(weights=save(state, tmp_path / "w.pth"), patch_size=8, check_hash=False)
+    assert_holds(model, state)
+    assert model.norms[3] is model.norm and not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    (patches,) = model.get_intermediate_layers(IMAGES, reshape=True)
+    assert patches.shape == (2, 32, 6, 8)
+    assert torch.equal(model(IMAGES), dinov3_convnext_tiny(weights=state)(IMAGES))
+    torch.manual_seed(0)
+    first = dinov3_convnext_tiny(pretrained=False).state_dict()
+    torch.manual_seed(0)
+    assert_holds(dinov3_convnext_tiny(pretrained=False), first)
+
+
+@pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", torch.float64])
+def test_parameters_take_a_dtype_and_positions_do_not(entry: Any, dtype: Any, tmp_path: Path) -> None:
+    state = random_state(entry=entry)
+    path = save(state, tmp_path / "w.pth")
+    want = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for model in (entry(weights=path, dtype=dtype), entry(weights=state, dtype=dtype)):
+        for name, tensor in model.state_dict().items():
+            own = torch.float32 if name.endswith("periods") else want
+            assert tensor.dtype == own and torch.equal(tensor, state[name].to(own)), name
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        features = model(IMAGES.to(want))
+        assert features.dtype == want
+        reference = entry(weights=path)(IMAGES)
+        assert torch.cosine_similarity(features.double(), reference.double()).min() > 0.999
+    new = entry(pretrained=False, dtype=dtype)
+    assert {p.dtype for p in new.parameters()} == {want} and new(IMAGES.to(want)).isfinite().all()
+
+
+def test_low_precision_start_is_the_rounded_full_one() -> None:
+    torch.manual_seed(0)
+    full = dinov3_vits16(pretrained=False).state_dict()
+    torch.manual_seed(0)
+    low = dinov3_vits16(pretrained=False, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(low[name], full[name].to(low[name].dtype)) for name in full)
+
+
+@pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
+def test_file_of_the_dtype_stays_mapped(entry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = {name: tensor.bfloat16() for name, tensor in random_state(entry=entry).items()}
+    path = save(low, tmp_path / "w.pth")
+    mapped: dict[str, Tensor] = {}
+
+    def read(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        mapped.update(read_state_dict(*args, **kwargs))
+        return mapped
+
+    read_state_dict = backbones.read_state_dict
+    monkeypatch.setattr(backbones, "read_state_dict", read)
+    model = entry(weights=path, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("periods") and not (name.startswith("norm.") and "norms.3.bias" in mapped):
+            assert tensor.data_ptr() == mapped[name].data_ptr(), name
+    assert_holds(entry(weights=path), low)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "int", "float33", torch.float8_e4m3fn, 3])
+def test_dtype_that_is_none(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="dinov3_vits16: dtype must be float32, bfloat16, float16 or float64, got "):
+        dinov3_vits16(pretrained=False, dtype=dtype)
+
+
+@pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
+def test_model_compiles_as_one_graph(entry: Any) -> None:
+    model = entry(weights=random_state(entry=entry))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
+def test_model_compiles_to_machine_code(entry: Any) -> None:
+    model = entry(weights=random_state(entry=entry))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for images in (IMAGES, IMAGES[:1, :, :32, :32]):  # The second size is compiled with symbolic sizes.
+            want = model(images, is_training=True)
+            torch.testing.assert_close(compiled(images, is_training=True), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"patch_size": 0}, "patch_size must be positive"),
+        ({"embed_dim": 8}, "dinov3_convnext_tiny has no keyword argument 'embed_dim'"),
+        ({"depths": [1, 1, 1, 1]}, r"dinov3_convnext_tiny fixes depths \(\[1, 1, 2, 1\]\)"),
+        ({"layer_scale_init_value": 0.1}, "fixes layer_scale_init_value"),
+        ({"pos_embed_rope_jitter_coords": 1.5}, "has no keyword argument 'pos_embed_rope_jitter_coords'"),
+        ({"unknown": 1}, "has no keyword argument 'unknown'"),
+        ({"version": "v2"}, "only one version of its weights"),
+        ({"weights": Weights.SAT493M}, "was not published with weights SAT493M, only with LVD1689M"),
+    ],
+)
+def test_keywords_that_a_convnext_refuses(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        dinov3_convnext_tiny(**{"pretrained": False, **kwargs})
+
+
+def test_published_weights_come_from_their_address(
+    small_models_and_an_empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = random_state()
+    asked: list[str] = []
+
+    def download(url: str, path: Path, **_: Any) -> None:
+        asked.append(url)
+        save(state, path)
+
+    monkeypatch.setattr(sources, "download", download)
+    for weights in (Weights.LVD1689M, "lvd1689m"):
+        assert_holds(dinov3_vits16(weights=weights), state)
+    assert asked == [backbones.url_of("dinov3_vits16", Weights.LVD1689M)]
+    name = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+    assert [path.name for path in small_models_and_an_empty_cache.iterdir()] == [name]
+    with pytest.raises(WeightsError, match="not the file that its name promises"):
+        dinov3_vits16(check_hash=True)
+    dinov3_vits16(hash="01234567")
+    assert asked[1].endswith("dinov3_vits16_pretrain_lvd1689m-01234567.pth")
+    cached = small_models_and_an_empty_cache / name
+    cached.write_bytes(cached.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match=r"truncated.*It lies in the cache: delete it there to download it again"):
+        dinov3_vits16(weights=f"https://somewhere/{name}?Signature=secret")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -222,63 +355,6 @@ def test_check_hash_of_a_local_file(tmp_path: Path) -> None:
         dinov3_vits16(weights=plain, check_hash=True)
 
 
-class TestDownloads:
-    @pytest.fixture
-    def server(self, tmp_path: Path) -> Iterator[str]:
-        """Serves the files in tmp_path / "www"; returns its address."""
-        (tmp_path / "www").mkdir()
-        handler = partial(QuietHandler, directory=str(tmp_path / "www"))
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-            Thread(target=httpd.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{httpd.server_port}"
-            httpd.shutdown()
-
-    def test_url_is_downloaded_once(self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path) -> None:
-        state = random_state()
-        path = save(state, tmp_path / "www" / "w.pth")
-        url = f"{server}/w.pth?Signature=a/b.c&Policy=d"
-        assert_holds(dinov3_vits16(weights=url, progress=False), state)
-        assert [p.name for p in small_models_and_an_empty_cache.iterdir()] == ["w.pth"]
-        path.unlink()
-        assert_holds(dinov3_vits16(weights=url), state)
-
-    def test_published_weights_come_from_their_address(
-        self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(backbones, "BASE_URL", server)
-        state = random_state()
-        name = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
-        save(state, tmp_path / "www" / "dinov3_vits16" / name)
-        assert_holds(dinov3_vits16(progress=False), state)
-        assert (small_models_and_an_empty_cache / name).is_file()
-        with pytest.raises(WeightsError, match="not the file that its name promises"):
-            dinov3_vits16(check_hash=True)
-
-    def test_broken_downloads_are_not_kept(
-        self, server: str, tmp_path: Path, small_models_and_an_empty_cache: Path
-    ) -> None:
-        path = save(random_state(), tmp_path / "www" / "w-01234567.pth")
-        with pytest.raises(WeightsError, match="not the file that its name promises"):
-            dinov3_vits16(weights=f"{server}/{path.name}", check_hash=True, progress=False)
-        path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(WeightsError, match="is truncated: a zip archive of 5000 bytes"):
-            dinov3_vits16(weights=f"{server}/{path.name}", progress=False)
-        path.write_text("<html>Please log in</html>")
-        with pytest.raises(WeightsError, match="it is a web page"):
-            dinov3_vits16(weights=f"{server}/{path.name}", progress=False)
-        assert not list(small_models_and_an_empty_cache.iterdir())
-
-    def test_failure_tells_what_to_do_and_keeps_the_signature_to_itself(self, server: str) -> None:
-        with pytest.raises(ConnectionError, match=r"/none.pth: HTTP 404 .* pass weights=PATH") as caught:
-            dinov3_vits16(weights=f"{server}/none.pth?Signature=secret", progress=False)
-        assert "secret" not in str(caught.value)
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_entries_have_a_signature_and_help_that_read_well(entry: str) -> None:
     function = getattr(backbones, entry)
@@ -287,5 +363,5 @@ def test_entries_have_a_signature_and_help_that_read_well(entry: str) -> None:
     defaults.pop("kwargs")
     assert defaults == {"pretrained": True, "weights": Weights.LVD1689M, "check_hash": False}
     first, _, rest = function.__doc__.partition("\n")
-    assert first.startswith("DINOv3 ViT-") and first.endswith(".")
+    assert first.startswith(("DINOv3 ViT-", "DINOv3 ConvNeXt-")) and first.endswith(".")
     assert "pretrained: load `weights`" in rest and "Raises:" in rest

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinov3.hub.files import WeightsError
+from dinov3.hub.files import WeightsError, read_file, read_safetensors_header, write_safetensors
 from dinov3.hub.weights import read_state_dict
 
 STATE = {"cls_token": torch.randn(1, 1, 8), "blocks.0.attn.backbone.weight": torch.randn(300, 8)}
@@ -113,8 +113,14 @@ BAD_FILES = {
     "truncated zip": (zip_checkpoint()[:2000], "is truncated: a zip archive of 2000 bytes without its end"),
     "truncated legacy": (legacy_checkpoint()[:3000], "damaged or truncated: unexpected EOF"),
     "truncated legacy pickle": (legacy_checkpoint()[:100], "is truncated: it ends in the middle"),
-    "truncated safetensors": (safetensors_checkpoint()[:200], "is a damaged or truncated safetensors file"),
-    "truncated safetensors header": (safetensors_checkpoint()[:20], "is a damaged or truncated safetensors file"),
+    "truncated safetensors": (
+        safetensors_checkpoint()[:200],
+        "is a truncated safetensors file: its header promises 400 bytes of data, but there are",
+    ),
+    "truncated safetensors header": (
+        safetensors_checkpoint()[:20],
+        "a truncated safetensors file: its header should take 65 bytes",
+    ),
     "web page": (b"\n<!DOCTYPE html><html><title>Log in</title>", "a web page or an XML .* '<!DOCTYPE html><html>"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "it is text: 'version https://git-lfs"),
     "picture": (picture(), "is not a checkpoint: it is a PNG picture"),
@@ -131,6 +137,79 @@ def test_unreadable_file_is_named_and_described(content: bytes, message: str, tm
     with pytest.raises(WeightsError, match=message) as caught:
         read_state_dict(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def safetensors_with(*entries: dict[str, Any] | str, n_bytes: int = 16, **more: Any) -> bytes:
+    header = dict(zip("abc", entries, strict=False)) | more
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(n_bytes)
+
+
+def entry(begin: int, end: int, dtype: str = "F32", shape: Any = (2,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+LYING_HEADERS = {
+    "size": (
+        safetensors_with(entry(0, 16)),
+        r"contradicts itself: 'a' is F32 of shape \[2\], which takes 8 bytes, but its place \(0 to 16\) has 16",
+    ),
+    "huge": (safetensors_with(entry(0, 8, shape=[2**40, 2**40])), "contradicts itself: 'a' is F32 of shape"),
+    "overlap": (safetensors_with(entry(0, 8), entry(4, 12)), "'b' begins at byte 4 .* before it ends at byte 8"),
+    "gap": (safetensors_with(entry(0, 8), entry(12, 20)), "'b' begins at byte 12 .* before it ends at byte 8"),
+    "beyond": (safetensors_with(entry(0, 8), entry(8, 16), n_bytes=12), "promises 16 bytes of data, but there are 12"),
+    "too much": (safetensors_with(entry(0, 8)), "promises 8 bytes of data, but there are 16"),
+    "negative": (
+        safetensors_with(entry(0, -8, shape=[-2])),
+        "cannot be true: 'a' needs a dtype, a shape and its first",
+    ),
+    "text": (safetensors_with(entry(0, 8, shape="2")), "cannot be true: 'a' needs a dtype"),
+    "fraction": (safetensors_with(entry(0, 8, shape=[2.0])), "cannot be true: 'a' needs a dtype"),
+    "incomplete": (safetensors_with({"dtype": "F32"}), r"cannot be true: 'a' .* but has \{'dtype': 'F32'\}"),
+    "no entry": (safetensors_with("a"), "cannot be true: 'a' needs a dtype"),
+    "unknown dtype": (safetensors_with(entry(0, 8, "F4")), "cannot be read: 'a' is F4, expected one of F64, F32"),
+    "unhashable dtype": (safetensors_with(entry(0, 8, ["F32"])), "cannot be true: 'a' needs a dtype"),  # type: ignore[arg-type]
+    "metadata": (safetensors_with(entry(0, 16, shape=[4]), __metadata__=[1]), "its header cannot be read"),
+    "no JSON": (struct.pack("<Q", 9) + b'{"a": 1,}' + bytes(9), "its header cannot be read"),
+    "nested": (struct.pack("<Q", 200_005) + b'{"a":' + b"[" * 200_000, "its header cannot be read"),
+    "length": (struct.pack("<Q", 2**31) + b"{}", r"its header should take 2147483648 bytes, but the whole file has 10"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), LYING_HEADERS.values(), ids=LYING_HEADERS)
+def test_header_of_safetensors_that_lies(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=message) as caught:
+        read_state_dict(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_every_kind_of_tensor_in_safetensors(mmap: bool, tmp_path: Path) -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8)
+    tensors = {str(kind): torch.arange(3).to(kind) for kind in (*kinds, torch.bool)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 5), "matrix": torch.randn(2, 3)}
+    save_file(tensors, tmp_path / "theirs")
+    write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    for found in (
+        read_file(tmp_path / "theirs", mmap=mmap),
+        read_file(tmp_path / "ours", mmap=mmap),
+        load_file(tmp_path / "ours"),
+    ):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+            assert torch.equal(found[name].double(), tensor.double()), name
+    assert read_safetensors_header(tmp_path / "ours").metadata == {"format": "pt"}
+
+
+def test_tensors_at_odd_places_of_safetensors_are_moved(tmp_path: Path) -> None:
+    content = safetensors_with(entry(0, 1, "U8", [1]), entry(1, 9), n_bytes=0)
+    (tmp_path / "odd").write_bytes(content + b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes())
+    found = read_file(tmp_path / "odd")
+    assert found["a"].tolist() == [7] and found["b"].tolist() == [1.5, -2.0]
+    assert found["b"].data_ptr() % 4 == 0
 
 
 class Trap:
@@ -157,7 +236,11 @@ def test_code_in_a_file_is_not_run(zipped: bool, tmp_path: Path) -> None:
         (HEADS, "is not a state dict of a backbone: it is empty"),
         (
             {"state_dict": STATE, "epoch": 3},
-            "is not a state dict of a backbone: state_dict, epoch of its 2 entries are not tensors",
+            "is not a state dict of a backbone: state_dict, epoch of its 2 entries are not tensors. .* 'state_dict'",
+        ),
+        (
+            {"model": {"transformer.decoder.norm.weight": torch.ones(1)}},
+            "model of its 1 entries are not tensors. Below 'model': It is the weights of a detector, not a backbone",
         ),
     ],
 )
@@ -210,7 +293,9 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="not a distributed checkpoint: it has no file .metadata"):
+    with pytest.raises(
+        WeightsError, match="neither a distributed checkpoint .* nor a model of transformers or timm .* holds nothing"
+    ):
         read_state_dict(tmp_path)
     (tmp_path / "config.yaml").touch()
     with pytest.raises(WeightsError, match=rf"directory of a training run.* dinov3_from_run\('{tmp_path}'\)"):

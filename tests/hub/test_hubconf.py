@@ -14,8 +14,13 @@ from dinov3.hub.backbones import dinov3_vits16
 
 REPOSITORY = Path(__file__).parents[2]
 ENTRIES = [
+    "dinov3_convnext_base",
+    "dinov3_convnext_large",
+    "dinov3_convnext_small",
+    "dinov3_convnext_tiny",
     "dinov3_from_run",
     "dinov3_vit7b16",
+    "dinov3_vit7b16_lc",
     "dinov3_vitb16",
     "dinov3_vith16plus",
     "dinov3_vitl16",
@@ -43,8 +48,13 @@ class Blocker(importlib.abc.MetaPathFinder):
 
 before = set(sys.modules)
 sys.meta_path.insert(0, Blocker())
-repository, weights = sys.argv[1:]
-model = torch.hub.load(repository, "dinov3_vits16", source="local", pretrained=False)
+repository, weights, *entries = sys.argv[1:]
+for entry in entries:
+    model = torch.hub.load(repository, entry, source="local", pretrained=False, device="meta")
+    assert not model.training and all(parameter.is_meta for parameter in model.parameters()), entry
+for entry, channels in {"dinov3_vits16": 384, "dinov3_convnext_tiny": 768}.items():
+    model = torch.hub.load(repository, entry, source="local", pretrained=False)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, channels)
 model = torch.hub.load(repository, "dinov3_vits16", source="local", weights=weights)
 assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 384)
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
@@ -54,8 +64,9 @@ assert new <= ALLOWED, new
 
 def test_loading_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
     torch.save(dinov3_vits16(pretrained=False).state_dict(), tmp_path / "w.pth")
+    entries = [entry for entry in ENTRIES if entry != "dinov3_from_run"]
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_OTHER_PACKAGES, str(REPOSITORY), str(tmp_path / "w.pth")],
+        [sys.executable, "-c", WITHOUT_OTHER_PACKAGES, str(REPOSITORY), str(tmp_path / "w.pth"), *entries],
         check=True,
         cwd=tmp_path,
     )
@@ -76,3 +87,7 @@ def test_help_describes_each_entry() -> None:
 def test_load_passes_arguments_on() -> None:
     model = torch.hub.load(str(REPOSITORY), "dinov3_vits16plus", source="local", pretrained=False, device="meta")
     assert model.embed_dim == 384 and model.blocks[0].mlp.w1.out_features == 1536
+    model = torch.hub.load(
+        str(REPOSITORY), "dinov3_convnext_tiny", source="local", pretrained=False, device="meta", patch_size=16
+    )
+    assert model.embed_dim == 768 and model.patch_size == 16

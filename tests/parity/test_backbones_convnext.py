@@ -14,19 +14,9 @@ from . import backbones_runner, golden
 from .state_dicts import assert_matches_manifest
 
 
-def _without_hub(case: dict[str, Any]) -> dict[str, Any]:
-    """The case with the class in place of the hub entry, whose `pretrained=False` the preparation overwrites."""
-    entry = case["build"]["target"].rpartition(".")[2]
-    if not entry.startswith("dinov3_convnext_"):
-        return case
-    kwargs = {k: v for k, v in case["build"]["kwargs"].items() if k != "pretrained"}
-    sizes = convnext_sizes[entry.removeprefix("dinov3_convnext_")]
-    return case | {"build": {"target": "dinov3.models.convnext.ConvNeXt", "kwargs": kwargs | sizes}}
-
-
 @pytest.mark.parametrize("case", golden.cases("backbones", "convnext"), ids=lambda c: c["id"])
 def test_outputs_equal_the_published_method(case: dict[str, Any]) -> None:
-    backbones_runner.check(_without_hub(case))
+    backbones_runner.check(case)
 
 
 @pytest.mark.parametrize("size", convnext_sizes)

@@ -1,4 +1,4 @@
-"""Structure, state dicts and addresses of the published ViTs."""
+"""Structure, state dicts and addresses of the published backbones."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from torch import nn
 
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights
+from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
 from . import golden
 from .state_dicts import assert_matches_manifest
 
 FACTS = golden.area("backbones")["facts"]
-VITS = [key for key in FACTS["hub_entries"] if key.startswith("dinov3_vit")]
+BACKBONES = list(FACTS["hub_entries"])
 
 
-def build_on_meta(entry: str, data: str) -> DinoVisionTransformer:
+def build_on_meta(entry: str, data: str) -> DinoVisionTransformer | ConvNeXt:
     with torch.device("meta"):
         return getattr(backbones, entry)(pretrained=False, weights=Weights[data])
 
 
-def describe(model: DinoVisionTransformer) -> dict[str, Any]:
-    block, rope = model.blocks[0], model.rope_embed
-    first_linear = block.mlp.fc1 if hasattr(block.mlp, "fc1") else block.mlp.w1
-    return {
+def describe(model: DinoVisionTransformer | ConvNeXt) -> dict[str, Any]:
+    described = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_dict_entries": len(model.state_dict()),
+    }
+    if isinstance(model, ConvNeXt):
+        return described
+    block, rope = model.blocks[0], model.rope_embed
+    first_linear = block.mlp.fc1 if hasattr(block.mlp, "fc1") else block.mlp.w1
+    return described | {
         "ffn_hidden": first_linear.out_features,
         "ffn": type(block.mlp).__name__,
         "norm_eps": model.norm.eps,
@@ -45,7 +50,7 @@ def describe(model: DinoVisionTransformer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("key", VITS)
+@pytest.mark.parametrize("key", BACKBONES)
 def test_structure_and_state_dict(key: str) -> None:
     entry, data = key.split(":")
     model = build_on_meta(entry, data)
@@ -58,13 +63,13 @@ def test_structure_and_state_dict(key: str) -> None:
     assert_matches_manifest(model, entry + ("" if data == "LVD1689M" else f"_{data.lower()}"))
 
 
-@pytest.mark.parametrize("key", [key for key in FACTS["hub_urls"] if key in VITS])
+@pytest.mark.parametrize("key", [key for key in FACTS["hub_urls"] if key in BACKBONES])
 def test_address(key: str) -> None:
     entry, data = key.split(":")
     assert backbones.url_of(entry, Weights[data]) == FACTS["hub_urls"][key]
 
 
-@pytest.mark.parametrize("entry", sorted({key.split(":")[0] for key in VITS}))
+@pytest.mark.parametrize("entry", sorted({key.split(":")[0] for key in BACKBONES}))
 def test_weights_that_were_not_published_are_refused(entry: str) -> None:
     if f"{entry}:SAT493M" in FACTS["hub_urls"]:
         assert backbones.url_of(entry, Weights.SAT493M)
@@ -88,6 +93,11 @@ def test_home_directory_and_relative_paths_become_urls(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert backbones.convert_path_or_url_to_url("~/a.pth") == (tmp_path / "a.pth").as_uri()
     assert backbones.convert_path_or_url_to_url("a.pth") == (tmp_path / "a.pth").as_uri()
+
+
+def test_every_backbone_has_an_entry() -> None:
+    entries = {name for name in backbones.__all__ if name.startswith("dinov3_")}
+    assert entries == {key.split(":")[0] for key in BACKBONES}
 
 
 def test_names_of_weights() -> None:

@@ -1,0 +1,392 @@
+"""A backbone as one file that runs without this library: ONNX, or a program of `torch.export`.
+
+    python -m dinov3.hub.export dinov3_vits16 --weights FILE --format onnx --out vits16.onnx
+
+Notable:
+- One exported file takes any batch size, height and width: the grid of positions is part of the graph.
+- A file gets its name only after it was read again, run on two sizes that it was not traced with, and found to give
+  what the model gives.
+- Everything is float32, the positions too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.hub.command_line import (
+    MODEL_HELP,
+    WEIGHTS_HELP,
+    ModelChoice,
+    check_image_size,
+    check_output,
+    find_normalization,
+    finish,
+    make_parser,
+    parse_size,
+    positive,
+    require,
+)
+from dinov3.models.summary import patch_stride
+
+ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
+DEFAULT_OPSET = 18
+#: Largest difference that may remain, relative to the largest value of an output. Rounding makes about 1e-6; a size or
+#: a grid that was frozen into the file makes more than 1e-2.
+TOLERANCE = 1e-3
+INFO_FILE = "dinov3.json"
+
+EPILOG = """\
+Input:
+  images          float32 [batch, 3, height, width], normalised; height and width of at least two patches (32 pixels;
+                  ConvNeXt: 64), of which the pixels that fill no patch are not seen
+Outputs, float32, after the final norm, with D channels:
+  cls_token       [batch, D]
+  storage_tokens  [batch, R, D]  (registers; not of a ConvNeXt, which has none)
+  patch_tokens    [batch, (height // 16) * (width // 16), D], row by row (ConvNeXt: 32)
+
+The file also says which model it is, and the mean and standard deviation for normalising pixels in [0, 1]: ONNX in its
+metadata, torch-export in its extra file dinov3.json. ONNX files of more than 2 GB keep their weights beside them, in
+FILE.data: move the two together.
+
+  onnxruntime.InferenceSession("vits16.onnx").run(None, {"images": images.numpy()})    # a list of arrays
+  torch.export.load("vits16.pt2").module()(images)                                     # a dict of tensors
+
+examples:
+  python -m dinov3.hub.export dinov3_vits16 --weights dinov3_vits16.pth --format onnx --out vits16.onnx
+  python -m dinov3.hub.export dinov3_convnext_tiny --weights LVD1689M --format torch-export --out tiny.pt2
+  python -m dinov3.hub.export outputs/run --format onnx --out mine.onnx --opset 20
+"""
+
+
+class WrongExportError(RuntimeError):
+    """An exported file does not give what its model gives."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; also the arguments of the command line.
+
+    Attributes:
+        model: which backbone.
+        format: `onnx` or `torch-export`.
+        out: the file to write, ending in `.onnx` or `.pt2`.
+        size: (height, width) in pixels of the images that the model is traced with; the file takes any.
+        opset: of ONNX.
+        overwrite: replace `out`.
+    """
+
+    model: ModelChoice
+    format: str
+    out: Path
+    size: tuple[int, int] = (224, 224)
+    opset: int = DEFAULT_OPSET
+    overwrite: bool = False
+
+
+class Difference(NamedTuple):
+    """How far an exported file is from its model for images of one shape.
+
+    Attributes:
+        shape: of the images.
+        largest: largest absolute difference of each output.
+        relative: the largest of them, each divided by the largest absolute value of the output.
+    """
+
+    shape: tuple[int, ...]
+    largest: dict[str, float]
+    relative: float
+
+
+class Features(nn.Module):
+    """A backbone whose forward returns a dict of `cls_token`, `storage_tokens` (if it has any) and `patch_tokens`."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] to the tokens."""
+        features = self.backbone.forward_features(images)
+        storage = {"storage_tokens": features["x_storage_tokens"]} if self.backbone.n_storage_tokens > 0 else {}
+        return {"cls_token": features["x_norm_clstoken"], **storage, "patch_tokens": features["x_norm_patchtokens"]}
+
+
+def export(options: ExportOptions) -> list[Difference]:
+    """Export a backbone into `options.out`, and compare the file with the model.
+
+    Returns:
+        The differences for two sizes that were not traced.
+
+    Raises:
+        ModuleNotFoundError: a package for ONNX is missing.
+        FileExistsError: `out` is there already.
+        ValueError: an option is out of its range.
+        WrongExportError: the file differs from the model, or takes no other size; nothing is left behind.
+    """
+    _check(options)
+    model = Features(options.model.load()).requires_grad_(False)
+    backbone = model.backbone
+    check_image_size(backbone, options.size)
+    data, normalization = find_normalization(options.model, backbone)
+    if options.format == "onnx":
+        _compute_positions_in_float32_(model)
+    info = {
+        "model": Path(options.model.name).name,
+        "patch_size": patch_stride(backbone),
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
+    }
+    print(f"tracing {options.model} at {options.size[0]} x {options.size[1]} pixels", file=sys.stderr)
+    with _quiet():
+        program = _trace(model, options.size)
+    # On the same disk, so that moving is renaming.
+    with tempfile.TemporaryDirectory(prefix=f".{options.out.name}.", dir=options.out.absolute().parent) as directory:
+        file = Path(directory) / options.out.name
+        with _quiet():
+            {"onnx": _write_onnx, "torch-export": _write_program}[options.format](program, file, info, options)
+        run = {"onnx": _open_onnx, "torch-export": _open_program}[options.format](file)
+        differences = [compare(model, run, shape) for shape in _other_shapes(model, options.size)]
+        del run
+        for difference in differences:
+            print(_describe(difference))
+        _refuse_wrong(differences, options)
+        for written in sorted(Path(directory).iterdir(), key=lambda path: path == file):  # The model after its weights.
+            written.replace(options.out.with_name(written.name))
+    print(f"{options.out}: {_megabytes(options.out)}, normalisation {data}")
+    return differences
+
+
+def compare(model: nn.Module, run: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, ...]) -> Difference:
+    """Compare an exported program with its model on random images.
+
+    Args:
+        model: a `Features`.
+        run: the exported program.
+        shape: of the images.
+
+    Raises:
+        WrongExportError: the program does not take such images.
+    """
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+        try:
+            found = run(images)
+        except Exception as error:  # Whatever a runtime throws, the file is of no use.
+            reason = str(error).partition("\n")[0]
+            raise WrongExportError(
+                f"the exported model does not take images of shape {list(shape)}: {reason}"
+            ) from error
+    assert list(expected) == list(found), f"{list(found)} instead of {list(expected)}"
+    largest, relative = {}, 0.0
+    for name, want in expected.items():
+        same_shape = want.shape == found[name].shape
+        largest[name] = (want - found[name]).abs().max().item() if same_shape else float("inf")
+        largest[name] = float("inf") if largest[name] != largest[name] else largest[name]  # not a number
+        relative = max(relative, largest[name] / want.abs().max().item())
+    return Difference(shape, largest, relative)
+
+
+def _check(options: ExportOptions) -> None:
+    ending = ENDINGS[options.format]
+    if options.out.suffix != ending:
+        raise ValueError(f"--out {options.out}: files of --format {options.format} end in {ending}")
+    check_output(options.out, overwrite=options.overwrite)
+    options.model.check()
+    if options.format != "onnx":
+        return
+    check_output(_data_file(options.out), overwrite=options.overwrite)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "exporting to ONNX", "onnx onnxscript onnxruntime")
+    from onnx.defs import onnx_opset_version
+
+    if not DEFAULT_OPSET <= options.opset <= onnx_opset_version():
+        raise ValueError(
+            f"--opset {options.opset}: expected {DEFAULT_OPSET} to {onnx_opset_version()}, the newest that onnx knows"
+        )
+
+
+def _compute_positions_in_float32_(model: Features) -> None:
+    # Runtimes of ONNX have no sines in bfloat16. The published models need none, trainings of one's own may.
+    rope = getattr(model.backbone, "rope_embed", None)
+    if rope is None or rope.dtype == torch.float32:
+        return
+    trained = copy.deepcopy(model)
+    dtype, rope.dtype, rope.periods = rope.dtype, torch.float32, rope.periods.float()
+    difference = compare(trained, model, _other_shapes(model, (0, 0))[0])
+    print(
+        f"note: this model computes positions in {str(dtype).removeprefix('torch.')}, which ONNX cannot; the file does "
+        f"so in float32, which changes its features by up to {difference.relative:.1e} of the largest value",
+        file=sys.stderr,
+    )
+
+
+def _trace(model: Features, size: tuple[int, int]) -> Any:
+    from torch.export import Dim
+
+    # PyTorch takes a side of one patch for another program.
+    smallest = 2 * patch_stride(model.backbone)
+    height, width = (max(side, smallest) for side in size)
+    dynamic = {0: Dim("batch", min=1), 2: Dim("height", min=smallest), 3: Dim("width", min=smallest)}
+    images = torch.zeros(2, model.backbone.in_chans, height, width)
+    return torch.export.export(model, (images,), dynamic_shapes={"images": dynamic})
+
+
+def _other_shapes(model: Features, size: tuple[int, int]) -> list[tuple[int, ...]]:
+    stride, channels = patch_stride(model.backbone), model.backbone.in_chans
+    grids = [(1, 3, 5), (3, 6, 2), (2, 4, 4)]
+    shapes: list[tuple[int, ...]] = [
+        (batch, channels, rows * stride, columns * stride) for batch, rows, columns in grids
+    ]
+    return [shape for shape in shapes if shape[2:] != size][:2]
+
+
+def _write_onnx(program: Any, file: Path, info: dict[str, Any], options: ExportOptions) -> None:
+    outputs = list(program.call_spec.out_spec.context)
+    exported = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        opset_version=options.opset,
+        input_names=["images"],
+        output_names=outputs,
+        verbose=False,
+    )
+    assert exported is not None
+    _name_dimensions(exported.model.graph)
+    for key, value in info.items():
+        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    exported.save(file)
+
+
+def _name_dimensions(graph: Any) -> None:
+    # The exporter calls them s34 and the like.
+    import onnx_ir
+
+    images = graph.inputs[0]
+    names = {str(images.shape[axis]): name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    for value in (images, *graph.outputs):
+        renamed = [
+            dim if isinstance(dim, int) else re.sub(r"\w+", lambda match: names.get(match[0], match[0]), str(dim))
+            for dim in value.shape
+        ]
+        value.shape = onnx_ir.Shape(renamed)
+
+
+def _write_program(program: Any, file: Path, info: dict[str, Any], options: ExportOptions) -> None:
+    torch.export.save(program, file, extra_files={INFO_FILE: json.dumps(info)})
+
+
+def _open_onnx(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        arrays = session.run(None, {"images": images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    return run
+
+
+def _open_program(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    run: Callable[[Tensor], dict[str, Tensor]] = torch.export.load(file).module()
+    return run
+
+
+def _refuse_wrong(differences: list[Difference], options: ExportOptions) -> None:
+    wrong = [difference for difference in differences if not difference.relative <= TOLERANCE]
+    if wrong:
+        raise WrongExportError(
+            f"the exported model differs from {options.model} by {max(d.relative for d in wrong):.1e} of its largest "
+            f"value, more than {TOLERANCE:.0e}: {options.out} was not written. Versions: torch {torch.__version__}"
+            + "".join(f", {package} {_version(package)}" for package in ("onnx", "onnxscript", "onnxruntime"))
+        )
+
+
+def _describe(difference: Difference) -> str:
+    shape = " x ".join(str(size) for size in difference.shape)
+    largest = ", ".join(f"{name} {value:.1e}" for name, value in difference.largest.items())
+    return f"images {shape}: largest difference {largest} (relative {difference.relative:.1e})"
+
+
+def _megabytes(out: Path) -> str:
+    data = _data_file(out)
+    text = f"{out.stat().st_size / 2**20:.1f} MiB"
+    return f"{text} and {data.stat().st_size / 2**20:.1f} MiB in {data.name}" if data.exists() else text
+
+
+def _data_file(out: Path) -> Path:
+    # Where the exporter puts weights that do not fit into the 2 GB of an ONNX file.
+    return out.with_name(f"{out.name}.data")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporters report their progress and their own deprecations, which no user can act upon.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m dinov3.hub.export`."""
+    description = "Export a backbone to ONNX or torch.export, for any batch size, height and width, and check the file."
+    parser = make_parser("export", description, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
+    parser.add_argument("--format", required=True, choices=tuple(ENDINGS), help="what to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .onnx or .pt2 file to write")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=(224, 224),
+        metavar="S | HxW",
+        help="of the image that the model is traced with, in pixels; the file takes any (default: 224)",
+    )
+    parser.add_argument(
+        "--opset", type=positive, default=DEFAULT_OPSET, metavar="N", help=f"of ONNX (default: {DEFAULT_OPSET})"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; `argv` is what follows the program's name."""
+    args = get_args_parser().parse_args(argv)
+    given = {key: value for key, value in vars(args).items() if key not in ("model", "weights")}
+    export(ExportOptions(model=ModelChoice(args.model, args.weights), **given))
+
+
+if __name__ == "__main__":
+    finish(main)

@@ -1,0 +1,117 @@
+"""Images as the published backbones expect them: which normalisation belongs to which weights.
+
+Notable:
+- Two recipes were published, and they differ: resizing bytes and then converting to floats, or the other way round.
+  Values differ by the rounding to 1/255: about 0.006 on average after normalisation, 0.02 at most.
+- A ViT does not see rows and columns beyond the last whole patch: sizes should be multiples of 16 (ConvNeXt: of 32).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dinov3.hub.backbones import Weights
+from dinov3.utils.suggestions import did_you_mean
+
+__all__ = ["Normalization", "make_transform", "normalization_of"]
+
+ORDERS = ("resize_uint8_then_float", "float_then_resize")
+
+
+class Normalization(NamedTuple):
+    """Statistics of the three channels, of values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def normalization_of(weights: Weights | str | os.PathLike[str]) -> Normalization:
+    """The statistics that images were normalised with when these weights were trained.
+
+    Args:
+        weights: `Weights.LVD1689M` (those of ImageNet) or `Weights.SAT493M` (satellite images), or their names; or a
+            path or URL whose last part names one of them, as those of the published files do.
+
+    Raises:
+        ValueError: neither of the two is named.
+        ModuleNotFoundError: the package torchvision is missing.
+    """
+    data = _data_of(weights)
+    transforms = _import_transforms()
+    if data is Weights.SAT493M:
+        return Normalization(transforms.SAT_DEFAULT_MEAN, transforms.SAT_DEFAULT_STD)
+    return Normalization(transforms.IMAGENET_DEFAULT_MEAN, transforms.IMAGENET_DEFAULT_STD)
+
+
+def make_transform(
+    resize_size: int | Sequence[int] = 256,
+    *,
+    weights: Weights | str | os.PathLike[str] = Weights.LVD1689M,
+    order: str = "resize_uint8_then_float",
+) -> Callable[[Any], Tensor]:
+    """Turn a picture into what a published backbone takes: resized without a crop (bilinear, antialiased), normalised.
+
+    Args:
+        resize_size: height and width in pixels; one number is both, and the aspect ratio changes.
+        weights: decides on the normalisation, see `normalization_of`.
+        order: `resize_uint8_then_float`, or `float_then_resize`: as Hugging Face's image processor, and as the
+            reference features of the published models were made.
+
+    Returns:
+        A function from a picture, that is a PIL image of any mode, a NumPy array [H, W, 3] or a tensor [..., 3, H, W]
+        (uint8 or floats in [0, 1]), to a float32 tensor [..., 3, height, width].
+
+    Raises:
+        ValueError: an argument is not as described; so does the function for a picture that is not.
+        ModuleNotFoundError: the package torchvision is missing.
+    """
+    size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r}{did_you_mean(str(order), ORDERS)}: choose one of {', '.join(ORDERS)}")
+    mean, std = normalization_of(weights)
+    import torch
+    from torchvision.transforms import v2
+
+    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    steps = [resize, to_float] if order == "resize_uint8_then_float" else [to_float, resize]
+    return v2.Compose([_to_rgb, *steps, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])
+
+
+def _data_of(weights: Weights | str | os.PathLike[str]) -> Weights:
+    if isinstance(weights, Weights):
+        return weights
+    name = os.fspath(weights).partition("?")[0].rstrip("/").rpartition("/")[2]
+    found = {data for data in Weights if re.search(rf"(?<![a-z0-9]){data.name}(?![a-z0-9])", name, re.IGNORECASE)}
+    if len(found) != 1:
+        raise ValueError(
+            f"weights={name!r} does not say what it was trained on: give {' or '.join(str(data) for data in Weights)} "
+            "(the normalisation of satellite images is another one)"
+        )
+    return found.pop()
+
+
+def _to_rgb(picture: Any) -> Any:
+    from torchvision.transforms import v2
+
+    if hasattr(picture, "convert"):  # Of PIL; that it may be missing is no reason to import it.
+        picture = picture.convert("RGB")
+    image = v2.functional.to_image(picture)
+    if image.shape[-3] != 3:
+        raise ValueError(f"expected a picture of 3 channels (red, green, blue), got {image.shape[-3]}")
+    return image
+
+
+def _import_transforms() -> Any:
+    try:
+        from dinov3.data import transforms
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"to transform images: pip install {error.name}", name=error.name) from error
+    return transforms

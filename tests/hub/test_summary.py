@@ -1,0 +1,66 @@
+"""The command line that sums up a backbone."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinov3.hub import command_line, summary
+
+
+def lines_of(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    summary.main(arguments.split())
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_vit(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of("dinov3_vits16 --size 224", capsys)
+    assert lines[0] == "dinov3_vits16: DinoVisionTransformer, 21,601,152 parameters"
+    assert lines[2] == "tokens       201 (1 class, 4 storage, 14 x 14 patch tokens) of 384 channels"
+    assert lines[3] == "arithmetic   9.40 GFLOP per image"
+    assert lines[4] == "weights      82.5 MiB in float32"
+    assert "about" in lines[5] and "estimates" in lines[5]
+    assert any("0 to 11, each" in line and "1,775,232" in line for line in lines)
+
+
+def test_a_convnext_and_a_rectangle(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of("dinov3_convnext_tiny --size 64x128 --depth 1", capsys)
+    assert lines[0] == "dinov3_convnext_tiny: ConvNeXt, 27,820,128 parameters"
+    assert lines[1] == "image        64 x 128 pixels"
+    assert lines[2] == "tokens       9 (1 class, 0 storage, 2 x 4 patch tokens) of 768 channels"
+
+
+def test_satellite_weights_have_a_norm_more(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of("dinov3_vitl16 --weights SAT493M --depth 1 --size 32", capsys)
+    assert lines[0] == "dinov3_vitl16 (SAT493M): DinoVisionTransformer, 303,156,224 parameters"
+
+
+def test_a_model_of_27_gigabytes_in_half_of_that(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of("dinov3_vit7b16 --dtype bfloat16 --size 32 --depth 1", capsys)
+    assert lines[4] == "weights      12.51 GiB in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("vitb16", r"unknown model 'vitb16' (did you mean 'dinov3_vitb16'?)"),
+        ("dinov3_vits16 --size 15", "smaller than a patch"),
+        ("dinov3_convnext_tiny --size 64x31", "at least 32 pixels"),
+        ("dinov3_vits16 --weights SAT493M", "dinov3_vits16 was not published with weights SAT493M"),
+        ("/nowhere/run", "there is no training run at /nowhere/run"),
+    ],
+)
+def test_errors_are_one_message(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DINOV3_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match="1"):
+        command_line.finish(lambda: summary.main(arguments.split()))
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("size", ["x", "224x", "-3", "0", "1x2x3"])
+def test_sizes_that_are_none(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        summary.main(["dinov3_vits16", f"--size={size}"])
+    assert "HEIGHTxWIDTH" in capsys.readouterr().err
