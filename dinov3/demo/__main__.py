@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dinov3.demo.run import RECIPE, DemoOptions, run_demo
-from dinov3.run.cli import run_command_line
+from dinov3.utils.command_line import run_command_line
 
 DESCRIPTION = """\
 Train a small ViT with DINO, iBOT and KoLeo on real images, on the CPU, in a few minutes:

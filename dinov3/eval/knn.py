@@ -52,9 +52,9 @@ from dinov3.eval.metrics import ClassificationMetricType, TopKAccuracy, build_cl
 from dinov3.eval.results import write_atomically
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
-from dinov3.run.cli import run_command_line
 from dinov3.run.init import job_context
 from dinov3.utils import as_torch_dtype, get_sha
+from dinov3.utils.command_line import run_command_line
 
 __all__ = [
     "MAIN_METRICS",

@@ -6,11 +6,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
@@ -37,7 +36,6 @@ NORMALIZATIONS = ("auto", "lvd", "sat")
 SAT_MARKS = ("sat493m", "eadcf0ff", "a6675841")
 
 #: Errors whose message is written for the person at the keyboard.
-_USER_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, ModuleNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -246,26 +244,6 @@ def require(package: str, purpose: str, pip_name: str) -> None:
         __import__(package)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{purpose} needs {package}: pip install {pip_name}") from error
-
-
-def finish(main: Callable[[], Any]) -> None:
-    """Call `main()` and exit: 0 when done, 130 on Ctrl-C, 1 with `error: ...` on an error that a user can mend.
-
-    `DINOV3_TRACEBACK=1` shows the traceback as well. Other exceptions are bugs and always show it.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except _USER_ERRORS as error:
-        if os.environ.get("DINOV3_TRACEBACK") == "1" or not str(error):
-            raise
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"out of memory: choose a smaller --batch-size, --size or --dtype ({message})"
-        print(f"error: {message}\n(DINOV3_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
-        sys.exit(1)
 
 
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import build_like, published_name
-from dinov3.hub.command_line import SAT_MARKS, finish, make_parser
+from dinov3.hub.command_line import SAT_MARKS, make_parser
 from dinov3.hub.files import WeightsError, write_safetensors
 from dinov3.hub.formats import CONFIG_FILE, LAYER_NORM_EPS, Converted, Foreign, Library, from_release, rope_base
 from dinov3.hub.runs import CONFIG_FILE as RUN_CONFIG_FILE
@@ -33,6 +33,7 @@ from dinov3.hub.sources import locate
 from dinov3.hub.weights import check_complete, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.command_line import run_command_line
 
 Target = Literal["release", "huggingface", "timm"]
 Data = Literal["lvd1689m", "sat493m"]
@@ -530,4 +531,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_command_line(main)

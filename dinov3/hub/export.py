@@ -36,13 +36,13 @@ from dinov3.hub.command_line import (
     check_image_size,
     check_output,
     find_normalization,
-    finish,
     make_parser,
     parse_size,
     positive,
     require,
 )
 from dinov3.models.summary import patch_stride
+from dinov3.utils.command_line import run_command_line
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 DEFAULT_OPSET = 18
@@ -389,4 +389,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_command_line(main)

@@ -39,7 +39,6 @@ from dinov3.hub.command_line import (
     check_output,
     describe_tokens,
     find_normalization,
-    finish,
     make_parser,
     parse_dtype,
     parse_size,
@@ -49,6 +48,7 @@ from dinov3.hub.command_line import (
 from dinov3.hub.files import SAFETENSORS_DTYPES
 from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
+from dinov3.utils.command_line import run_command_line
 
 TOKENS = ("cls", "avg", "patch", "storage")
 ON_BAD_IMAGE = ("skip", "raise")
@@ -515,4 +515,4 @@ def _not_negative(text: str) -> int:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_command_line(main)

@@ -17,7 +17,6 @@ from dinov3.hub.command_line import (
     ModelChoice,
     check_image_size,
     describe_tokens,
-    finish,
     make_parser,
     parse_dtype,
     parse_size,
@@ -25,6 +24,7 @@ from dinov3.hub.command_line import (
 )
 from dinov3.models.summary import count_flops, estimate_memory, module_table
 from dinov3.utils import count_parameters
+from dinov3.utils.command_line import run_command_line
 
 EPILOG = """\
 arithmetic   of one forward pass of one image; a multiply-add counts as two operations. Matrix products, convolutions
@@ -121,4 +121,4 @@ def _size(n_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_command_line(main)

@@ -163,6 +163,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from dinov3.run.cli import run_command_line
+    from dinov3.utils.command_line import run_command_line
 
     run_command_line(main)

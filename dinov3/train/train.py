@@ -26,7 +26,6 @@ from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_t
 from dinov3.configs import DinoV3SetupArgs, setup_config
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
 from dinov3.models.summary import summarize
-from dinov3.run.cli import run_command_line
 from dinov3.run.init import job_context
 from dinov3.train.data_loading import crop_resolutions
 from dinov3.train.loop import Trainer, do_train
@@ -35,6 +34,7 @@ from dinov3.train.preflight import check_dataset, check_disk
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import fix_random_seeds
+from dinov3.utils.command_line import run_command_line
 
 __all__ = ["apply_optim_scheduler", "build_schedulers", "do_train", "get_args_parser", "main"]
 

@@ -22,12 +22,13 @@ from dinov3.configs import get_default_config
 from dinov3.data.datasets import BadImageError
 from dinov3.data.transforms import IMAGENET_DEFAULT_MEAN, SAT_DEFAULT_MEAN, SAT_DEFAULT_STD
 from dinov3.distributed import runtime
-from dinov3.hub import command_line, extract
+from dinov3.hub import extract
 from dinov3.hub.command_line import ModelChoice, find_normalization
 from dinov3.hub.extract import ExtractOptions, read_features
 from dinov3.hub.runs import dinov3_from_run
 from dinov3.models import build_model_from_cfg
 from dinov3.models.convnext import ConvNeXt
+from dinov3.utils.command_line import run_command_line
 
 STUDENT = {"arch": "vit_tiny", "depth": 1, "n_storage_tokens": 2, "mask_k_bias": True, "layerscale": 1.0}
 CROPS = {"rgb_mean": [0.1, 0.2, 0.3], "rgb_std": [0.4, 0.5, 0.6]}
@@ -386,7 +387,7 @@ def test_the_command_line(
     assert "7 images in" in captured.err and "9 (1 class, 2 storage, 2 x 3 patch tokens) of 192" in captured.err
     monkeypatch.delenv("DINOV3_TRACEBACK", raising=False)
     with pytest.raises(SystemExit, match="1"):
-        command_line.finish(lambda: extract.main(arguments.split()))
+        run_command_line(lambda: extract.main(arguments.split()))
     assert capsys.readouterr().err.startswith(f"error: {out} exists already")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dinov3.hub import command_line, summary
+from dinov3.hub import summary
+from dinov3.utils.command_line import run_command_line
 
 
 def lines_of(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -54,7 +55,7 @@ def test_errors_are_one_message(
 ) -> None:
     monkeypatch.delenv("DINOV3_TRACEBACK", raising=False)
     with pytest.raises(SystemExit, match="1"):
-        command_line.finish(lambda: summary.main(arguments.split()))
+        run_command_line(lambda: summary.main(arguments.split()))
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
+
 #: Errors whose message is written for the person at the keyboard.
 USER_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, ModuleNotFoundError)
 
@@ -24,6 +26,7 @@ def run_command_line(main: Callable[[], Any]) -> NoReturn:
     except USER_ERRORS as error:
         if os.environ.get("DINOV3_TRACEBACK") == "1" or not str(error):
             raise
-        print(f"error: {error}\n(DINOV3_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        advice = "out of memory: use smaller batches or images; " if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {advice}{error}\n(DINOV3_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
