@@ -28,7 +28,15 @@ logger = logging.getLogger("dinov3")
 
 T = TypeVar("T")
 
-BAR_METERS = {"total_loss": "loss {:.4g}", "loss": "loss {:.4g}", "images_per_second": "{:.4g} images/s"}
+BAR_METERS = {
+    "total_loss": "loss {:.4g}",
+    "loss": "loss {:.4g}",
+    "dino_local_crops_loss": "DINO local {:.3g}",
+    "dino_global_crops_loss": "global {:.3g}",
+    "ibot_loss": "iBOT {:.3g}",
+    "koleo_loss": "KoLeo {:.2g}",
+    "images_per_second": "{:.3g} images/s",
+}
 
 
 class MetricLogger:
