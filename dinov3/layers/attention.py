@@ -28,7 +28,21 @@ def rope_rotate_half(x: Tensor) -> Tensor:
 
 def rope_apply(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate the pairs (channel e, channel e + d / 2) of x [..., d]; `sin` and `cos` broadcast to it."""
-    return x * cos + rope_rotate_half(x) * sin
+    # Equal to x * cos + rope_rotate_half(x) * sin, bit for bit; adding in place moves half as much memory.
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half] -= x[..., half:] * sin[..., :half]
+    rotated[..., half:] += x[..., :half] * sin[..., half:]
+    return rotated
+
+
+def rope_with_prefix(rope: Rope, n_prefix: int) -> Rope:
+    """The rotations [..., N, d], behind those by 0 of `n_prefix` tokens: [..., n_prefix + N, d].
+
+    They leave the prefix as it is, and are cheaper than taking queries and keys apart and joining them again.
+    """
+    sin, cos = rope
+    return F.pad(sin, (0, 0, n_prefix, 0)), F.pad(cos, (0, 0, n_prefix, 0), value=1.0)
 
 
 class LinearKMaskedBias(nn.Linear):
@@ -156,9 +170,8 @@ class SelfAttention(nn.Module):
         sin, cos = rope
         n_prefix = q.shape[-2] - sin.shape[-2]
         assert n_prefix >= 0, f"{sin.shape[-2]} rotations for {q.shape[-2]} tokens"
-        # A rotation by 0 leaves the prefix as it is, and is cheaper than taking q and k apart and joining them again.
-        sin = F.pad(sin, (0, 0, n_prefix, 0))
-        cos = F.pad(cos, (0, 0, n_prefix, 0), value=1.0)
+        if n_prefix > 0:
+            sin, cos = rope_with_prefix(rope, n_prefix)
         rotated_q = rope_apply(q.to(sin.dtype), sin, cos)
         rotated_k = rope_apply(k.to(sin.dtype), sin, cos)
         return rotated_q.to(q.dtype), rotated_k.to(k.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinov3.layers.attention import CausalSelfAttention, Rope, SelfAttention
 from dinov3.layers.ffn_layers import Mlp
-from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.layer_scale import LayerScale, add_scaled
 from dinov3.layers.rms_norm import RMSNorm
 from dinov3.utils import cat_keep_shapes, uncat_with_shapes
 
@@ -117,11 +117,11 @@ class SelfAttentionBlock(nn.Module):
         return self._forward_list(x_or_list, rope_or_list)
 
     def _forward_list(self, x_list: list[Tensor], ropes: list[Rope | None]) -> list[Tensor]:
-        for branch in (self._attention_branch, self._ffn_branch):
+        for branch, scale in ((self._attention_branch, self.ls1), (self._ffn_branch, self.ls2)):
             if self.training and self.sample_drop_ratio > 0:
-                x_list = self._add_to_subsets(x_list, ropes, branch)
+                x_list = self._add_to_subsets(x_list, ropes, branch, scale)
             else:
-                x_list = [x + residual for x, residual in zip(x_list, branch(x_list, ropes), strict=True)]
+                x_list = [add_scaled(x, out, scale) for x, out in zip(x_list, branch(x_list, ropes), strict=True)]
         return x_list
 
     def _add_to_subsets(
@@ -129,6 +129,7 @@ class SelfAttentionBlock(nn.Module):
         x_list: list[Tensor],
         ropes: list[Rope | None],
         branch: Callable[[list[Tensor], list[Rope | None]], list[Tensor]],
+        scale: nn.Module,
     ) -> list[Tensor]:
         sizes = [max(int(len(x) * (1 - self.sample_drop_ratio)), 1) for x in x_list]
         subsets = [torch.randperm(len(x), device=x.device)[:n] for x, n in zip(x_list, sizes, strict=True)]
@@ -136,22 +137,22 @@ class SelfAttentionBlock(nn.Module):
         kept_ropes = [_rope_of_samples(rope, kept) for rope, kept in zip(ropes, subsets, strict=True)]
         return [
             # Scaled, so that the expected sum over the samples is what it is without dropping.
-            torch.index_add(x, 0, kept, residual.to(x.dtype), alpha=len(x) / n)
-            for x, kept, residual, n in zip(x_list, subsets, branch(kept_x, kept_ropes), sizes, strict=True)
+            torch.index_add(x, 0, kept, scale(out).to(x.dtype), alpha=len(x) / n)
+            for x, kept, out, n in zip(x_list, subsets, branch(kept_x, kept_ropes), sizes, strict=True)
         ]
 
     def _attention_branch(self, x_list: list[Tensor], ropes: list[Rope | None]) -> list[Tensor]:
         if len(x_list) == 1:
-            return [self.ls1(self.attn(self.norm1(x_list[0]), rope=ropes[0]))]
+            return [self.attn(self.norm1(x_list[0]), rope=ropes[0])]
         flat, shapes, num_tokens = cat_keep_shapes(x_list)
-        residual = self.ls1(self.attn.forward_flat(self.norm1(flat), shapes, num_tokens, ropes))
-        return uncat_with_shapes(residual, shapes, num_tokens)
+        out = self.attn.forward_flat(self.norm1(flat), shapes, num_tokens, ropes)
+        return uncat_with_shapes(out, shapes, num_tokens)
 
     def _ffn_branch(self, x_list: list[Tensor], ropes: list[Rope | None]) -> list[Tensor]:
         if len(x_list) == 1:
-            return [self.ls2(self.mlp(self.norm2(x_list[0])))]
+            return [self.mlp(self.norm2(x_list[0]))]
         flat, shapes, num_tokens = cat_keep_shapes(x_list)
-        return uncat_with_shapes(self.ls2(self.mlp(self.norm2(flat))), shapes, num_tokens)
+        return uncat_with_shapes(self.mlp(self.norm2(flat)), shapes, num_tokens)
 
 
 class CausalSelfAttentionBlock(nn.Module):
@@ -218,8 +219,8 @@ class CausalSelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        x = x + self.ls1(self.attention(self.attention_norm(x), self.is_causal))
-        return x + self.ls2(self.feed_forward(self.ffn_norm(x)))
+        x = add_scaled(x, self.attention(self.attention_norm(x), self.is_causal), self.ls1)
+        return add_scaled(x, self.feed_forward(self.ffn_norm(x)), self.ls2)
 
 
 def _rope_of_samples(rope: Rope | None, samples: Tensor) -> Rope | None:

@@ -36,3 +36,10 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+def add_scaled(x: Tensor, residual: Tensor, scale: nn.Module) -> Tensor:
+    """x + scale(residual), of a `LayerScale` in one pass over memory."""
+    if isinstance(scale, LayerScale):
+        return torch.addcmul(x, residual, scale.gamma)
+    return x + scale(residual)

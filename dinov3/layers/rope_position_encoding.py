@@ -115,8 +115,8 @@ class RopePositionEmbedding(nn.Module):
         if self.is_random:
             coordinates = self._augment(coordinates)
         angles = 2 * math.pi * coordinates[:, :, None] / self.periods  # [P, 2, d / 4]
-        angles = angles.flatten(1, 2).tile(2)  # [P, d]
-        return angles.sin(), angles.cos()
+        angles = angles.flatten(1, 2)  # [P, d / 2]
+        return angles.sin().tile(2), angles.cos().tile(2)
 
     def _augment(self, coordinates: Tensor) -> Tensor:
         # Seeded runs depend on the order, the shapes and the kind of these draws.

@@ -267,7 +267,7 @@ class ConvNeXt(nn.Module):
         wanted = _stage_indices(n)
         self._check_images(x, last_stage=wanted[-1])
         outputs: list[Tensor | tuple[Tensor, ...]] = []
-        feature_map = x
+        feature_map = _in_fastest_layout(x)
         for stage in range(wanted[-1] + 1):
             feature_map = self.stages[stage](self.downsample_layers[stage](feature_map))  # [B, C', h, w]
             if stage not in wanted:
@@ -297,7 +297,7 @@ class ConvNeXt(nn.Module):
 
     def _features_of(self, x: Tensor, mask: Any) -> dict[str, Any]:
         self._check_images(x, last_stage=N_STAGES - 1)
-        feature_map = x
+        feature_map = _in_fastest_layout(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             feature_map = stage(downsample(feature_map))
         patches = feature_map.flatten(2).transpose(1, 2)  # [B, N, D]
@@ -328,6 +328,14 @@ class ConvNeXt(nn.Module):
         smallest = max(STEM_STRIDE * 2**last_stage, self.patch_size or 0)
         if min(x.shape[-2:]) < smallest:
             raise ValueError(f"images need sides of at least {smallest} pixels, got {list(x.shape)}")
+
+
+def _in_fastest_layout(images: Tensor) -> Tensor:
+    # Norms and linears need the channels last in memory, and the convolutions of CPUs are no slower so (those of some
+    # GPUs are): what follows keeps the layout of the images, and copies nothing. Compilers choose layouts themselves.
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def get_convnext_arch(arch_name: str) -> Callable[..., ConvNeXt]:

@@ -27,10 +27,10 @@ from dinov3.layers import (
     SelfAttentionBlock,
     SwiGLUFFN,
 )
+from dinov3.layers.attention import Rope, rope_with_prefix
 from dinov3.utils import did_you_mean, named_apply, refuse_unknown_arguments
 
 Grid = tuple[int, int]
-Rope = tuple[Tensor, Tensor]
 Features = dict[str, Any]
 
 INIT_STD = 0.02
@@ -338,11 +338,12 @@ class DinoVisionTransformer(nn.Module):
             coordinates = [self.rope_embed.coordinates(h, w) for h, w in grids]
             while True:
                 yield [self.rope_embed.rotations(c) for c in coordinates]
+        n_prefix = 1 + self.n_storage_tokens
         ropes: list[Rope] = []
         for index, (h, w) in enumerate(grids):
             # Not a dictionary: the symbolic sizes of an export cannot be hashed.
             same = next(i for i, (rows, columns) in enumerate(grids) if rows == h and columns == w)
-            ropes.append(ropes[same] if same < index else self.rope_embed(H=h, W=w))
+            ropes.append(ropes[same] if same < index else rope_with_prefix(self.rope_embed(H=h, W=w), n_prefix))
         while True:
             yield ropes
 

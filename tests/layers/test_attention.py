@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dinov3.layers import CausalSelfAttention, LinearKMaskedBias, RopePositionEmbedding, SelfAttention
+from dinov3.layers.attention import rope_with_prefix
 
 
 def test_prefix_tokens_are_not_rotated() -> None:
@@ -20,6 +21,16 @@ def test_more_rotations_than_tokens_are_refused() -> None:
     rope = RopePositionEmbedding(16, num_heads=1)(H=2, W=2)
     with pytest.raises(AssertionError, match="4 rotations for 3 tokens"):
         SelfAttention(16, num_heads=1).apply_rope(*torch.randn(2, 1, 1, 3, 16), rope)
+
+
+def test_rotations_with_a_prefix_are_those_that_are_extended_at_each_use() -> None:
+    attention = SelfAttention(16, num_heads=1)
+    rope = RopePositionEmbedding(16, num_heads=1, dtype=torch.float32)(H=2, W=2)
+    q, k = torch.randn(2, 1, 1, 7, 16)
+    extended = rope_with_prefix(rope, 3)
+    assert extended[0].shape == extended[1].shape == (7, 16)
+    for found, wanted in zip(attention.apply_rope(q, k, extended), attention.apply_rope(q, k, rope), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_lists_attend_each_on_its_own() -> None:

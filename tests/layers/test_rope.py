@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinov3.layers import RopePositionEmbedding
-from dinov3.layers.attention import rope_apply
+from dinov3.layers.attention import rope_apply, rope_rotate_half
 
 
 def test_rotations_depend_on_relative_position_alone() -> None:
@@ -16,6 +16,13 @@ def test_rotations_depend_on_relative_position_alone() -> None:
     products = rotated_q @ rotated_k.T  # [12, 12]
     torch.testing.assert_close(products[0, 5], products[6, 11])  # one row down, one column right
     assert (products[0, 5] - products[5, 0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_round_as_their_formula_does(dtype: torch.dtype) -> None:
+    """Low precision shows in which order products are rounded and added."""
+    x, sin, cos = torch.randn(3, 2, 4, 5, 16).to(dtype).unbind()
+    assert torch.equal(rope_apply(x, sin, cos), x * cos + rope_rotate_half(x) * sin)
 
 
 def test_each_call_draws_anew_in_training_and_never_in_evaluation() -> None:

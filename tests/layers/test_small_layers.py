@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dinov3.layers import LayerScale, Mlp, PatchEmbed, RMSNorm, SwiGLUFFN
 from dinov3.layers.dino_head import DINOHead
+from dinov3.layers.layer_scale import add_scaled
 
 
 @pytest.mark.parametrize("ffn", [Mlp, SwiGLUFFN])
@@ -36,6 +38,12 @@ def test_layer_scale_in_place() -> None:
     with torch.no_grad():
         assert LayerScale(3, 0.5, inplace=True)(x) is x
     assert (x == 0.5).all()
+
+
+def test_scaled_residuals_are_added_with_and_without_a_scale() -> None:
+    x, residual, scale = torch.randn(2, 3), torch.randn(2, 3), LayerScale(3, 0.5)
+    torch.testing.assert_close(add_scaled(x, residual, scale), x + 0.5 * residual)
+    assert torch.equal(add_scaled(x, residual, nn.Identity()), x + residual)
 
 
 def test_head_normalises_before_the_prototypes() -> None:

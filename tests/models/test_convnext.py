@@ -33,6 +33,20 @@ def test_stages_come_in_their_own_order_each_with_its_own_norm() -> None:
     assert torch.equal(last, model.forward_features(x)["x_norm_patchtokens"])
 
 
+def test_maps_keep_their_channels_last_in_memory_on_the_cpu() -> None:
+    """Else each norm and each residual would copy its input."""
+    model, x = tiny(), image()
+    maps: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda module, inputs, output: maps.extend([*inputs, output]))
+    features = model.forward_features(x)
+    assert len(maps) == 10 and all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    assert torch.equal(
+        model.forward_features(x.to(memory_format=torch.channels_last))["x_prenorm"], features["x_prenorm"]
+    )
+
+
 def test_class_and_extra_tokens_come_with_the_patches() -> None:
     model, x = tiny(), image()
     ((patches, class_token, extra),) = model.get_intermediate_layers(

@@ -1,0 +1,140 @@
+"""Backbones prepared for inference, where nothing needs a gradient or another dtype later.
+
+Notable:
+- Under autocast a model of float32 weights casts each of them at each call. For few images this takes longer than all
+  norms and rotations together; `optimize` casts once, and the model computes the same without autocast.
+- On CPUs the weights of linears are packed once into the blocks in which oneDNN multiplies them, and the GELU is
+  applied to each block of a product while it is in the cache. Without oneDNN the GELU overwrites its input: fresh
+  memory is what it spends most of its time on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.layers import LinearKMaskedBias
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Make a ViT or ConvNeXt faster, for inference alone; its features stay the same but for the rounding of products.
+
+    Linears, convolutions and activations are replaced: their weights cannot be trained, loaded, saved or moved to
+    another device any more. The calls stay the same.
+
+    Args:
+        model: in evaluation mode, on its device; changed in place.
+        dtype: `torch.bfloat16` or `torch.float16`: compute what autocast of that dtype would, which is not needed then.
+            The products are computed in it, from weights that are cast now and take half the memory; all else stays
+            in the dtype of the model. None: compute in the dtype of the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is in training mode, or the dtype is another one.
+    """
+    if model.training:
+        raise ValueError("optimize prepares models for inference, but this one is in training mode: call eval() first")
+    if dtype is not None and dtype not in _LOW:
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _make_linear(child, dtype))
+            elif isinstance(child, nn.Conv2d):
+                setattr(parent, name, _Conv2d(child, dtype))
+        _join_gelu(parent)
+    return model.requires_grad_(False)
+
+
+class _Linear(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of the weight."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class _PackedLinear(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.dtype = weight.dtype
+        # No buffers: the packed weight cannot be moved or cast.
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+        self.activation = "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of the weight, the activation applied."""
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, self.activation, [], "none" if self.activation == "gelu" else ""
+        )
+
+
+class _Conv2d(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", _cast(convolution.weight, dtype))
+        self.register_buffer("bias", _cast(convolution.bias, dtype))
+        self.options: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H', W'], in the dtype of the weight."""
+        return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.options)
+
+
+class _OverwritingGELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, overwritten."""
+        return torch.ops.aten.gelu_(input, approximate=self.approximate)
+
+
+def _make_linear(linear: nn.Linear, dtype: torch.dtype | None) -> nn.Module:
+    bias: Tensor | None = linear.bias
+    if isinstance(linear, LinearKMaskedBias) and bias is not None:
+        bias = bias * linear.bias_mask.to(bias.dtype)
+    weight = linear.weight.detach().to(dtype or linear.weight.dtype)
+    return (_PackedLinear if _can_be_packed(weight) else _Linear)(weight, _cast(bias, dtype))
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    # These operators are those that PyTorch's own compiler emits; they are not a part of its public interface.
+    operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_bf16 = weight.dtype == torch.bfloat16
+    return weight.dtype == torch.float32 or (is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _join_gelu(parent: nn.Module) -> None:
+    """Let the linear before a GELU apply it, in an `Mlp` or a block of ConvNeXt."""
+    act = getattr(parent, "act", None)
+    before = getattr(parent, "fc1", getattr(parent, "pwconv1", None))
+    if type(act) is not nn.GELU or before is None:
+        return
+    if isinstance(before, _PackedLinear) and act.approximate == "none":
+        before.activation, parent.act = "gelu", nn.Identity()
+    else:
+        parent.act = _OverwritingGELU(act.approximate)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype)
