@@ -32,8 +32,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov3.hub import backbones
-from dinov3.hub.convert import huggingface_config, timm_config
-from dinov3.hub.formats import from_release
+from dinov3.hub.formats import from_release, huggingface_config, timm_config
 from dinov3.hub.optimize import optimize
 
 MODELS = ["vits16", "vitb16", "vitl16", "convnext_tiny"]
@@ -41,6 +40,10 @@ DTYPES = ["fp32", "autocast", "bf16"]
 PEERS = ["timm", "transformers"]
 #: Largest difference of features, relative to the largest feature, that counts as equal.
 TOLERANCES = {"fp32": 1e-4, "autocast": 0.1, "bf16": 0.1}
+#: Functions whose last two arguments are multiplied.
+PRODUCTS = [torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm]
+PRODUCTS += [Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm]
+UNKNOWN_PRODUCTS = [torch.einsum, torch.tensordot, F.bilinear, F.conv1d, F.conv3d, F.multi_head_attention_forward]
 Forward = Callable[[], Any]
 
 
@@ -222,8 +225,14 @@ class Recorder(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention:
             q, k, v = (self._like(tensor.transpose(1, 2), i).transpose(1, 2) for i, tensor in enumerate(args[:3]))
             self.calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
-        elif func in (torch.matmul, torch.bmm, torch.addmm, torch.mm):
-            raise NotImplementedError(f"the floor does not know {func}")
+        elif func in PRODUCTS:
+            a, b = (self._like(tensor, i) for i, tensor in enumerate(args[-2:]))
+            self.calls.append(lambda: torch.matmul(a, b))
+        elif func in UNKNOWN_PRODUCTS:
+            raise NotImplementedError(
+                f"the model calls {func.__name__}, whose products the floor leaves out, so that the model would look "
+                "slower beside it than it is: teach benchmarks/forward.py's Recorder to repeat that call"
+            )
         return func(*args, **kwargs)
 
     def _add_convolution(self, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, *rest: Any) -> None:

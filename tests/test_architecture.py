@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dinov3"
 FLOORS = {
-    1: ("utils", "layers", "data", "distributed"),
+    1: ("utils", "layers", "data", "distributed", "env"),
     2: ("heads", "models", "loss", "fsdp", "checkpointer", "logging"),
     3: ("hub", "configs"),
     4: ("train", "eval", "run", "demo"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dinov3.checkpointer.agreement import CheckpointError
+from dinov3.checkpointer.background import BackgroundSaver
 from dinov3.checkpointer.files import remove_stale_temporaries
 from dinov3.checkpointer.hooks import register_dont_save_hooks
-from dinov3.checkpointer.initializing import init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals
-from dinov3.checkpointer.loading import load_checkpoint
+from dinov3.checkpointer.initializing import (
+    fill_from_tensors,
+    init_fsdp_model_from_checkpoint,
+    init_model_from_checkpoint_for_evals,
+)
+from dinov3.checkpointer.loading import checkpoint_holds, load_checkpoint
 from dinov3.checkpointer.lock import RunLock
 from dinov3.checkpointer.manifest import latest_valid_checkpoint, read_manifest
 from dinov3.checkpointer.reading import read_tensors
@@ -22,11 +27,14 @@ from dinov3.checkpointer.rng import RngState
 from dinov3.checkpointer.saving import save_checkpoint
 
 __all__ = [
+    "BackgroundSaver",
     "CheckpointError",
     "CheckpointRetentionPolicy",
     "RngState",
     "RunLock",
+    "checkpoint_holds",
     "cleanup_checkpoint",
+    "fill_from_tensors",
     "find_all_checkpoints",
     "find_latest_checkpoint",
     "init_fsdp_model_from_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from dinov3.checkpointer.unpickling import SafeLoadPlanner, SafeReader
 from dinov3.distributed import all_gather_objects, broadcast_object, get_rank
 
 T = TypeVar("T")
@@ -47,16 +49,39 @@ def save_dcp(state: dict[str, Any], directory: Path, group: ProcessGroup | None)
         state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
+def start_saving_dcp(state: dict[str, Any], directory: Path, group: ProcessGroup | None) -> Future[Any]:
+    """`torch.distributed.checkpoint.async_save`: `state` is copied now and written by a thread.
+
+    Args:
+        state: what to save; what happens to it afterwards does not matter.
+        directory: an empty one.
+        group: with a CPU backend, and used by nobody else until the save is complete.
+
+    Returns:
+        Done when this rank is.
+    """
+    writer = FileSystemWriter(directory, sync_files=True)
+    future = state_dict_saver.async_save(state, storage_writer=writer, process_group=group)
+    assert isinstance(future, Future)
+    return future
+
+
 def load_dcp(state: dict[str, Any], directory: Path, group: ProcessGroup | None) -> None:
-    """`torch.distributed.checkpoint.load`, also without a process group.
+    """`torch.distributed.checkpoint.load`, also without a process group; runs no code out of the directory.
 
     Raises:
-        CheckpointError: the files are damaged.
+        CheckpointError: the files are damaged, or hold more than tensors and plain data.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            state_dict_loader.load(state, checkpoint_id=directory, process_group=group, no_dist=group is None)
+            state_dict_loader.load(
+                state,
+                storage_reader=SafeReader(directory),
+                planner=SafeLoadPlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
         except CheckpointException as error:
             raise CheckpointError(f"{directory}: {_describe(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,20 @@ def init_fsdp_model_from_checkpoint(
         _fill_from_file(wanted, path, skipped)
 
 
+def fill_from_tensors(model: nn.Module, saved: Mapping[str, Tensor], *, source: object) -> None:
+    """Fill a plain or sharded network strictly with whole tensors, which every rank has; each keeps its shards.
+
+    Args:
+        model: on its device.
+        saved: the tensors by the names of the model's state dict.
+        source: where they come from, for error messages.
+
+    Raises:
+        CheckpointError: they do not fit; nothing was loaded.
+    """
+    _fill(model.state_dict(), saved, source)
+
+
 def init_model_from_checkpoint_for_evals(
     model: nn.Module, pretrained_weights: str | os.PathLike[str], checkpoint_key: str | None = None
 ) -> None:
@@ -115,12 +129,14 @@ def _fill_from_directory(
     load_dcp({prefix + key: value for key, value in wanted.items()}, path, group)
 
 
-@torch.no_grad()
 def _fill_from_file(wanted: dict[str, Any], path: Path, skipped: tuple[str, ...]) -> None:
-    saved = {
-        key: value for key, value in _with_prefixes_of(wanted, _map_file(path)).items() if not _contains(key, skipped)
-    }
-    compare_entries(wanted, {key: value.shape for key, value in saved.items()}).check(path, strict=True)
+    saved = _with_prefixes_of(wanted, _map_file(path))
+    _fill(wanted, {key: value for key, value in saved.items() if not _contains(key, skipped)}, path)
+
+
+@torch.no_grad()
+def _fill(wanted: dict[str, Any], saved: Mapping[str, Tensor], source: object) -> None:
+    compare_entries(wanted, {key: value.shape for key, value in saved.items()}).check(source, strict=True)
     for key, target in wanted.items():
         if isinstance(target, DTensor):
             # `src_data_rank=None`: every rank has the file, so none needs to send it.

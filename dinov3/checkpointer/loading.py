@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def load_checkpoint(
     strict_loading: bool = True,
     process_group: ProcessGroup | None = None,
     verify: Verify = "auto",
+    may_lack: Sequence[str] = (),
     **others: Any,
 ) -> int:
     """Load what `save_checkpoint` wrote, on any number of processes; all ranks call it.
@@ -98,6 +99,8 @@ def load_checkpoint(
             error.
         process_group: the processes that hold the model, by default the subgroup of this process.
         verify: compare checksums first (`"auto"`: below 8 GB); sizes are always compared.
+        may_lack: beginnings of names in the model's state dict; if the checkpoint has no entry of such a name, those of
+            the model stay as they are.
         others: objects with `load_state_dict()`, by the name they were saved under. One that the checkpoint does not
             have stays as it is, with a warning.
 
@@ -114,6 +117,9 @@ def load_checkpoint(
     model_state = get_model_state_dict(model)
     optimizer_state: dict[str, Any] = {} if optimizer is None else get_optimizer_state_dict(model, optimizer)
 
+    lacking = tuple(name for name in may_lack if not _has_entries(metadata, f"model.{name}"))
+    not_loaded = [key for key in model_state if key.startswith(lacking)]
+    model_state = {key: value for key, value in model_state.items() if key not in not_loaded}
     wanted, differences = _match_model(model, model_state, metadata)
     wanted |= _match_optimizer(optimizer_state, metadata, differences)
     differences.check(directory, strict=strict_loading)
@@ -123,12 +129,15 @@ def load_checkpoint(
     set_model_state_dict(model, model_state, options=StateDictOptions(strict=False))
     if optimizer is not None:
         _set_optimizer(model, optimizer, optimizer_state, read_nested(directory, metadata, PARAM_GROUPS, group))
+    restored = []
     for name, other in others.items():
         saved = read_nested(directory, metadata, name, group)
         if saved is None:
             logger.warning("%s holds no %r: it is not restored", directory, name)
         else:
             other.load_state_dict(saved)
+            restored.append(name)
+    _report(directory, metadata, wanted, not_loaded, restored)
     return -1 if iteration is None else int(iteration)
 
 
@@ -153,6 +162,15 @@ def compare_entries(
         unexpected=[key for key in available if key not in wanted and key not in may_be_there],
         misshaped=misshaped,
     )
+
+
+def checkpoint_holds(ckpt_dir: str | os.PathLike[str], prefix: str) -> bool:
+    """Whether a checkpoint has entries whose names begin with `prefix`, such as `model.gram_teacher.`."""
+    return _has_entries(read_metadata(Path(ckpt_dir)), prefix)
+
+
+def _has_entries(metadata: Metadata, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in metadata.state_dict_metadata)
 
 
 def _match_model(model: nn.Module, state: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Differences]:
@@ -200,6 +218,29 @@ def _set_optimizer(
     else:
         logger.warning("the checkpoint groups the parameters differently: the present groups and settings stay")
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+
+def _report(
+    directory: Path, metadata: Metadata, loaded: Iterable[str], not_loaded: list[str], others: list[str]
+) -> None:
+    of_optimizer = {key.rpartition(".")[0] for key in loaded if key.startswith(OPTIMIZER_STATE)}
+    n_entries = sum(key.startswith("model.") for key in loaded)
+    done = ("iteration", "model", *(("optimizer",) if of_optimizer else ()), *others)
+    left = sorted({key.partition(".")[0] for key in metadata.state_dict_metadata} - set(done))
+    logger.info(
+        "%s: loaded %d entries of the model, the optimizer's state of %d parameters, and %s; "
+        "in the checkpoint but not loaded: %s; in the model but not in the checkpoint: %s",
+        directory,
+        n_entries,
+        len(of_optimizer),
+        _listed(others),
+        _listed(left),
+        _shorten(not_loaded) or "nothing",
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 def _shapes(metadata: Metadata, prefix: str) -> dict[str, torch.Size | None]:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dinov3.checkpointer import files
 from dinov3.checkpointer.agreement import CheckpointError, on_all, on_main
 from dinov3.checkpointer.retention import find_all_checkpoints
+from dinov3.checkpointer.unpickling import SafeReader
 from dinov3.distributed import get_process_subgroup, get_rank, get_world_size
 
 logger = logging.getLogger("dinov3")
@@ -90,12 +90,16 @@ def read_metadata(directory: Path) -> Metadata:
     """The index of a torch.distributed.checkpoint directory.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or it could run code.
     """
     try:
-        return FileSystemReader(directory).read_metadata()
-    except Exception as error:
+        return SafeReader(directory).read_metadata()
+    except OSError as error:
         raise CheckpointError(f"{directory}/.metadata cannot be read: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}/.metadata is not the index of a distributed checkpoint, or is damaged: {error}"
+        ) from error
 
 
 def check_files(directory: Path, verify: Verify, group: ProcessGroup | None) -> None:
@@ -113,13 +117,18 @@ def check_files(directory: Path, verify: Verify, group: ProcessGroup | None) -> 
 
 
 def latest_valid_checkpoint(
-    root: str | os.PathLike[str], *, verify: Verify = "auto", process_group: ProcessGroup | None = None
+    root: str | os.PathLike[str],
+    *,
+    verify: Verify = "auto",
+    not_after: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Path | None:
     """The newest undamaged checkpoint in `root`; newer ones that are damaged are renamed to `<iteration>.corrupt`.
 
     Args:
         root: directory of checkpoints with integer names.
         verify: compare checksums (`"auto"`: below 8 GB each); sizes are always compared.
+        not_after: the newest iteration that may be chosen; None: any.
         process_group: processes that call this, by default the subgroup of this process; they share the work.
 
     Returns:
@@ -131,6 +140,8 @@ def latest_valid_checkpoint(
     group = process_group or get_process_subgroup()
     damaged: dict[Path, str] = {}
     for directory in reversed(on_main(group, lambda: find_all_checkpoints(root))):
+        if not_after is not None and int(directory.name) > not_after:
+            continue
         try:
             check_files(directory, verify, group)
         except CheckpointError as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,52 +59,81 @@ def save_checkpoint(
     """
     target = Path(ckpt_dir)
     group = process_group or get_process_subgroup()
+    check_metadata(metadata)
+    with naming(target):
+        temporary = on_main(group, lambda: make_temporary(target, overwrite))
+        with removed_on_error(temporary, group):
+            state = collect_state(iteration, model, optimizer, others)
+            digests = on_all(group, lambda: _write(state, temporary, group))
+            publish(temporary, target, group, digests, iteration=iteration, contents=state, metadata=metadata)
+
+
+def check_metadata(metadata: dict[str, Any] | None) -> None:
+    """Raise a `ValueError` unless JSON can hold `metadata`."""
     try:
         json.dumps(metadata)
     except TypeError as error:
         raise ValueError(f"metadata must be JSON: {error}") from error
 
+
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Say in a `CheckpointError` of the body which checkpoint could not be saved."""
     try:
-        temporary = on_main(group, lambda: _make_temporary(target, overwrite))
-        try:
-            _fill(temporary, group, iteration, model, optimizer, metadata or {}, others)
-            on_main(group, lambda: files.publish(temporary, target))
-        except BaseException:
-            if get_rank(group) == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {target} could not be saved: {error}") from error
 
 
-def _fill(
-    temporary: Path,
-    group: ProcessGroup | None,
-    iteration: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    metadata: dict[str, Any],
-    others: dict[str, Any],
-) -> None:
+@contextmanager
+def removed_on_error(temporary: Path, group: ProcessGroup | None) -> Iterator[None]:
+    """Leave no half of a checkpoint behind when the body fails."""
+    try:
+        yield
+    except BaseException:
+        if get_rank(group) == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def collect_state(
+    iteration: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, others: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that is saved, by its name in the checkpoint."""
     state: dict[str, Any] = {"iteration": iteration, "model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    state |= others
-    digests = on_all(group, lambda: _write(state, temporary, group))
+    return state | others
+
+
+def publish(
+    temporary: Path,
+    target: Path,
+    group: ProcessGroup | None,
+    digests: list[dict[str, dict[str, Any]]],
+    *,
+    iteration: int,
+    contents: Iterable[str],
+    metadata: dict[str, Any] | None,
+) -> None:
+    """Write the manifest of a directory whose other files are complete, and give it its name."""
+    world_size = get_world_size(group)
     on_main(
         group,
         lambda: write_manifest(
             temporary,
             iteration=iteration,
-            world_size=get_world_size(group),
+            world_size=world_size,
             digests={name: digest for of_rank in digests for name, digest in of_rank.items()},
-            contents=sorted(state),
-            metadata=metadata,
+            contents=sorted(contents),
+            metadata=metadata or {},
         ),
     )
+    on_main(group, lambda: files.publish(temporary, target))
 
 
-def _make_temporary(target: Path, overwrite: bool) -> Path:
+def make_temporary(target: Path, overwrite: bool) -> Path:
+    """The directory that becomes `target`, empty, under a name of its own."""
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already and overwrite is off")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +143,12 @@ def _make_temporary(target: Path, overwrite: bool) -> Path:
 
 
 def _write(state: dict[str, Any], temporary: Path, group: ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    """Returns the digests of the files that this rank answers for: its own, and in rank 0 the rest."""
     save_dcp(state, temporary, group)
+    return digest_share(temporary, group)
+
+
+def digest_share(temporary: Path, group: ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """The digests of the files that this rank answers for: its own, and in rank 0 the rest."""
     rank, n_ranks = get_rank(group), get_world_size(group)
     own = f"__{rank}_"
     of_others = tuple(f"__{other}_" for other in range(n_ranks) if other != rank)

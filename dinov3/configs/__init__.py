@@ -9,6 +9,8 @@ wrong types and contradictions are errors before anything is built (`validate`).
 from __future__ import annotations
 
 from dinov3.configs.merging import DinoV3SetupArgs, get_cfg_from_args, get_default_config, resolve_config_path
+from dinov3.configs.multidistillation import setup_multidistillation
+from dinov3.configs.rules_teachers import load_teacher_config
 from dinov3.configs.scaling import apply_scaling_rules_to_cfg, learning_rate_scale
 from dinov3.configs.schema import ConfigError
 from dinov3.configs.setup import exit_job, make_output_dir, setup_config, setup_job, write_config
@@ -23,10 +25,12 @@ __all__ = [
     "get_cfg_from_args",
     "get_default_config",
     "learning_rate_scale",
+    "load_teacher_config",
     "make_output_dir",
     "resolve_config_path",
     "setup_config",
     "setup_job",
+    "setup_multidistillation",
     "validate",
     "write_config",
 ]

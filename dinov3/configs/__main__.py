@@ -11,16 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinov3.configs import rules_images, rules_teachers, schema
-from dinov3.configs.merging import (
-    Layer,
-    get_default_config,
-    layers_of,
-    load_yaml,
-    merge_layers,
-    plain,
-    resolve_config_path,
-    unknown_keys,
-)
+from dinov3.configs.merging import Layer, get_default_config, layers_of, merge_layers, plain, unknown_keys
+from dinov3.configs.multidistillation import merge_student
 from dinov3.configs.scaling import learning_rate_scale
 from dinov3.configs.schema import ConfigError
 from dinov3.configs.validation import find_notes, find_problems
@@ -97,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def summary(cfg: Any, processes: int) -> Iterator[str]:
     """What a person wants to know of a valid configuration before it trains, line by line."""
-    crops, optim, batch_size = cfg.crops, cfg.optim, cfg.train.batch_size_per_gpu * processes
+    crops, optim, batches = cfg.crops, cfg.optim, cfg.train.grad_accumulation_steps
+    batch_size = cfg.train.batch_size_per_gpu * processes * batches
     scale = learning_rate_scale(cfg, processes)
     lr = optim.lr if cfg.get("schedules") is None else max(cfg.schedules.lr.peak, cfg.schedules.lr.end)
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -112,7 +105,7 @@ def summary(cfg: Any, processes: int) -> Iterator[str]:
     yield f"data             {cfg.train.dataset_path}"
     yield (
         f"effective batch  {batch_size} images ({cfg.train.batch_size_per_gpu} per process, "
-        f"{processes} process{'es' if processes > 1 else ''})"
+        f"{processes} process{'es' if processes > 1 else ''}{f', {batches} batches per step' if batches > 1 else ''})"
     )
     yield f"peak lr          {lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {optim.scaling_rule})"
     yield f"steps            {steps} ({optim.epochs} epochs of {epoch}), {steps * batch_size} images"
@@ -126,13 +119,10 @@ def _students(cfg: Any) -> Any:
 
 
 def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> list[str]:
-    # The shared file alone is no student's configuration: each is default < student's file < shared file < options.
     problems = [*rules_teachers.student_list(cfg)] or [*rules_teachers.multidistillation(cfg, processes)]
     for student in [] if problems else _students(cfg):
         try:
-            path = resolve_config_path(student.config_path)
-            merged = merge_layers(get_default_config(), [Layer(str(path), load_yaml(path)), *layers])
-            found = find_problems(merged, processes)
+            found = find_problems(merge_student(student, layers), processes)
         except (ConfigError, FileNotFoundError) as error:
             found = [str(error)]
         problems += [f"student {student.name}: {problem}" for problem in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from dinov3.configs.merging import REPLACED_BY_SCHEDULES
 from dinov3.configs.schema import SCHEDULED
 
 N_GLOBAL_CROPS = 2
+STARTS = ("pretrained_weights", "resume_from_teacher_chkpt")
 SCHEDULE_MEMBERS = ("start", "peak", "end", "warmup_epochs")
 
 
@@ -21,9 +23,18 @@ def data(cfg: Any, world_size: int) -> Iterator[str]:
     """There is a dataset, and no placeholder of a recipe is left."""
     if not cfg.train.dataset_path:
         yield "train.dataset_path is not set: give a dataset such as train.dataset_path=ImageFolder:root=DIRECTORY"
-    for section, key in (("train", "dataset_path"), ("train", "output_dir"), ("student", "resume_from_teacher_chkpt")):
+    for section, key in (("train", "dataset_path"), ("train", "output_dir"), *(("student", key) for key in STARTS)):
         if is_placeholder(cfg[section][key]):
             yield f"{section}.{key}={cfg[section][key]}: this is a placeholder, give your own"
+
+
+def start(cfg: Any, world_size: int) -> Iterator[str]:
+    """One origin of the student's weights."""
+    if all(cfg.student[key] for key in STARTS):
+        yield (
+            "student.pretrained_weights and student.resume_from_teacher_chkpt are both set: give the first for a "
+            "backbone alone, the second for the teacher of a training, heads included"
+        )
 
 
 def head_and_centering(cfg: Any, world_size: int) -> Iterator[str]:
@@ -66,6 +77,22 @@ def koleo(cfg: Any, world_size: int) -> Iterator[str]:
         )
     if dino.koleo_topk > group - 1:
         yield f"dino.koleo_topk={dino.koleo_topk}: in a group of {group} images each has only {group - 1} neighbours"
+
+
+def fp8(cfg: Any, world_size: int) -> Iterator[str]:
+    """8-bit products have bfloat16 results, and their filter is a regular expression."""
+    student = cfg.student
+    if not student.fp8_enabled:
+        return
+    if cfg.compute_precision.param_dtype == "fp16":
+        yield (
+            "student.fp8_enabled=true: results are in bfloat16, which compute_precision.param_dtype=fp16 does not mix "
+            "with; set it to bf16 or fp32"
+        )
+    try:
+        re.compile(student.fp8_filter)
+    except re.error as error:
+        yield f"student.fp8_filter={student.fp8_filter}: not a regular expression ({error})"
 
 
 def schedules_v1(cfg: Any, world_size: int) -> Iterator[str]:

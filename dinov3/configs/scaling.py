@@ -20,13 +20,14 @@ def learning_rate_scale(cfg: Any, world_size: int | None = None) -> float:
         world_size: number of processes; None: of this job (1 without a process group).
 
     Returns:
-        With B = `train.batch_size_per_gpu` x processes: B/256 for `linear_wrt_256`, 4*sqrt(B/1024) for
-        `sqrt_wrt_1024` (both are 4 at 1024 images), 1 for `none`.
+        With B = `train.batch_size_per_gpu` x processes x `train.grad_accumulation_steps`, the images of a step: B/256
+        for `linear_wrt_256`, 4*sqrt(B/1024) for `sqrt_wrt_1024` (both are 4 at 1024 images), 1 for `none`.
 
     Raises:
         ConfigError: unknown rule.
     """
-    batch_size = cfg.train.batch_size_per_gpu * (distributed.get_world_size() if world_size is None else world_size)
+    n_processes = distributed.get_world_size() if world_size is None else world_size
+    batch_size = cfg.train.batch_size_per_gpu * n_processes * cfg.train.grad_accumulation_steps
     rule = cfg.optim.scaling_rule
     if problem := choice_problem("optim.scaling_rule", rule, CHOICES["optim.scaling_rule"]):
         raise ConfigError(problem)

@@ -67,12 +67,14 @@ TYPES = {
     "optim.schedule_trunc_extra": "number or null",
     "optim.clip_grad": "number or null",
     "optim.freeze_last_layer_epochs": "number or null",
+    "optim.freeze_backbone_epochs": "number",
     "optim.dump_fsdp_weights_path": "text or null",
     "crops.global_crops_size": "integer or list of integers",
     "crops.local_crops_size": "integer or list of integers",
     "crops.gram_teacher_crops_size": "integer or list of integers or null",
     "crops.global_local_crop_pairs_ratios": "number or list of numbers",
     "checkpointing.max_to_keep": "integer or null",
+    "checkpointing.max_seconds": "number or null",
 }
 
 #: Keys that a configuration may have although the default configuration does not.
@@ -97,6 +99,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gram.tokens_used": ("all", "masked", "unmasked"),
     "gram.global_teacher_resize_method": ("bicubic", "bilinear"),
     "train.centering": ("sinkhorn_knopp",),
+    "train.attention": ("sdpa", "xformers"),
     "train.compile": (True, False, "auto"),
     "train.fsdp": ("auto", "always", "never"),
     "train.on_bad_image": ("raise", "skip"),

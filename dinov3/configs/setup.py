@@ -38,7 +38,11 @@ def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
         ConfigError: the configuration cannot be trained; names every problem.
         RuntimeError: the output directory cannot be written.
     """
-    cfg = get_cfg_from_args(args, strict=strict_cfg)
+    return check_and_write(get_cfg_from_args(args, strict=strict_cfg))
+
+
+def check_and_write(cfg: DictConfig) -> DictConfig:
+    """What `setup_config` does with a merged configuration."""
     validate(cfg)
     for note in find_notes(cfg):
         logger.warning("%s", note)

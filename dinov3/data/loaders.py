@@ -10,9 +10,11 @@ Notable:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +27,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from dinov3 import distributed
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset
-from dinov3.data.datasets.strings import DATASETS, check_required_keys, parse_dataset_string
+from dinov3.data.datasets.extended import ON_BAD_IMAGE
+from dinov3.data.datasets.strings import DATASETS, ParsedDataset, check_required_keys, parse_dataset_string
+from dinov3.data.datasets.web_dataset import StreamLayout
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
+from dinov3.data.stream_order import LaneOrder
 from dinov3.distributed import runtime
 
 logger = logging.getLogger("dinov3")
 
 MAX_REPLACEMENTS = 100
-ON_BAD_IMAGE = ("raise", "skip")
 
 
 class SamplerType(Enum):
@@ -51,6 +55,7 @@ def make_dataset(
     transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[Any], Any] | None = None,
     transforms: Callable[[Any, Any], Any] | None = None,
+    on_bad_image: str = "raise",
 ) -> Any:
     """The dataset that a string such as `ImageFolder:root=/data/photos` names.
 
@@ -59,6 +64,8 @@ def make_dataset(
         transform: of the image.
         target_transform: of the target.
         transforms: of (image, target), instead of these two.
+        on_bad_image: for datasets whose string does not say it: what to do with a tar shard that ends early, `raise` or
+            `skip`, which uses what can be read of it. A single image that cannot be read is a matter of the loader.
 
     Returns:
         The dataset, with items (image, target).
@@ -72,9 +79,9 @@ def make_dataset(
     given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     dataset: Any
     if len(parsed) == 1:
-        dataset = _open(parsed[0].name, parsed[0].kwargs | given)
+        dataset = _open(parsed[0], on_bad_image, **given)
     else:
-        dataset = ConcatenatedDataset([_open(one.name, one.kwargs) for one in parsed], **given)
+        dataset = ConcatenatedDataset([_open(one, on_bad_image) for one in parsed], **given)
     for name, value in given.items():
         if not hasattr(dataset, name):
             setattr(dataset, name, value)
@@ -171,6 +178,9 @@ def make_train_data_loader(
 ) -> TrainDataLoader:
     """An endless, shuffled loader whose batches depend on their number and on nothing that happened before.
 
+    A dataset that streams (`WebDataset` with `mode=stream`) is read in the order of `dinov3.data.stream_order`,
+    whatever the sampler; unlike a sampler's, that order depends on the number of workers too.
+
     Args:
         dataset: with `len()` and integer indices.
         batch_size: samples per batch and process.
@@ -198,12 +208,17 @@ def make_train_data_loader(
         raise ValueError(f"train.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
     if min(seed_key) < 0:
         raise ValueError(f"seeds must be at least 0, got (seed, loader, rank) = {seed_key}")
-    sampler = _make_sampler(
-        dataset, sampler_type, shuffle=True, seed=sampler_seed, size=-1, advance=first_batch * batch_size
-    )
+    requests: Sampler[BatchRequest]
+    if getattr(dataset, "stream", None) is not None:
+        requests = StreamRequests(dataset.stream, batch_size, first_batch, max(1, num_workers), seed=sampler_seed)
+    else:
+        sampler = _make_sampler(
+            dataset, sampler_type, shuffle=True, seed=sampler_seed, size=-1, advance=first_batch * batch_size
+        )
+        requests = BatchRequests(sampler, batch_size, first_batch)
     loader = DataLoader(
         TrainBatches(dataset, collate_fn, seed_key, skip_bad_images=on_bad_image == "skip"),
-        sampler=BatchRequests(sampler, batch_size, first_batch),
+        sampler=requests,
         batch_size=None,
         collate_fn=_unchanged,
         pin_memory=runtime.device().type == "cuda",
@@ -221,6 +236,14 @@ class BatchRequest(NamedTuple):
 
     number: int
     indices: list[int]
+    read_ahead: ReadAhead | None = None
+
+
+class ReadAhead(NamedTuple):
+    """The samples that a streaming dataset reads and holds before a batch; `restart`: instead of those it holds."""
+
+    indices: list[int]
+    restart: bool
 
 
 class BatchRequests(Sampler[BatchRequest]):
@@ -235,6 +258,36 @@ class BatchRequests(Sampler[BatchRequest]):
         entries = iter(self._sampler)
         for number in itertools.count(self._first_batch):
             yield BatchRequest(number, list(itertools.islice(entries, self._batch_size)))
+
+
+class StreamRequests(Sampler[BatchRequest]):
+    """The batches of a streaming dataset: batch number t is of lane t mod `n_lanes` of this process.
+
+    A loader hands its batches to its workers in turn, so a lane stays with one worker, which alone reads its shards.
+
+    Args:
+        layout: of the dataset's shards.
+        batch_size: samples per batch.
+        first_batch: number of the first batch.
+        n_lanes: of this process: its workers.
+        seed: of the order, the same for all processes.
+    """
+
+    def __init__(self, layout: StreamLayout, batch_size: int, first_batch: int, n_lanes: int, *, seed: int) -> None:
+        self._batch_size = batch_size
+        self._first_batch = first_batch
+        first_lane, n_lanes_of_all = distributed.get_rank() * n_lanes, distributed.get_world_size() * n_lanes
+        self._lanes = [
+            LaneOrder(layout.counts, window=layout.buffer, seed=seed, lane=first_lane + number, n_lanes=n_lanes_of_all)
+            for number in range(n_lanes)
+        ]
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for number in itertools.count(self._first_batch):
+            turn, lane = divmod(number, len(self._lanes))
+            restart = number < self._first_batch + len(self._lanes)
+            request = self._lanes[lane].request(turn * self._batch_size, self._batch_size, restart=restart)
+            yield BatchRequest(number, request.indices, ReadAhead(request.ahead, restart))
 
 
 class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
@@ -259,6 +312,8 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
     def __getitem__(self, request: BatchRequest) -> tuple[dict[str, Any], list[tuple[int, str]]]:
         key = [self._seed, self._loader, request.number, self._rank]
         problems: list[tuple[int, str]] = []
+        if request.read_ahead is not None:
+            self._dataset.read_ahead(request.read_ahead.indices, restart=request.read_ahead.restart)
         with _generators_restored():
             samples = [self._load(index, [*key, position], problems) for position, index in enumerate(request.indices)]
             _seed_generators(key)
@@ -305,7 +360,11 @@ class TrainDataLoader:
 
 
 class WorkerInit:
-    """What a worker does first: collect garbage, whatever its parent does, then the caller's own initialisation."""
+    """What a worker does first.
+
+    It collects garbage, whatever its parent does, leaves the parent's process group, and then calls the caller's own
+    initialisation.
+    """
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self._then = then
@@ -314,6 +373,10 @@ class WorkerInit:
         # What a forked worker shares with its parent is not looked at, or each page would be copied.
         gc.freeze()
         gc.enable()
+        # Slurm and terminals send signals to the whole process group: a worker that dies of one would end the training
+        # before it has saved itself.
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
         if self._then is not None:
             self._then(worker)
 
@@ -363,8 +426,11 @@ def _worker_options(num_workers: int, **options: Any) -> dict[str, Any]:
     return {"num_workers": num_workers} | (options if num_workers > 0 else {})
 
 
-def _open(name: str, kwargs: dict[str, Any]) -> Any:
-    return DATASETS[name][0](**kwargs)
+def _open(parsed: ParsedDataset, on_bad_image: str, **given: Any) -> Any:
+    cls, grammar = DATASETS[parsed.name]
+    if "on_bad_image" in grammar.optional:
+        given["on_bad_image"] = on_bad_image
+    return cls(**given | parsed.kwargs)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
-SAT_DEFAULT_MEAN = (0.430, 0.411, 0.296)
-SAT_DEFAULT_STD = (0.213, 0.156, 0.143)
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
+from dinov3.utils.pixel_statistics import SAT_DEFAULT_MEAN as SAT_DEFAULT_MEAN
+from dinov3.utils.pixel_statistics import SAT_DEFAULT_STD as SAT_DEFAULT_STD
 
 CROP_DEFAULT_SIZE = 224
 RESIZE_DEFAULT_SIZE = int(256 * CROP_DEFAULT_SIZE / 224)

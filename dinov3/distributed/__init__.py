@@ -12,7 +12,9 @@ from dinov3.distributed.collectives import (
     reduce_dict,
 )
 from dinov3.distributed.environment import TorchDistributedEnvironment
+from dinov3.distributed.exchange import distribute_to_subgroups, rows_of_ranks, send_rows
 from dinov3.distributed.groups import (
+    get_all_subgroup_ranks,
     get_default_process_group,
     get_process_subgroup,
     get_rank,
@@ -35,8 +37,10 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "disable",
+    "distribute_to_subgroups",
     "enable",
     "gather_all_tensors",
+    "get_all_subgroup_ranks",
     "get_default_process_group",
     "get_process_subgroup",
     "get_rank",
@@ -48,5 +52,7 @@ __all__ = [
     "is_subgroup_main_process",
     "new_subgroups",
     "reduce_dict",
+    "rows_of_ranks",
     "save_in_main_process",
+    "send_rows",
 ]

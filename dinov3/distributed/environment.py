@@ -18,9 +18,9 @@ N_PORT_CANDIDATES = 4
 class TorchDistributedEnvironment:
     """Rank, world size and meeting point of this process.
 
-    The first source that applies counts: torchrun (`TORCHELASTIC_RUN_ID`), submitit's local executor, a Slurm task
-    (`SLURM_JOB_ID` and `SLURM_STEP_ID`), else one process on its own. Under submitit and Slurm, `MASTER_PORT` fixes the
-    port; otherwise all ranks derive the same one from the job id.
+    The first source that applies counts: torchrun (`TORCHELASTIC_RUN_ID`), submitit's local and debug executors, a
+    Slurm task (`SLURM_JOB_ID` and `SLURM_STEP_ID`, also under submitit), else one process on its own. Under submitit
+    and Slurm, `MASTER_PORT` fixes the port; otherwise all ranks derive the same one from the job id.
 
     Attributes:
         job_type: `"TorchElastic"`, `"submitit"`, `"Slurm"` or `"manual"`.
@@ -48,6 +48,8 @@ class TorchDistributedEnvironment:
     def __init__(self) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._read_torchrun()
+        elif "SUBMITIT_DEBUG_JOB_ID" in os.environ:
+            self._be_alone()
         elif os.environ.get("SUBMITIT_EXECUTOR") == "local":
             self._read_submitit()
         elif slurm.is_slurm_task():
@@ -151,10 +153,12 @@ class TorchDistributedEnvironment:
 
 
 def _ports_of_job(job_id: str) -> list[int]:
-    if "MASTER_PORT" in os.environ:
-        return [_integer("MASTER_PORT")]
     generator = random.Random(int(job_id))
-    return [generator.randint(*PORT_RANGE) for _ in range(N_PORT_CANDIDATES)]
+    candidates = [generator.randint(*PORT_RANGE) for _ in range(N_PORT_CANDIDATES)]
+    # What `export` has set for this very job leaves the other candidates; any other value is the user's wish.
+    if "MASTER_PORT" in os.environ and _integer("MASTER_PORT") != candidates[0]:
+        return [_integer("MASTER_PORT")]
+    return candidates
 
 
 def _free_port() -> int:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-# The subgroup of this process with the default group that it was made from, so that it dies with it.
-_subgroup: tuple[ProcessGroup, ProcessGroup] | None = None
+# The subgroup of this process and the ranks of all, with the default group that they were made from, so that they die
+# with it.
+_subgroup: tuple[ProcessGroup, ProcessGroup, list[list[int]]] | None = None
 
 
 def is_enabled() -> bool:
@@ -72,12 +73,17 @@ def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
         # Every process takes part in making every group, also those that it does not belong to.
         group = dist.new_group(list(subgroup))
         if isinstance(group, ProcessGroup):
-            _subgroup = (world, group)
+            _subgroup = (world, group, [list(ranks) for ranks in all_subgroup_ranks])
 
 
 def get_process_subgroup() -> ProcessGroup | None:
     """The subgroup of this process: that of `new_subgroups`, else all processes; None without a process group."""
     return _current_subgroup() or get_default_process_group()
+
+
+def get_all_subgroup_ranks() -> list[list[int]]:
+    """The ranks of each subgroup; all ranks in one without `new_subgroups`."""
+    return _subgroup[2] if _current_subgroup() and _subgroup else [list(range(get_world_size()))]
 
 
 def get_subgroup_rank() -> int:

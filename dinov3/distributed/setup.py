@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def enable(
         set_cuda_current_device: on CUDA, make the local rank's device the current one.
         overwrite: replace conflicting environment variables instead of raising.
         nccl_async_error_handling: set `TORCH_NCCL_ASYNC_ERROR_HANDLING=1`.
-        restrict_print_to_main_process: `print` outside rank 0 prints only with `force=True`.
+        restrict_print_to_main_process: `print` outside rank 0 prints only with `force=True`, or into another file than
+            standard output.
         timeout: of collectives; by default torch's (10 minutes for NCCL, 30 for gloo).
 
     Raises:
@@ -158,7 +160,8 @@ def _restrict_print(is_main_process: bool) -> None:
     original = _original_print = builtins.print
 
     def print_in_main_process(*args: Any, force: bool = False, **kwargs: Any) -> None:
-        if is_main_process or force:
+        # Into a file of their own all ranks may print: the log prints tracebacks so.
+        if is_main_process or force or kwargs.get("file") not in (None, sys.stdout):
             original(*args, **kwargs)
 
     builtins.print = print_in_main_process

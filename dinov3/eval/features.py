@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from dinov3 import distributed
@@ -48,6 +49,12 @@ def model_device(model: nn.Module) -> torch.device:
 def make_enumerated_loader(dataset: Any, batch_size: int, num_workers: int, collate_fn: Any = None) -> Any:
     """A loader of this process's share of a dataset, in order; the last process's share is padded with index -1.
 
+    Args:
+        dataset: gives (image, target); a target None becomes the sample's index.
+        batch_size: images per step and process.
+        num_workers: of the loader.
+        collate_fn: makes a batch of a list of `(image, (index, target))`; None: torch's, where a target may be None.
+
     Returns:
         An iterable of `(images, (index, targets))`, of the same number of batches in every process.
     """
@@ -58,8 +65,13 @@ def make_enumerated_loader(dataset: Any, batch_size: int, num_workers: int, coll
         shuffle=False,
         sampler_type=SamplerType.DISTRIBUTED,
         drop_last=False,
-        collate_fn=collate_fn,
+        collate_fn=collate_enumerated if collate_fn is None else collate_fn,
     )
+
+
+def collate_enumerated(samples: list[tuple[Any, tuple[int, Any]]]) -> Any:
+    """Torch's batch of `(image, (index, target))`, where the index takes the place of a target None, as of padding."""
+    return default_collate([(image, (index, index if y is None else y)) for image, (index, y) in samples])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from dinov3.distributed import get_default_process_group, is_subgroup_main_process
@@ -32,6 +33,7 @@ def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh
         mesh: processes to shard over.
         policy: precision of parameters and gradient reduction.
     """
+    _silence_warnings()
     sharded = [fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for part in parts]
     for part, following in pairwise(sharded):
         part.set_modules_to_forward_prefetch([following])
@@ -41,9 +43,28 @@ def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh
         register_fsdp_forward_method(backbone, "get_intermediate_layers")
 
 
+def _silence_warnings() -> None:
+    # Features are views of one tensor, and nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Each process draws the weights of its shards with its own seed, which is all that this falls back to.
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
+
+
 def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shard a head as a whole."""
     fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def set_gradient_sync(networks: nn.ModuleDict, is_on: bool) -> None:
+    """Whether the next backward pass sums gradients over the processes, or keeps them for a later one; if sharded.
+
+    Args:
+        networks: backbone and heads, each sharded on its own or plain.
+        is_on: sum them up, with what was kept.
+    """
+    for network in networks.values():
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(is_on)
 
 
 def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:

@@ -133,6 +133,11 @@ def has_untied_cls_norm(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("local_cls_norm.") for name in state)
 
 
+def has_gated_ffn(state: Mapping[str, Tensor]) -> bool:
+    """Whether the FFNs of a ViT are SwiGLUs."""
+    return "blocks.0.mlp.w1.weight" in state
+
+
 def identify(state: Mapping[str, Tensor]) -> str | None:
     """Say, in a sentence for an error message, what model the entries of `state` belong to; None if unknown."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -158,7 +163,13 @@ def published_name(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def build_like(state: Mapping[str, Tensor]) -> nn.Module | None:
+def published_vit_like(state: Mapping[str, Tensor]) -> PublishedViT | None:
+    """The published ViT of as many channels and blocks; None if there is none."""
+    sizes = state["cls_token"].shape[-1], count_blocks(state)
+    return next((vit for vit in PUBLISHED_VITS.values() if (vit.embed_dim, vit.depth) == sizes), None)
+
+
+def build_like(state: Mapping[str, Tensor]) -> DinoVisionTransformer | ConvNeXt | None:
     """The backbone that `state` looks like, on the meta device, with the sizes that its entries tell.
 
     Whether it is complete, a comparison with the state dict of the result tells. What entries do not tell is as in the
@@ -168,7 +179,7 @@ def build_like(state: Mapping[str, Tensor]) -> nn.Module | None:
         state: in our names.
 
     Returns:
-        A `DinoVisionTransformer` or `ConvNeXt`; None if there is too little to go by.
+        The model; None if there is too little to go by.
     """
     try:
         is_convnext = "downsample_layers.0.0.weight" in state
@@ -189,7 +200,7 @@ def _convnext_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     dim, depth = state["cls_token"].shape[-1], count_blocks(state)
-    is_gated = "blocks.0.mlp.w1.weight" in state
+    is_gated = has_gated_ffn(state)
     hidden = state["blocks.0.mlp.w1.weight" if is_gated else "blocks.0.mlp.fc1.weight"].shape[0]
     return SHARED_VIT_OPTIONS | {
         "embed_dim": dim,

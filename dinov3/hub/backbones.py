@@ -78,9 +78,11 @@ _ARGUMENTS = """
     Args:
         pretrained: load `weights`; if False, initialise at random and read nothing.
         weights: {weights}, or its name.
-            Or a local path or file:// URL of a checkpoint in any layout that `read_state_dict` knows (the published
-            one, a training's, Hugging Face's, timm's), which is read where it lies: keep it in place while the model
-            lives. Or an https:// URL, downloaded once into torch.hub's cache. Or a state dict.
+            Or a local path or file:// URL, read where it lies: keep it in place while the model lives. It is told by
+            its content: a file in the published layout (.pth or .safetensors); the teacher of a training, as a file or
+            as a directory of torch.distributed.checkpoint; a DINOv3 model of Hugging Face transformers or of timm, as
+            the directory of the model, a file of its weights or the index of several.
+            Or an https:// URL, downloaded once into torch.hub's cache. Or a state dict in any of these layouts.
         check_hash: compare the file with the SHA-256 digits at the end of its name.
         **kwargs: `device`; `dtype`, floating point or its name, of all parameters (by default float32): images must
             have it too, or the call be under autocast.

@@ -35,8 +35,6 @@ NORMALIZATIONS = ("auto", "lvd", "sat")
 #: First digits of the published files that were trained on satellite images.
 SAT_MARKS = ("sat493m", "eadcf0ff", "a6675841")
 
-#: Errors whose message is written for the person at the keyboard.
-
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -203,6 +201,14 @@ def describe_tokens(tokens: Tokens) -> str:
     """Such as `201 (1 class, 4 storage, 14 x 14 patch tokens) of 384 channels`."""
     parts = [f"{tokens.n_class} class", f"{tokens.n_storage} storage", f"{tokens.grid[0]} x {tokens.grid[1]} patch"]
     return f"{tokens.total} ({', '.join(parts)} tokens) of {tokens.channels} channels"
+
+
+def describe_bytes(n_bytes: int) -> str:
+    """Such as `82.5 MiB`."""
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.{digits}f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

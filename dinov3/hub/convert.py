@@ -24,15 +24,25 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import build_like, published_name
-from dinov3.hub.command_line import SAT_MARKS, make_parser
+from dinov3.hub.command_line import SAT_MARKS, describe_bytes, make_parser, written_whole
 from dinov3.hub.files import WeightsError, write_safetensors
-from dinov3.hub.formats import CONFIG_FILE, LAYER_NORM_EPS, Converted, Foreign, Library, from_release, rope_base
+from dinov3.hub.formats import (
+    CONFIG_FILE,
+    LAYER_NORM_EPS,
+    Converted,
+    Foreign,
+    Library,
+    from_release,
+    huggingface_config,
+    timm_config,
+)
+from dinov3.hub.formats.huggingface import preprocessor_config
 from dinov3.hub.runs import CONFIG_FILE as RUN_CONFIG_FILE
 from dinov3.hub.runs import find_teacher, read_run_config
 from dinov3.hub.sources import locate
+from dinov3.hub.transforms import Normalization, normalization_of
 from dinov3.hub.weights import check_complete, read_state_dict
 from dinov3.models.convnext import ConvNeXt
-from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.utils.command_line import run_command_line
 
 Target = Literal["release", "huggingface", "timm"]
@@ -47,15 +57,6 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 #: What an earlier conversion may have left in a directory that is written anew.
 REPLACEABLE = (CONFIG_FILE, PREPROCESSOR_FILE, "README.md", "LICENSE.md", ".gitattributes")
-
-TIMM_VITS = {
-    "dinov3_vits16": "vit_small_patch16_dinov3",
-    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3",
-    "dinov3_vitb16": "vit_base_patch16_dinov3",
-    "dinov3_vitl16": "vit_large_patch16_dinov3",
-    "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3",
-    "dinov3_vit7b16": "vit_7b_patch16_dinov3",
-}
 
 
 @dataclass(frozen=True)
@@ -129,129 +130,12 @@ def convert(
             normalization = _normalization(data or _data_of(path, weights.state, name))
             if to == "huggingface":
                 config = huggingface_config(weights.state, foreign.state, layer_norm_eps=weights.layer_norm_eps)
-                texts = {CONFIG_FILE: config, PREPROCESSOR_FILE: _preprocessor_config(normalization)}
+                texts = {CONFIG_FILE: config, PREPROCESSOR_FILE: preprocessor_config(*normalization)}
             else:
                 texts = {CONFIG_FILE: timm_config(weights.state, foreign.state, name, normalization)}
                 max_shard_bytes = size
             files = _write_directory(destination, foreign.state, metadata, texts, max_shard_bytes, bar)
     return Written(name, len(foreign.state), size, files)
-
-
-def huggingface_config(
-    state: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, layer_norm_eps: float
-) -> dict[str, Any]:
-    """The `config.json` of transformers.
-
-    Args:
-        state: the backbone in our names.
-        theirs: the same in theirs.
-        layer_norm_eps: what the layer norms add to the variance.
-    """
-    model = _model_of(state)
-    shared = {
-        "image_size": 224,
-        "num_channels": model.in_chans,
-        "initializer_range": 0.02,
-        "drop_path_rate": 0.0,
-        "layer_norm_eps": layer_norm_eps,
-        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-    }
-    if isinstance(model, ConvNeXt):
-        return {
-            "architectures": ["DINOv3ConvNextModel"],
-            "model_type": "dinov3_convnext",
-            "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
-            "hidden_sizes": model.embed_dims,
-            "hidden_act": "gelu",
-            "layer_scale_init_value": 1e-6,
-            **shared,
-        }
-    is_gated = "blocks.0.mlp.w1.weight" in state
-    return {
-        "architectures": ["DINOv3ViTModel"],
-        "model_type": "dinov3_vit",
-        "hidden_size": model.embed_dim,
-        "intermediate_size": state["blocks.0.mlp.w1.weight" if is_gated else "blocks.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": model.n_blocks,
-        "num_attention_heads": model.num_heads,
-        "num_register_tokens": model.n_storage_tokens,
-        "patch_size": model.patch_size,
-        "use_gated_mlp": is_gated,
-        "hidden_act": "silu" if is_gated else "gelu",
-        "rope_theta": rope_base(state["rope_embed.periods"]),
-        "pos_embed_shift": None,
-        "pos_embed_jitter": None,
-        "pos_embed_rescale": 2.0,
-        "query_bias": "layer.0.attention.q_proj.bias" in theirs,
-        "key_bias": "layer.0.attention.k_proj.bias" in theirs,
-        "value_bias": "layer.0.attention.v_proj.bias" in theirs,
-        "proj_bias": "layer.0.attention.o_proj.bias" in theirs,
-        "mlp_bias": "layer.0.mlp.up_proj.bias" in theirs,
-        "layerscale_value": 1.0,
-        "attention_dropout": 0.0,
-        **shared,
-    }
-
-
-def timm_config(
-    state: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str | None, normalization: tuple[Any, Any]
-) -> dict[str, Any]:
-    """The `config.json` of timm.
-
-    Args:
-        state: the backbone in our names.
-        theirs: the same in theirs.
-        name: the hub entry that it is; None: another size, which timm builds from a published one with arguments.
-        normalization: mean and standard deviation of pixels in [0, 1].
-    """
-    model = _model_of(state)
-    arguments: dict[str, Any] = {}
-    if isinstance(model, ConvNeXt):
-        architecture, first, side, head = (name or "convnext_tiny").removeprefix("dinov3_"), "stem.0", 224, "head.fc"
-        if name is None:
-            depths = [len(stage) for stage in model.stages]  # type: ignore[arg-type]
-            arguments = {"depths": depths, "dims": model.embed_dims}
-    else:
-        is_gated = "blocks.0.mlp.w1.weight" in state
-        architecture = TIMM_VITS.get(
-            name or "", "vit_small_plus_patch16_dinov3" if is_gated else TIMM_VITS["dinov3_vits16"]
-        )
-        architecture += "_qkvb" if "blocks.0.attn.q_bias" in theirs else ""
-        first, side, head = "patch_embed.proj", 16 * model.patch_size, "head"
-        arguments = {"global_pool": "token"}
-        if name not in TIMM_VITS:
-            hidden = theirs["blocks.0.mlp.fc2.weight"].shape[1]
-            arguments |= {
-                "embed_dim": model.embed_dim,
-                "depth": model.n_blocks,
-                "num_heads": model.num_heads,
-                "mlp_ratio": (hidden + 0.5) / model.embed_dim,
-                "num_reg_tokens": model.n_storage_tokens,
-                "patch_size": model.patch_size,
-                "rope_temperature": rope_base(state["rope_embed.periods"]),
-            }
-    if model.in_chans != 3:
-        arguments["in_chans"] = model.in_chans
-    mean, std = normalization
-    return {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": model.embed_dim,
-        "pretrained_cfg": {
-            "tag": "dinov3",
-            "num_classes": 0,
-            "input_size": [model.in_chans, side, side],
-            "fixed_input_size": False,
-            "pool_size": None,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "mean": list(mean),
-            "std": list(std),
-            "first_conv": first,
-            "classifier": head,
-        },
-        "model_args": arguments,
-    }
 
 
 @dataclass(frozen=True)
@@ -277,16 +161,10 @@ def _read_run(path: Path) -> _Weights:
     teacher = find_teacher(path)
     state = read_state_dict(teacher)
     check_complete(state, build_like(state), source=str(teacher))
-    model, _ = build_model_from_cfg(read_run_config(path), only_teacher=True)
+    model, _ = build_model_from_cfg(read_run_config(path), only_teacher=True, fp8=False)
     rope = getattr(model, "rope_embed", None)
     eps = getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])
     return _Weights(state, float(eps), "separate" if rope is None else rope.normalize_coords)
-
-
-def _model_of(state: Mapping[str, Tensor]) -> DinoVisionTransformer | ConvNeXt:
-    model = build_like(state)
-    assert isinstance(model, DinoVisionTransformer | ConvNeXt)
-    return model
 
 
 def _convert(weights: _Weights, to: Library, *, source: Path) -> Foreign:
@@ -343,61 +221,41 @@ def _data_of(path: Path, state: Mapping[str, Tensor], name: str | None) -> Data:
     return "sat493m" if is_named or (name == "dinov3_vitl16" and "local_cls_norm.weight" in state) else "lvd1689m"
 
 
-def _normalization(data: str) -> tuple[Any, Any]:
+def _normalization(data: str) -> Normalization:
     if data not in DATA:
         raise ValueError(f"unknown data {data!r}: expected one of {', '.join(DATA)}")
-    from dinov3.data import transforms
-
-    if data == "sat493m":
-        return transforms.SAT_DEFAULT_MEAN, transforms.SAT_DEFAULT_STD
-    return transforms.IMAGENET_DEFAULT_MEAN, transforms.IMAGENET_DEFAULT_STD
-
-
-def _preprocessor_config(normalization: tuple[Any, Any]) -> dict[str, Any]:
-    return {
-        "image_processor_type": "DINOv3ViTImageProcessorFast",
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_resize": True,
-        "size": {"height": 224, "width": 224},
-        "resample": 2,
-        "do_normalize": True,
-        "image_mean": list(normalization[0]),
-        "image_std": list(normalization[1]),
-    }
+    return normalization_of(data)
 
 
 class _Progress:
-    """A bar of bytes, shown or not."""
+    """A bar of bytes, shown or not; it begins with the first of them."""
 
     def __init__(self, total: int, is_shown: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=not is_shown, desc="writing")
+        self.total, self.is_shown = total, is_shown
+        self.bar: Any = None
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *args: Any) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def __call__(self, n_bytes: int) -> None:
-        self.bar.update(n_bytes)
+        if self.bar is None:
+            from tqdm import tqdm
+
+            unit: Any = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+            self.bar = tqdm(total=self.total, disable=not self.is_shown, desc="writing", **unit)
+        # A file has some bytes more than its tensors.
+        self.bar.update(min(n_bytes, self.total - self.bar.n))
 
 
 def _write_release(path: Path, state: Mapping[str, Tensor], bar: _Progress) -> Path:
     if path.suffix == ".safetensors":
         return _write_file(path, state, {"format": "pt"}, bar)
-    from dinov3.checkpointer.files import fsync, temporary_beside
-
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            torch.save(_without_needless_bytes(state), _Counted(file, bar))  # type: ignore[arg-type]
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(_without_needless_bytes(state), _Counted(file, bar))  # type: ignore[arg-type]
     return path
 
 
@@ -424,15 +282,8 @@ class _Counted:
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], bar: _Progress) -> Path:
-    from dinov3.checkpointer.files import fsync, temporary_beside
-
-    temporary = temporary_beside(path)
-    try:
+    with written_whole(path) as temporary:
         write_safetensors(temporary, tensors, metadata, on_written=bar)
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -502,6 +353,7 @@ def make_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format to write")
     parser.add_argument(
         "--data",
+        type=str.lower,
         choices=DATA,
         help="what the weights were trained on, for the normalisation that is written beside them (default: told by "
         "the name of the file)",
@@ -523,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         progress=not args.no_progress,
     )
     what = written.model or "a backbone of another size than the published ones"
-    print(f"{args.destination}: {what}, {written.n_tensors} tensors, {written.n_bytes / 1e6:.1f} MB")
+    print(f"{args.destination}: {what}, {written.n_tensors} tensors, {describe_bytes(written.n_bytes)}")
     if args.to == "huggingface" and args.destination.is_dir():
         print(f'load it with transformers.AutoModel.from_pretrained("{args.destination}")')
     elif args.to == "timm" and args.destination.is_dir():

@@ -35,6 +35,7 @@ from dinov3.hub.command_line import (
     ModelChoice,
     check_image_size,
     check_output,
+    describe_bytes,
     find_normalization,
     make_parser,
     parse_size,
@@ -168,7 +169,7 @@ def export(options: ExportOptions) -> list[Difference]:
         _refuse_wrong(differences, options)
         for written in sorted(Path(directory).iterdir(), key=lambda path: path == file):  # The model after its weights.
             written.replace(options.out.with_name(written.name))
-    print(f"{options.out}: {_megabytes(options.out)}, normalisation {data}")
+    print(f"{options.out}: {_describe_size(options.out)}, normalisation {data}")
     return differences
 
 
@@ -327,10 +328,10 @@ def _describe(difference: Difference) -> str:
     return f"images {shape}: largest difference {largest} (relative {difference.relative:.1e})"
 
 
-def _megabytes(out: Path) -> str:
+def _describe_size(out: Path) -> str:
     data = _data_file(out)
-    text = f"{out.stat().st_size / 2**20:.1f} MiB"
-    return f"{text} and {data.stat().st_size / 2**20:.1f} MiB in {data.name}" if data.exists() else text
+    text = describe_bytes(out.stat().st_size)
+    return f"{text} and {describe_bytes(data.stat().st_size)} in {data.name}" if data.exists() else text
 
 
 def _data_file(out: Path) -> Path:

@@ -17,9 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,6 +36,7 @@ from dinov3.hub.command_line import (
     ModelChoice,
     check_image_size,
     check_output,
+    describe_bytes,
     describe_tokens,
     find_normalization,
     make_parser,
@@ -45,7 +45,7 @@ from dinov3.hub.command_line import (
     positive,
     written_whole,
 )
-from dinov3.hub.files import SAFETENSORS_DTYPES
+from dinov3.hub.files import make_safetensors_header
 from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
 from dinov3.utils.command_line import run_command_line
@@ -389,7 +389,7 @@ def _join(parts: _Parts, dataset: Any, options: ExtractOptions) -> None:
     layout = {token: (options.dtype, [len(good), *shapes[token]]) for token in options.tokens}
     layout |= {name: (torch.uint8, [len(text)]) for name, text in texts.items()}
     with written_whole(options.out) as temporary, temporary.open("wb") as file:
-        file.write(_safetensors_header(layout, metadata))
+        file.write(make_safetensors_header(layout, metadata))
         for token in options.tokens:
             for shard in range(parts.n_shards):
                 if (rows := _load(parts.path(shard)).get(token)) is not None:
@@ -418,19 +418,6 @@ def _load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _safetensors_header(layout: Mapping[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> bytes:
-    # Written here, because the package would need all tensors in memory at once.
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _encode_names(dataset: Any, indices: Sequence[int]) -> bytes:
     return b"".join(os.fsencode(dataset.get_image_relpath(index)) + b"\0" for index in indices)
 
@@ -441,13 +428,13 @@ def _decode_names(encoded: Tensor) -> list[str]:
 
 def _report(out: Path) -> None:
     tensors = _load(out)
-    skipped = _decode_names(tensors.pop(SKIPPED))
-    del tensors[NAMES]
+    skipped, n_read = _decode_names(tensors.pop(SKIPPED)), len(_decode_names(tensors.pop(NAMES)))
     if skipped:
         listed = "".join(f"\n  {name}" for name in skipped[:N_LISTED]) + ("\n  ..." if len(skipped) > N_LISTED else "")
-        print(f"skipped, because they cannot be read: {len(skipped)} images{listed}", file=sys.stderr)
+        n_all = n_read + len(skipped)
+        print(f"skipped, because they cannot be read: {len(skipped)} of {n_all} images{listed}", file=sys.stderr)
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-    print(f"{out}: {shapes}, {out.stat().st_size / 2**20:.1f} MiB")
+    print(f"{out}: {shapes}, {describe_bytes(out.stat().st_size)}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -11,27 +11,13 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-#: Everything that the index of a distributed checkpoint is made of, besides the dtypes.
-_INDEX_PARTS = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
-    *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
-    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((_METADATA, name) for name in ("TensorProperties", "TensorStorageMetadata")),
-    *((_METADATA, name) for name in ("ChunkStorageMetadata", "BytesStorageMetadata")),
-}
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -160,6 +146,27 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(entries, metadata, start=8 + length)
 
 
+def make_safetensors_header(
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """What a safetensors file begins with; the bytes of the tensors follow, in the order of `layout`.
+
+    Args:
+        layout: dtype and shape of each tensor by name.
+        metadata: texts by name.
+    """
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    reached = 0
+    for name, (dtype, shape) in layout.items():
+        place = [reached, reached + math.prod(shape) * dtype.itemsize]
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": place}
+        reached = place[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -177,17 +184,9 @@ def write_safetensors(
     """
     # Wide types first, so that every tensor is aligned in the mapped file.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    reached = 0
-    for name, tensor in ordered:
-        place = [reached, reached + tensor.nbytes]
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        reached = place[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header = make_safetensors_header({name: (tensor.dtype, tensor.shape) for name, tensor in ordered}, metadata)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for _, tensor in ordered:
             file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             on_written(tensor.nbytes)
@@ -242,29 +241,6 @@ def _check_places(path: Path, entries: dict[str, SafetensorsEntry], size: int) -
         )
 
 
-def check_index(path: Path) -> None:
-    """Refuse the index file (`.metadata`) of a distributed checkpoint that is damaged or could run code.
-
-    torch unpickles it without restrictions when it loads the checkpoint.
-
-    Raises:
-        WeightsError: the index is not what `torch.distributed.checkpoint` writes.
-    """
-    try:
-        with path.open("rb") as file:
-            _IndexUnpickler(file).load()
-    except Exception as error:
-        raise WeightsError(f"{path} is not the index of a distributed checkpoint, or is damaged: {error}") from error
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _INDEX_PARTS and not is_dtype:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
-        return super().find_class(module, name)
-
-
 def _read_pickle(path: Path, *, mmap: bool) -> Any:
     try:
         if path.suffix == ".safetensors":  # By this name torch.load would take it for what it is not.
@@ -284,7 +260,9 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
         ) from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0][:200]
-        raise WeightsError(f"{path} is not a PyTorch checkpoint, or is damaged or truncated: {reason}") from error
+        raise WeightsError(
+            f"{path} is not a PyTorch checkpoint, or is damaged or truncated: {reason}; fetch the file again"
+        ) from error
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -317,13 +295,19 @@ def _tensor(entry: SafetensorsEntry, storage: Any, start: int) -> Tensor:
 
 
 def _describe(head: bytes) -> str:
+    expected = "expected what torch.save or safetensors wrote"
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
-            return f"it is {kind}"
+            return f"it is {kind}; {expected}"
     text = head.decode("utf-8", errors="ignore")
     if not text.strip().isprintable() and not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
-        return f"it begins with the bytes {head[:8].hex(' ')}"
+        return f"it begins with the bytes {head[:8].hex(' ')}; {expected}"
     beginning = " ".join(text.split())[:60]
     if beginning.startswith("<"):
-        return f"it is a web page or an XML error message (a failed download?): {beginning!r}"
-    return f"it is text: {beginning!r}"
+        return (
+            f"it is a web page or an XML error message: {beginning!r}, which is what one gets without access or with "
+            "an expired link; fetch the file again"
+        )
+    if beginning.startswith("version https://git-lfs"):
+        return "it is a pointer of git-lfs that stands for the file: git lfs pull fetches it"
+    return f"it is text: {beginning!r}; {expected}"

@@ -81,7 +81,7 @@ def build_model_for_eval(
         ValueError: the weights are unreadable, or not those of this model.
     """
     if not pretrained_weights:
-        model, _ = build_model_from_cfg(config, only_teacher=True)
+        model, _ = build_model_from_cfg(config, only_teacher=True, fp8=False)
         model.to_empty(device=runtime.device())
         model.init_weights()
     else:
@@ -170,14 +170,14 @@ def read_run_config(run_dir: Path) -> Any:
 
 def _load(cfg: Any, path: Path) -> nn.Module:
     state = read_state_dict(path)
-    model, _ = build_model_from_cfg(cfg, only_teacher=True)
+    model, _ = build_model_from_cfg(cfg, only_teacher=True, fp8=False)
     if cfg.student.get("ffn_ratio") is not None and not _fits(model, state):
         # Older configurations name a ratio that building the model ignored.
         from omegaconf import OmegaConf
 
         without_ratio: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         without_ratio.student.ffn_ratio = None
-        other, _ = build_model_from_cfg(without_ratio, only_teacher=True)
+        other, _ = build_model_from_cfg(without_ratio, only_teacher=True, fp8=False)
         if _fits(other, state):
             logger.warning(
                 "%s has the FFN of %s, not student.ffn_ratio=%s", path, cfg.student.arch, cfg.student.ffn_ratio

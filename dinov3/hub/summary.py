@@ -16,6 +16,7 @@ from dinov3.hub.command_line import (
     MODEL_HELP,
     ModelChoice,
     check_image_size,
+    describe_bytes,
     describe_tokens,
     make_parser,
     parse_dtype,
@@ -71,9 +72,10 @@ def describe(
     yield f"image        {size[0]} x {size[1]} pixels"
     yield f"tokens       {describe_tokens(tokens)}"
     yield f"arithmetic   {count_flops(model, size) / 1e9:.2f} GFLOP per image"
-    yield f"weights      {_size(memory.weights)} in {name}"
+    yield f"weights      {describe_bytes(memory.weights)} in {name}"
+    inference, backward = (describe_bytes(n_bytes) for n_bytes in (memory.forward, memory.backward))
     yield (
-        f"activations  about {_size(memory.forward)} for inference, {_size(memory.backward)} kept for a backward pass "
+        f"activations  about {inference} for inference, {backward} kept for a backward pass "
         f"(estimates, {name}, {batch})"
     )
     yield ""
@@ -114,10 +116,6 @@ def main(argv: list[str] | None = None) -> None:
     choice = ModelChoice(args.model, args.weights)
     for line in describe(choice, args.size, batch_size=args.batch_size, dtype=args.dtype, depth=args.depth):
         print(line)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

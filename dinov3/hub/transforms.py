@@ -13,9 +13,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dinov3.hub.backbones import Weights
+from dinov3.utils import pixel_statistics
 from dinov3.utils.suggestions import did_you_mean
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
@@ -39,13 +41,10 @@ def normalization_of(weights: Weights | str | os.PathLike[str]) -> Normalization
 
     Raises:
         ValueError: neither of the two is named.
-        ModuleNotFoundError: the package torchvision is missing.
     """
-    data = _data_of(weights)
-    transforms = _import_transforms()
-    if data is Weights.SAT493M:
-        return Normalization(transforms.SAT_DEFAULT_MEAN, transforms.SAT_DEFAULT_STD)
-    return Normalization(transforms.IMAGENET_DEFAULT_MEAN, transforms.IMAGENET_DEFAULT_STD)
+    if _data_of(weights) is Weights.SAT493M:
+        return Normalization(pixel_statistics.SAT_DEFAULT_MEAN, pixel_statistics.SAT_DEFAULT_STD)
+    return Normalization(pixel_statistics.IMAGENET_DEFAULT_MEAN, pixel_statistics.IMAGENET_DEFAULT_STD)
 
 
 def make_transform(
@@ -76,9 +75,7 @@ def make_transform(
     if order not in ORDERS:
         raise ValueError(f"order={order!r}{did_you_mean(str(order), ORDERS)}: choose one of {', '.join(ORDERS)}")
     mean, std = normalization_of(weights)
-    import torch
-    from torchvision.transforms import v2
-
+    v2 = _import_v2()
     resize = v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
     to_float = v2.ToDtype(torch.float32, scale=True)
     steps = [resize, to_float] if order == "resize_uint8_then_float" else [to_float, resize]
@@ -99,8 +96,7 @@ def _data_of(weights: Weights | str | os.PathLike[str]) -> Weights:
 
 
 def _to_rgb(picture: Any) -> Any:
-    from torchvision.transforms import v2
-
+    v2 = _import_v2()
     if hasattr(picture, "convert"):  # Of PIL; that it may be missing is no reason to import it.
         picture = picture.convert("RGB")
     image = v2.functional.to_image(picture)
@@ -109,9 +105,9 @@ def _to_rgb(picture: Any) -> Any:
     return image
 
 
-def _import_transforms() -> Any:
+def _import_v2() -> Any:
     try:
-        from dinov3.data import transforms
+        from torchvision.transforms import v2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"to transform images: pip install {error.name}", name=error.name) from error
-    return transforms
+    return v2

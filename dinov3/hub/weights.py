@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dinov3.hub.architectures import has_untied_cls_norm, identify
-from dinov3.hub.files import WeightsError, check_index
+from dinov3.hub.files import WeightsError
 from dinov3.hub.formats import Converted, Layout, is_model_directory, read_content, to_release
 
 __all__ = ["WeightsError", "load_backbone_", "read_state_dict"]
@@ -192,7 +192,6 @@ def _read_directory(path: Path, *, mmap: bool) -> dict[str, Tensor]:
             f"{path} is a directory, but neither a distributed checkpoint (it has no file .metadata) nor a model of "
             f"transformers or timm (no config.json, no .safetensors file); it holds {held}"
         )
-    check_index(path / ".metadata")
     from dinov3.checkpointer import CheckpointError, read_tensors
 
     for prefix in TEACHER_PREFIXES:

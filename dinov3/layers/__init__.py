@@ -3,7 +3,9 @@
 from dinov3.layers.attention import CausalSelfAttention, LinearKMaskedBias, SelfAttention
 from dinov3.layers.block import CausalSelfAttentionBlock, SelfAttentionBlock
 from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
+from dinov3.layers.fp8_linear import convert_linears_to_fp8
 from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.packed_attention import set_attention_backend
 from dinov3.layers.patch_embed import PatchEmbed
 from dinov3.layers.rms_norm import RMSNorm
 from dinov3.layers.rope_position_encoding import RopePositionEmbedding
@@ -20,4 +22,6 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionBlock",
     "SwiGLUFFN",
+    "convert_linears_to_fp8",
+    "set_attention_backend",
 ]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.packed_attention import attend_packed
 from dinov3.utils import cat_keep_shapes, uncat_with_shapes
 
 Rope = tuple[Tensor, Tensor]
@@ -112,6 +113,8 @@ class SelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
         self.proj_drop = nn.Dropout(proj_drop)
+        #: See `dinov3.layers.packed_attention.set_attention_backend`.
+        self.attention_backend = "sdpa"
 
     def forward(self, x: Tensor, attn_bias: None = None, rope: Rope | None = None) -> Tensor:
         """Attend within each sequence.
@@ -151,8 +154,13 @@ class SelfAttention(nn.Module):
         """`forward_list` on what `cat_keep_shapes` made of the list: [sum of B_i * T_i, D] to the same shape."""
         assert len(shapes) == len(rope_list), f"{len(shapes)} tensors, but {len(rope_list)} ropes"
         qkv_list = uncat_with_shapes(self.qkv(flat), shapes, num_tokens)
-        attended = [self._attend(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
-        return self.proj_drop(self.proj(cat_keep_shapes(attended)[0]))
+        if self.attention_backend == "xformers":
+            heads = [self._rotated_heads(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+            attended = attend_packed(heads, self._dropout())
+        else:
+            attended_list = [self._attend(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+            attended = cat_keep_shapes(attended_list)[0]
+        return self.proj_drop(self.proj(attended))
 
     def apply_rope(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotate the last N of the T tokens of q and k.
@@ -177,11 +185,18 @@ class SelfAttention(nn.Module):
         return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
     def _attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
+        q, k, v = self._rotated_heads(qkv, rope)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self._dropout())
+        return x.transpose(1, 2).flatten(2)  # [B, T, D]
+
+    def _rotated_heads(self, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _split_heads(qkv, self.num_heads)  # each [B, heads, T, d]
         if rope is not None:
             q, k = self.apply_rope(q, k, rope)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        return x.transpose(1, 2).flatten(2)  # [B, T, D]
+        return q, k, v
+
+    def _dropout(self) -> float:
+        return self.attn_drop.p if self.training else 0.0
 
 
 class CausalSelfAttention(nn.Module):

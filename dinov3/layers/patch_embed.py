@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
         Returns:
             [B, h * w, D] in row-major order, or [B, h, w, D] without `flatten_embedding`.
         """
-        x = self.proj(x).permute(0, 2, 3, 1)  # [B, h, w, D]
+        x = convolve_images(self.proj, x).permute(0, 2, 3, 1)  # [B, h, w, D]
         return self.norm(x.flatten(1, 2) if self.flatten_embedding else x)
 
     def flops(self) -> float:
@@ -71,6 +71,34 @@ class PatchEmbed(nn.Module):
         nn.init.uniform_(self.proj.weight, -bound, bound)
         if self.proj.bias is not None:
             nn.init.uniform_(self.proj.bias, -bound, bound)
+
+
+def convolve_images(convolution: nn.Module, images: Tensor) -> Tensor:
+    """The first convolution of a model, with an error for its users if images and weights have different dtypes.
+
+    Args:
+        convolution: a convolution, or what stands for one.
+        images: [B, C, H, W], floating point.
+
+    Returns:
+        What `convolution` makes of them.
+
+    Raises:
+        ValueError: the dtypes differ, and nothing casts one to the other.
+    """
+    try:
+        return convolution(images)
+    except RuntimeError as error:
+        # Looked at only now: autocast, sharding in mixed precision and quantised layers cast on the way in.
+        weight: Tensor = convolution.weight  # type: ignore[assignment]
+        if images.dtype == weight.dtype:
+            raise
+        text = f"the images are {images.dtype}, the weights of the model {weight.dtype}: "
+        text += f"cast the images, images.to({weight.dtype})"
+        low, high = sorted((images.dtype, weight.dtype), key=lambda dtype: dtype.itemsize)
+        if low.itemsize == 2 and high == torch.float32:  # Autocast leaves other dtypes alone.
+            text += f", or call the model under torch.autocast({images.device.type!r}, {low})"
+        raise ValueError(text) from error
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
+from dinov3.distributed import runtime
+from dinov3.layers import convert_linears_to_fp8
+from dinov3.layers.fp8_linear import fp8_problem
 from dinov3.models import vision_transformer
 from dinov3.models.convnext import ConvNeXt, get_convnext_arch
 
@@ -37,7 +41,12 @@ _VIT_OPTIONS = (
 
 
 def build_model(
-    args: Any, only_teacher: bool = False, img_size: int = 224, device: torch.device | str | None = None
+    args: Any,
+    only_teacher: bool = False,
+    img_size: int = 224,
+    device: torch.device | str | None = None,
+    *,
+    fp8: bool = True,
 ) -> tuple[Any, ...]:
     """Student and teacher backbones, not initialised.
 
@@ -49,42 +58,84 @@ def build_model(
         only_teacher: build no student.
         img_size: side of the global crops, informative.
         device: of the parameters.
+        fp8: let the backbones compute in 8 bits if `args` says so. Weights are the same without, and run anywhere.
 
     Returns:
         (student, teacher, D), or (teacher, D) with `only_teacher`.
 
     Raises:
-        NotImplementedError: `arch` is neither a ViT nor a ConvNeXt that we know, or 8-bit products are asked for.
+        NotImplementedError: `arch` is neither a ViT nor a ConvNeXt that we know.
+        ValueError: 8-bit products are asked for (`fp8_enabled`), but not possible; see `init_fp8`.
     """
-    if args.get("fp8_enabled", False):
-        raise NotImplementedError("student.fp8_enabled=true: 8-bit matrix products are not available yet")
+    if fp8:
+        _check_fp8_device(args, device)
     if "convnext" in args.arch:
         teacher = _convnext(args, device)
         student = None if only_teacher else _convnext(args, device)
+        in_8_bits = [student]
     elif hasattr(vision_transformer, args.arch) and args.arch.startswith("vit_"):
         options = _vit_options(args) | {"img_size": img_size, "device": device}
         factory = getattr(vision_transformer, args.arch)
         teacher = factory(**options)
         student = None if only_teacher else factory(**options, drop_path_rate=args.get("drop_path_rate", 0.0))
+        in_8_bits = [teacher, student]
     else:
         known = ", ".join(name for name in vars(vision_transformer) if name.startswith("vit_"))
         raise NotImplementedError(f"there is no architecture {args.arch!r}, only {known} and convnext_<size>")
+    for model in in_8_bits:
+        if fp8 and model is not None:
+            init_fp8(model, args)
     return (teacher, teacher.embed_dim) if only_teacher else (student, teacher, teacher.embed_dim)
 
 
-def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Any, ...]:
+def build_model_from_cfg(cfg: Any, only_teacher: bool = False, *, fp8: bool = True) -> tuple[Any, ...]:
     """`build_model` on the meta device for a whole training configuration.
 
     Args:
         cfg: with the sections `student` and `crops`.
         only_teacher: build no student.
+        fp8: as in `build_model`.
 
     Returns:
         As `build_model`.
     """
     sizes = cfg.crops.global_crops_size
     img_size = sizes if isinstance(sizes, int) else max(sizes)
-    return build_model(cfg.student, only_teacher=only_teacher, img_size=img_size, device="meta")
+    return build_model(cfg.student, only_teacher=only_teacher, img_size=img_size, device="meta", fp8=fp8)
+
+
+def init_fp8(model: nn.Module, args: Any) -> nn.Module:
+    """Let linear layers compute in 8 bits, in place, if the configuration says so.
+
+    Args:
+        model: a backbone; on the meta device it is for the device of this process.
+        args: the `student` section: `fp8_enabled`, and `fp8_filter`, see `convert_linears_to_fp8`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the device has no 8-bit products, or the layers that the filter selects cannot use them.
+    """
+    if not args.get("fp8_enabled", False):
+        return model
+    _check_fp8_device(args, next(model.parameters()).device)
+    pattern = args.get("fp8_filter", "blocks")
+    try:
+        return convert_linears_to_fp8(model, filter=pattern)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"student.fp8_enabled=true with student.fp8_filter={pattern}: {error}") from error
+
+
+def _check_fp8_device(args: Any, device: torch.device | str | None) -> None:
+    if not args.get("fp8_enabled", False):
+        return
+    wanted = torch.get_default_device() if device is None else torch.device(device)
+    problem = fp8_problem(runtime.device() if wanted.type == "meta" else wanted)
+    if problem is not None:
+        raise ValueError(
+            f"student.fp8_enabled=true: {problem}; set student.fp8_enabled=false (for a teacher, in its configuration)"
+        )
 
 
 def _vit_options(args: Any) -> dict[str, Any]:

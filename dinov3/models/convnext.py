@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.layers.patch_embed import convolve_images
 from dinov3.utils import refuse_unknown_arguments
 
 convnext_sizes: dict[str, dict[str, list[int]]] = {
@@ -354,8 +355,15 @@ def get_convnext_arch(arch_name: str) -> Callable[..., ConvNeXt]:
     return functools.partial(ConvNeXt, depths=convnext_sizes[size]["depths"], dims=convnext_sizes[size]["dims"])
 
 
+class _Stem(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, dims[0], H // 4, W // 4]."""
+        convolution, norm = self
+        return norm(convolve_images(convolution, images))
+
+
 def _downsample_layers(in_chans: int, dims: Sequence[int]) -> list[nn.Module]:
-    stem = nn.Sequential(
+    stem = _Stem(
         nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE),
         LayerNorm(dims[0], data_format="channels_first"),
     )

@@ -6,12 +6,13 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "MultiDistillationMetaArch": "dinov3.train.multidist_meta_arch",
     "SSLMetaArch": "dinov3.train.ssl_meta_arch",
     "get_args_parser": "dinov3.train.train",
     "main": "dinov3.train.train",
 }
 
-__all__ = ["SSLMetaArch", "get_args_parser", "main"]
+__all__ = ["MultiDistillationMetaArch", "SSLMetaArch", "get_args_parser", "main"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,15 +7,22 @@ iteration n sees the batches that an uninterrupted one sees, whatever the number
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dinov3 import distributed
-from dinov3.data import CombinedDataLoader, MaskingGenerator, collate_data_and_cast, make_dataset
+from dinov3.data import (
+    CombinedDataLoader,
+    DataAugmentationDINO,
+    MaskingGenerator,
+    collate_data_and_cast,
+    make_dataset,
+)
 from dinov3.data.loaders import SamplerType, make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
-from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.train.ssl_meta_arch import SSLMetaArch, needs_gram_crops
 from dinov3.utils import as_torch_dtype
 
 COMBINED_SEED = 65537
@@ -28,6 +35,7 @@ class Resolution:
 
     global_size: int
     local_size: int
+    gram_size: int | None
     ratio: float
 
 
@@ -52,7 +60,7 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
         return loaders[0]
     return CombinedDataLoader(
         loaders_with_ratios=[(loader, r.ratio) for loader, r in zip(loaders, resolutions, strict=True)],
-        batch_size=cfg.train.batch_size_per_gpu,
+        batch_size=images_per_process(cfg),
         combining_mode=CombinedDataLoader.GLOBAL_HOMOGENEOUS,
         seed=COMBINED_SEED,
         name="MultiResDL",
@@ -63,26 +71,40 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
 def crop_resolutions(cfg: Any) -> list[Resolution]:
     """One entry per crop resolution; a scalar setting counts as a list of one."""
     crops = cfg.crops
-    columns = [_as_list(v) for v in (crops.global_crops_size, crops.local_crops_size)]
-    return [
-        Resolution(global_size, local_size, ratio)
-        for global_size, local_size, ratio in zip(*columns, _as_list(crops.global_local_crop_pairs_ratios), strict=True)
-    ]
+    global_sizes = _as_list(crops.global_crops_size)
+    gram_sizes: list[Any] = [None] * len(global_sizes)
+    if needs_gram_crops(cfg):
+        gram_sizes = _as_list(crops.gram_teacher_crops_size)
+    columns = (_as_list(crops.local_crops_size), gram_sizes, _as_list(crops.global_local_crop_pairs_ratios))
+    return [Resolution(*entry) for entry in zip(global_sizes, *columns, strict=True)]
 
 
 def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
     """The dataset of `train.dataset_path` with the multi-crop augmentation; targets are dropped."""
-    augmentation = SSLMetaArch.build_data_augmentation_dino(
-        cfg, global_crops_size=resolution.global_size, local_crops_size=resolution.local_size, output_uint8=True
+    augmentation = build_augmentation(cfg, resolution)
+    return make_dataset(
+        dataset_str=cfg.train.dataset_path,
+        transform=augmentation,
+        target_transform=_no_target,
+        on_bad_image=cfg.train.on_bad_image,
     )
-    return make_dataset(dataset_str=cfg.train.dataset_path, transform=augmentation, target_transform=_no_target)
+
+
+def build_augmentation(cfg: Any, resolution: Resolution) -> DataAugmentationDINO:
+    """The multi-crop augmentation of one loader; its crops are uint8."""
+    return SSLMetaArch.build_data_augmentation_dino(
+        cfg,
+        global_crops_size=resolution.global_size,
+        local_crops_size=resolution.local_size,
+        gram_teacher_crops_size=resolution.gram_size,
+        output_uint8=True,
+    )
 
 
 def _build_loader(cfg: Any, resolution: Resolution, index: int, first_batch: int) -> Any:
-    batch_size = cfg.train.batch_size_per_gpu
     return make_train_data_loader(
         dataset=build_train_dataset(cfg, resolution),
-        batch_size=batch_size,
+        batch_size=images_per_process(cfg),
         num_workers=cfg.train.num_workers,
         sampler_type=SamplerType.SHARDED_INFINITE if cfg.train.cache_dataset else SamplerType.INFINITE,
         sampler_seed=cfg.train.seed + index + SAMPLER_SEED_OFFSET,
@@ -107,8 +129,30 @@ def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[st
         n_tokens=side**2,
         mask_generator=MaskingGenerator(input_size=(side, side), max_num_patches=max_block),
         random_circular_shift=cfg.ibot.mask_random_circular_shift,
+        local_batch_size=_images_per_process_of_student(cfg),
         normalize=(tuple(cfg.crops.rgb_mean), tuple(cfg.crops.rgb_std)),
     )
+
+
+def images_per_process(cfg: Any) -> int:
+    """How many images each process decodes for a batch; of several students' the last may decode too many."""
+    if not cfg.multidistillation.enabled:
+        return int(cfg.train.batch_size_per_gpu)
+    return math.ceil(cfg.multidistillation.global_batch_size / distributed.get_world_size())
+
+
+def global_batch_size(cfg: Any) -> int:
+    """Images per batch of all processes together."""
+    if not cfg.multidistillation.enabled:
+        return int(cfg.train.batch_size_per_gpu) * distributed.get_world_size()
+    return int(cfg.multidistillation.global_batch_size)
+
+
+def _images_per_process_of_student(cfg: Any) -> int | None:
+    # With several students each sees all images, with its own masks, on its own processes.
+    if not cfg.multidistillation.enabled:
+        return None
+    return int(cfg.multidistillation.global_batch_size) // distributed.get_subgroup_size()
 
 
 def _batches_delivered(resolutions: list[Resolution], n_batches: int) -> list[int]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.checkpointer import save_checkpoint
@@ -17,9 +18,9 @@ from dinov3.train.ssl_meta_arch import SSLMetaArch
 def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
     """Write the EMA teacher after `iteration` to `<output_dir>/eval/training_<iteration>/`.
 
-    A file holds `{"teacher": {...}}` with full float32 tensors under `backbone.*`, `dino_head.*`, `ibot_head.*`, and
-    `<output_dir>/teacher_checkpoint.pth` links to the newest one. Nothing appears under its final name before it is
-    complete.
+    A file holds `{"teacher": {...}}` with full float32 tensors under `backbone.*`, `dino_head.*`, `ibot_head.*`.
+    `<output_dir>/teacher_checkpoint.pth` links to the newest file or directory. Nothing appears under its final name
+    before it is complete.
 
     Args:
         model: the meta-architecture.
@@ -30,20 +31,28 @@ def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, shar
     Returns:
         The file or directory.
     """
-    directory = output_dir / EVALUATION_DIRECTORY / f"training_{iteration}"
+    path = export_path(output_dir, iteration, sharded=sharded)
     if sharded:
-        path = directory / SHARDED_TEACHER_DIRECTORY
         save_checkpoint(path, iteration=iteration, model=model.model_ema)
-        return path
-    path = directory / TEACHER_FILE
-    state = full_state_dict(model.model_ema)
+    else:
+        _save_file(path, full_state_dict(model.model_ema))
     if distributed.is_subgroup_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
+        _link_newest(output_dir / TEACHER_FILE, path)
+    return path
+
+
+def export_path(output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
+    """Where `export_teacher` writes the teacher after `iteration`."""
+    directory = output_dir / EVALUATION_DIRECTORY / f"training_{iteration}"
+    return directory / (SHARDED_TEACHER_DIRECTORY if sharded else TEACHER_FILE)
+
+
+def _save_file(path: Path, state: dict[str, Tensor]) -> None:
+    if distributed.is_subgroup_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
         torch.save({"teacher": state}, temporary)
         temporary.replace(path)
-        _link_newest(output_dir / TEACHER_FILE, path)
-    return path
 
 
 def _link_newest(link: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ teacher and `loss_curves.png`.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -19,22 +20,22 @@ import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import (
-    CheckpointError,
     RngState,
+    checkpoint_holds,
     find_latest_checkpoint,
-    keep_checkpoint_copy,
-    keep_last_n_checkpoints,
-    latest_valid_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from dinov3.distributed import runtime
-from dinov3.hub.runs import CHECKPOINT_DIRECTORY
+from dinov3.hub.runs import CHECKPOINT_DIRECTORY, TEACHER_FILE
 from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
-from dinov3.train.data_loading import build_train_loader
-from dinov3.train.export import export_teacher
+from dinov3.train.data_loading import build_train_loader, global_batch_size
+from dinov3.train.export import export_path, export_teacher
+from dinov3.train.gram import warn_of_idle_gram
 from dinov3.train.plot import METRICS_FILE, plot_losses
-from dinov3.train.resuming import report_changes, run_metadata
+from dinov3.train.preemption import Preemption
+from dinov3.train.profiling import StepProfiler
+from dinov3.train.resuming import newest_common_checkpoint, report_changes
+from dinov3.train.saving import Saver
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.step import NonFiniteLossError, StepResult, train_step
@@ -42,9 +43,21 @@ from dinov3.train.step import NonFiniteLossError, StepResult, train_step
 logger = logging.getLogger("dinov3")
 
 GARBAGE_COLLECTION_PERIOD = 150
+#: What a rank asks of all of them: to leave, to save, and to leave a save in the background alone.
+STOP, SAVE, SAVING = "stop", "save", "saving"
+#: Checkpoints of a stage without Gram anchoring lack it.
+GRAM_TEACHER = "gram_teacher."
 
 
-def do_train(cfg: Any, model: SSLMetaArch, *, resume: bool = True, data_loader: Any = None) -> dict[str, float]:
+def do_train(
+    cfg: Any,
+    model: SSLMetaArch,
+    *,
+    resume: bool = True,
+    data_loader: Any = None,
+    preemption: Preemption | None = None,
+    profiler: StepProfiler | None = None,
+) -> dict[str, float]:
     """Train `model` as `cfg` says, from the newest checkpoint in `train.output_dir` if there is one.
 
     Args:
@@ -52,7 +65,9 @@ def do_train(cfg: Any, model: SSLMetaArch, *, resume: bool = True, data_loader: 
         model: a meta-architecture, prepared for distributed training, weights not yet initialised.
         resume: continue from the newest valid checkpoint.
         data_loader: batches to train on instead of those of `train.dataset_path`, from the first iteration of this
-            call on.
+            call on; `train.grad_accumulation_steps` of them per iteration.
+        preemption: says when to stop early, with a checkpoint; None: never.
+        profiler: is told of every step.
 
     Returns:
         The global average of every metric.
@@ -60,8 +75,9 @@ def do_train(cfg: Any, model: SSLMetaArch, *, resume: bool = True, data_loader: 
     Raises:
         NonFiniteLossError: a loss or gradient was not finite; the last good checkpoint is intact.
         CheckpointError: no usable checkpoint is left to resume from, or two saves in a row failed.
+        SystemExit: stopped early; see `Preemption.leave`.
     """
-    return Trainer(cfg, model).run(resume=resume, data_loader=data_loader)
+    return Trainer(cfg, model, preemption=preemption, profiler=profiler).run(resume=resume, data_loader=data_loader)
 
 
 class Trainer:
@@ -70,15 +86,26 @@ class Trainer:
     Args:
         cfg: the training configuration.
         model: the meta-architecture.
+        preemption: says when to stop early; None: never.
+        profiler: is told of every step.
     """
 
-    def __init__(self, cfg: Any, model: SSLMetaArch) -> None:
+    def __init__(
+        self,
+        cfg: Any,
+        model: SSLMetaArch,
+        *,
+        preemption: Preemption | None = None,
+        profiler: StepProfiler | None = None,
+    ) -> None:
         self.cfg = cfg
         self.model = model.train()
         self.output_dir = Path(cfg.train.output_dir)
         self.checkpoint_root = self.output_dir / CHECKPOINT_DIRECTORY
         self.n_iterations = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
-        self.global_batch_size = cfg.train.batch_size_per_gpu * distributed.get_world_size()
+        self.n_iterations_of_heads = round(cfg.optim.freeze_backbone_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+        self.batches_per_step: int = cfg.train.grad_accumulation_steps
+        self.global_batch_size = global_batch_size(cfg) * self.batches_per_step
         self.schedules = build_schedulers(cfg)
         self.optimizer = torch.optim.AdamW(
             model.get_params_groups(), betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2)
@@ -94,7 +121,12 @@ class Trainer:
             self.metric_logger.add_meter("bad_images", SmoothedValue(window_size=1, fmt="{value:.0f}"))
         self.n_bad_images = 0
         self.nonfinite_in_a_row = 0
-        self.save_failed_before = False
+        self.saver = Saver(cfg, self.checkpoint_root)
+        self.preemption = preemption
+        self.profiler = profiler
+        self.must_stop = False
+        self.seconds_for_data = 0.0
+        self.exported: int | None = None
 
     def run(self, *, resume: bool = True, data_loader: Any = None) -> dict[str, float]:
         """Train to the end; see `do_train`."""
@@ -102,11 +134,17 @@ class Trainer:
         start = self._resume() if resume else 0
         if start >= self.n_iterations:
             logger.info("nothing to do: %d of %d iterations are done", start, self.n_iterations)
+            self._export_if_missing(start - 1)
             return {}
-        loader = data_loader if data_loader is not None else build_train_loader(self.cfg, start_iteration=start)
+        loader = data_loader
+        if loader is None:
+            loader = build_train_loader(self.cfg, start_iteration=start * self.batches_per_step)
+        iteration = start
         with _manual_garbage_collection():
-            for iteration, data in enumerate(self._batches(loader, start), start=start):
-                self._iterate(data, iteration)
+            for iteration, batches in enumerate(self._steps(loader, start), start=start):
+                self._iterate(batches, iteration)
+        if self.must_stop and iteration + 1 < self.n_iterations:
+            self._leave(iteration)
         return self._finish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,49 +162,32 @@ class Trainer:
         self.metric_logger.load_state_dict(state["meters"])
 
     def save(self, iteration: int) -> None:
-        """Write `ckpt/<iteration>` and prune old checkpoints; a failure is logged, a second in a row is an error."""
-        settings = self.cfg.checkpointing
-        directory = self.checkpoint_root / str(iteration)
-        try:
-            save_checkpoint(
-                directory,
-                iteration=iteration,
-                model=self.model,
-                optimizer=self.optimizer,
-                process_group=distributed.get_process_subgroup(),
-                metadata=run_metadata(self.cfg),
-                rng=self.rng_state,
-                trainer=self,
-            )
-        except CheckpointError as error:
-            if self.save_failed_before:
-                raise
-            self.save_failed_before = True
-            logger.error("%s; training goes on and tries again at the next checkpoint", error)
-            return
-        self.save_failed_before = False
-        if distributed.is_subgroup_main_process():
-            keep_last_n_checkpoints(self.checkpoint_root, settings.max_to_keep)
-            if (iteration + 1) % settings.keep_every == 0:
-                keep_checkpoint_copy(directory)
+        """Write `ckpt/<iteration>`, with `checkpointing.async_save` in the background; see `Saver`."""
+        self.saver.save(iteration, model=self.model, optimizer=self.optimizer, rng=self.rng_state, trainer=self)
 
     def load(self, directory: Path) -> int:
         """Load a checkpoint; returns the iteration that it was saved after."""
-        return load_checkpoint(
+        done = load_checkpoint(
             directory,
             model=self.model,
             optimizer=self.optimizer,
             process_group=distributed.get_process_subgroup(),
             verify=False,  # Its finder did.
+            may_lack=[GRAM_TEACHER],
             rng=self.rng_state,
             trainer=self,
         )
+        self.model.continue_gram(done, is_loaded=checkpoint_holds(directory, f"model.{GRAM_TEACHER}"))
+        return done
 
     def _resume(self) -> int:
-        directory = latest_valid_checkpoint(self.checkpoint_root, verify=self.cfg.checkpointing.verify)
+        settings = self.cfg.checkpointing
+        directory = newest_common_checkpoint(self.checkpoint_root, verify=settings.verify, period=settings.period)
         if directory is not None:
             report_changes(directory, self.cfg)
         start = 0 if directory is None else self.load(directory) + 1
+        if start == 0:
+            warn_of_idle_gram(self.model.gram_loss_schedule, self.n_iterations)
         if distributed.is_subgroup_main_process():
             # Iterations after the checkpoint come again.
             truncate_metrics_file(self.output_dir / METRICS_FILE, start)
@@ -175,9 +196,9 @@ class Trainer:
         logger.info("resumed from %s: %d of %d iterations are done", directory, start, self.n_iterations)
         return start
 
-    def _batches(self, loader: Any, start: int) -> Iterator[dict[str, Any]]:
+    def _steps(self, loader: Any, start: int) -> Iterator[list[dict[str, Any]]]:
         return self.metric_logger.log_every(
-            loader,
+            self._batches_of_steps(loader),
             self.cfg.train.print_freq,
             header="Training",
             n_iterations=self.n_iterations,
@@ -185,20 +206,23 @@ class Trainer:
             progress=self.cfg.train.progress,
         )
 
-    def _iterate(self, data: dict[str, Any], iteration: int) -> None:
+    def _batches_of_steps(self, loader: Any) -> Iterator[list[dict[str, Any]]]:
+        batches = iter(loader)
+        while not self.must_stop:
+            started = time.perf_counter()
+            of_step = list(itertools.islice(batches, self.batches_per_step))
+            self.seconds_for_data = time.perf_counter() - started
+            if len(of_step) < self.batches_per_step:
+                return
+            yield of_step
+
+    def _iterate(self, batches: list[dict[str, Any]], iteration: int) -> None:
         if iteration % GARBAGE_COLLECTION_PERIOD == 0:
             gc.collect()
-        settings = settings_at(self.schedules, iteration)
-        self._count_bad_images(data.pop("n_bad_images", None))
         started = time.perf_counter()
-        result = train_step(
-            self.model,
-            self.optimizer,
-            data | {"global_batch_size": self.global_batch_size},
-            settings,
-            iteration=iteration,
-            clip_grad=self.cfg.optim.clip_grad,
-        )
+        settings = settings_at(self.schedules, iteration)
+        result = self.step(batches, iteration)
+        seconds = time.perf_counter() - started
         self._handle_nonfinite(result)
         self.metric_logger.update(
             lr=settings.lr,
@@ -207,10 +231,30 @@ class Trainer:
             last_layer_lr=settings.last_layer_lr,
             **result.metrics,
             teacher_temp=settings.teacher_temp,
-            images_per_second=self.global_batch_size / (time.perf_counter() - started),
+            images_per_second=self.global_batch_size / seconds,
+            data_wait_share=self.seconds_for_data / (self.seconds_for_data + seconds),
             max_memory_mib=runtime.max_memory_mib(),
         )
-        self._after_step(iteration, is_finite=result.problem is None)
+        self._after_step(iteration, result)
+
+    def step(self, batches: list[dict[str, Any]], iteration: int) -> StepResult:
+        """Train on the batches of one iteration; see `train_step`."""
+        for data in batches:
+            self._count_bad_images(data.pop("n_bad_images", None))
+        return train_step(
+            self.model,
+            self.optimizer,
+            [data | {"global_batch_size": self.global_batch_size} for data in batches],
+            settings_at(self.schedules, iteration),
+            iteration=iteration,
+            clip_grad=self.cfg.optim.clip_grad,
+            freeze_backbone=iteration < self.n_iterations_of_heads,
+            requests={
+                STOP: self.preemption is not None and self.preemption.is_requested,
+                SAVE: self.saver.is_due,
+                SAVING: self.saver.is_running,
+            },
+        )
 
     def _count_bad_images(self, count: int | None) -> None:
         if count is None:  # `train.on_bad_image=raise`
@@ -219,13 +263,18 @@ class Trainer:
         self.n_bad_images += int(total)
         self.metric_logger.update(bad_images=self.n_bad_images)
 
-    def _after_step(self, iteration: int, *, is_finite: bool) -> None:
+    def _after_step(self, iteration: int, result: StepResult) -> None:
         done = iteration + 1
+        if self.profiler is not None:
+            self.profiler.step()
+        if SAVING not in result.requests:
+            self.saver.finish()
         export_period = self.cfg.evaluation.eval_period_iterations
         if export_period > 0 and done % export_period == 0:
             self.export(iteration)
-        if is_finite and done % self.cfg.checkpointing.period == 0:
+        if result.problem is None and (done % self.cfg.checkpointing.period == 0 or SAVE in result.requests):
             self.save(iteration)
+        self.must_stop = STOP in result.requests
 
     def _handle_nonfinite(self, result: StepResult) -> None:
         if result.problem is None:
@@ -236,6 +285,7 @@ class Trainer:
         if self.nonfinite_in_a_row <= allowed:
             logger.warning("%s; dropped (%d of %d allowed)", result.problem, self.nonfinite_in_a_row, allowed)
             return
+        self.saver.finish()
         newest = find_latest_checkpoint(self.checkpoint_root)
         raise NonFiniteLossError(
             f"{result.problem}. The step was not applied. Last good checkpoint: {newest or 'none yet'}. "
@@ -246,19 +296,38 @@ class Trainer:
     def export(self, iteration: int) -> None:
         """Write the EMA teacher after `iteration` to `eval/training_<iteration>`."""
         path = export_teacher(self.model, self.output_dir, iteration, sharded=self.cfg.train.sharded_eval_checkpoint)
+        self.exported = iteration
         logger.info("teacher after iteration %d: %s", iteration, path)
+
+    def _leave(self, iteration: int) -> None:
+        assert self.preemption is not None
+        self.saver.finish()
+        if self.saver.newest != iteration:
+            self.save(iteration)
+            self.saver.finish()
+        newest = find_latest_checkpoint(self.checkpoint_root)
+        logger.warning("stopped after iteration %d; newest checkpoint: %s", iteration, newest)
+        self.preemption.leave()
 
     def _finish(self) -> dict[str, float]:
         last = self.n_iterations - 1
-        if self.n_iterations % self.cfg.checkpointing.period != 0:
+        self.saver.finish()
+        if self.saver.newest != last:
             self.save(last)
-        period = self.cfg.evaluation.eval_period_iterations
-        if period <= 0 or self.n_iterations % period != 0:
+            self.saver.finish()
+        if self.exported != last:
             self.export(last)
         self.metric_logger.synchronize_between_processes()
         if distributed.is_subgroup_main_process():
             logger.info("loss curves: %s", plot_losses(self.output_dir))
         return {name: meter.global_avg for name, meter in self.metric_logger.meters.items()}
+
+    def _export_if_missing(self, iteration: int) -> None:
+        sharded = self.cfg.train.sharded_eval_checkpoint
+        wanted = [export_path(self.output_dir, iteration, sharded=sharded), self.output_dir / TEACHER_FILE]
+        # Killed between the last checkpoint and here.
+        if not distributed.broadcast_object(all(path.exists() for path in wanted)):
+            self.export(iteration)
 
 
 @contextmanager

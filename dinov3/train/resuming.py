@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dinov3 import distributed
-from dinov3.checkpointer import CheckpointError, read_manifest
+from dinov3.checkpointer import CheckpointError, latest_valid_checkpoint, read_manifest
 from dinov3.configs.schema import flatten
 
 logger = logging.getLogger("dinov3")
@@ -26,6 +26,38 @@ def run_metadata(cfg: Any) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     return {"config": config, "config_sha256": digest}
+
+
+def newest_common_checkpoint(root: Path, *, verify: Any, period: int) -> Path | None:
+    """The newest undamaged checkpoint of this student whose iteration the other students have, too.
+
+    They save one after the other, so a job that is killed may leave them at different iterations.
+
+    Args:
+        root: this student's directory of checkpoints.
+        verify: as for `latest_valid_checkpoint`.
+        period: iterations between checkpoints.
+
+    Returns:
+        The checkpoint; None if there is none yet.
+
+    Raises:
+        CheckpointError: some students have no checkpoint although others have been trained for longer than a period.
+    """
+    limit: int | None = None
+    while True:
+        directory = latest_valid_checkpoint(root, verify=verify, not_after=limit)
+        own = -1 if directory is None else int(directory.name)
+        iterations = distributed.all_gather_objects(own, distributed.get_default_process_group())
+        if len(set(iterations)) == 1:
+            return directory
+        limit = min(iterations)
+        logger.warning("the students stand at iterations %s: going back to a common one", sorted(set(iterations)))
+        if limit < 0 and max(iterations) >= period:
+            raise CheckpointError(
+                f"the students' newest iterations are {sorted(set(iterations))}, -1 for no checkpoint at all ({own} in "
+                f"{root}): restore what is missing, or start anew with --no-resume"
+            )
 
 
 def report_changes(directory: Path, cfg: Any) -> list[str]:
@@ -59,8 +91,12 @@ def _config_changes(before: Any, cfg: Any) -> list[str]:
     if before is None:
         return []
     old, new = dict(flatten(before)), dict(flatten(OmegaConf.to_container(cfg, resolve=True)))
+    # The order of a stream of shards is one per worker.
+    harmful = ("train.num_workers",) if "mode=stream" in str(new.get("train.dataset_path")) else ()
     return [
         f"{key}: {old.get(key)} before, {new.get(key)} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in HARMLESS and not key.startswith(HARMLESS_SECTIONS)
+        if old.get(key) != new.get(key)
+        and (key in harmful or key not in HARMLESS)
+        and not key.startswith(HARMLESS_SECTIONS)
     ]

@@ -16,23 +16,30 @@ if __package__ in (None, ""):  # run by path: this file's directory would hide t
 
 import argparse
 import logging
+import tempfile
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
-from dinov3.configs import DinoV3SetupArgs, setup_config
+from dinov3.configs import ConfigError, DinoV3SetupArgs, setup_config, setup_multidistillation
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
 from dinov3.models.summary import summarize
 from dinov3.run.init import job_context
 from dinov3.train.data_loading import crop_resolutions
 from dinov3.train.loop import Trainer, do_train
+from dinov3.train.lost_ranks import ending_together
+from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.plot import METRICS_FILE
+from dinov3.train.preemption import Preemption
 from dinov3.train.preflight import check_dataset, check_disk
+from dinov3.train.profiling import StepProfiler
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.train.trials import benchmark, dry_run
 from dinov3.utils import fix_random_seeds
 from dinov3.utils.command_line import run_command_line
 
@@ -48,11 +55,7 @@ RETIRED_FLAGS = (
     "record_ref_losses",
     "ref_losses_path",
 )
-UNAVAILABLE_FLAGS = {
-    "multi_distillation": "multi-distillation",
-    "profiling": "profiling",
-    "benchmark_codebase": "the built-in benchmark (see benchmarks/train_step.py)",
-}
+META_ARCHITECTURES = {"SSLMetaArch": SSLMetaArch, "MultiDistillationMetaArch": MultiDistillationMetaArch}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -69,9 +72,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only export the teacher of the newest checkpoint")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="the same as train.seed=N")
-    parser.add_argument("--multi-distillation", action="store_true", help="not available yet")
-    parser.add_argument("--profiling", action="store_true", help="not available yet")
-    parser.add_argument("--benchmark-codebase", action="store_true", help="not available yet")
+    parser.add_argument("--multi-distillation", action="store_true", help="several students of one teacher")
+    parser.add_argument("--profiling", action="store_true", help="record a few steps into DIR/profile")
+    parser.add_argument("--benchmark-codebase", action="store_true", help="only time 20 steps on synthetic images")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, write nothing")
     for flag, default in (
         ("--eval", ""),
         ("--eval_pretrained_weights", ""),
@@ -125,34 +129,52 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The global average of every metric (empty if there was nothing left to do).
     """
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    for flag, what in UNAVAILABLE_FLAGS.items():
-        if getattr(args, flag):
-            raise NotImplementedError(f"--{flag.replace('_', '-')}: {what} is not available yet")
+    if args.dry_run or args.benchmark_codebase:
+        with tempfile.TemporaryDirectory() as scratch:
+            args.output_dir = scratch
+            return _main(args)
+    return _main(args)
+
+
+def _main(args: argparse.Namespace) -> dict[str, float]:
+    output_dir = Path(args.output_dir)
     setup = DinoV3SetupArgs(config_file=args.config_file, output_dir=args.output_dir, opts=args.opts)
-    with job_context(output_dir=args.output_dir), RunLock(Path(args.output_dir)):
+    with (
+        job_context(output_dir=args.output_dir),
+        RunLock(output_dir),
+        ending_together(output_dir),
+        # What trains nothing has nothing to save: a signal ends it at once.
+        nullcontext() if args.eval_only or args.dry_run or args.benchmark_codebase else Preemption() as preemption,
+    ):
         for flag in RETIRED_FLAGS:
             if getattr(args, flag):
                 logger.warning("--%s has no effect and is ignored", flag)
-        cfg = setup_config(setup)
+        cfg = setup_multidistillation(setup) if args.multi_distillation else setup_config(setup)
+        _check_flag(cfg, args)
         fix_random_seeds(cfg.train.seed + distributed.get_rank())
-        return _run(cfg, args)
+        return _run(cfg, args, preemption)
 
 
-def _run(cfg: Any, args: argparse.Namespace) -> dict[str, float]:
+def _run(cfg: Any, args: argparse.Namespace, preemption: Preemption | None) -> dict[str, float]:
+    if args.benchmark_codebase:
+        return benchmark(cfg, build_model(cfg))
     checkpoint_root = Path(cfg.train.output_dir) / CHECKPOINT_DIRECTORY
     checkpoint_root.mkdir(parents=True, exist_ok=True)
-    if distributed.is_main_process():
+    if distributed.is_subgroup_main_process():
         for directory in (checkpoint_root, *Path(cfg.train.output_dir).glob(f"{EVALUATION_DIRECTORY}/training_*")):
             remove_stale_temporaries(directory)
     distributed.barrier()
     check_dataset(cfg)
     model = build_model(cfg)
+    if args.dry_run:
+        return dry_run(cfg, model)
     check_disk(model, Path(cfg.train.output_dir))
     if args.no_resume:
         _set_old_run_aside(Path(cfg.train.output_dir))
     if args.eval_only:
         return _export_newest(cfg, model, checkpoint_root)
-    return do_train(cfg, model, resume=not args.no_resume)
+    with StepProfiler(Path(cfg.train.output_dir)) if args.profiling else nullcontext() as profiler:
+        return do_train(cfg, model, resume=not args.no_resume, preemption=preemption, profiler=profiler)
 
 
 def build_model(cfg: Any) -> SSLMetaArch:
@@ -161,14 +183,20 @@ def build_model(cfg: Any) -> SSLMetaArch:
     Raises:
         ValueError: unknown `MODEL.META_ARCHITECTURE`.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "SSLMetaArch":
-        raise ValueError(f"unknown MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}; expected SSLMetaArch")
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCHITECTURES:
+        raise ValueError(f"unknown MODEL.META_ARCHITECTURE {name!r}; expected one of {', '.join(META_ARCHITECTURES)}")
     with torch.device("meta"):
-        model = SSLMetaArch(cfg)
+        model = META_ARCHITECTURES[name](cfg)
     size = max(resolution.global_size for resolution in crop_resolutions(cfg))
     logger.info("student's backbone: %s", summarize(model.student["backbone"], size, cfg.student.in_chans))
     model.prepare_for_distributed_training()
     return model
+
+
+def _check_flag(cfg: Any, args: argparse.Namespace) -> None:
+    if cfg.multidistillation.enabled and not args.multi_distillation:
+        raise ConfigError("multidistillation.enabled=true: several students are trained with --multi-distillation")
 
 
 def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[str, float]:
@@ -183,7 +211,7 @@ def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[
 
 def _set_old_run_aside(output_dir: Path) -> None:
     # A new run among an old one's files would later resume from, or be taken for, the old one.
-    if distributed.is_main_process():
+    if distributed.is_subgroup_main_process():
         now = time.strftime("%Y%m%d-%H%M%S")
         for name in (CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, METRICS_FILE):
             path = output_dir / name

@@ -16,7 +16,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
     """Import a Python file and return one of its attributes.
 
     The file is imported under a name of its own, so that it can neither shadow nor replace an installed module of the
-    same name. While it is imported, its directory comes first on `sys.path`.
+    same name. While it is imported, its directory comes first on `sys.path` (see `script_directory_on_path`).
 
     Args:
         module_path: the file.
@@ -24,6 +24,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is not a Python file.
         AttributeError: the file does not define `callable_name`.
     """
     path = Path(module_path).expanduser().resolve()
@@ -35,7 +36,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
         raise ValueError(f"{str(path)!r} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Pickling and dataclasses look the module up by its name.
-    with _first_on_path(path.parent):
+    with script_directory_on_path(path):
         try:
             spec.loader.exec_module(module)
         except BaseException:
@@ -44,6 +45,20 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
     if not hasattr(module, callable_name):
         raise AttributeError(f"{str(path)!r} does not define {callable_name!r}")
     return getattr(module, callable_name)
+
+
+@contextlib.contextmanager
+def script_directory_on_path(module_path: str | Path) -> Iterator[None]:
+    """Inside the context a script's directory comes first on `sys.path`, as if Python had been started with it.
+
+    A file of a package (with an `__init__.py` beside it) gets the directory that holds the package instead: its own
+    would hide installed modules behind files such as `dinov3/eval/setup.py`.
+    """
+    directory = Path(module_path).expanduser().resolve().parent
+    while (directory / "__init__.py").is_file():
+        directory = directory.parent
+    with _first_on_path(directory):
+        yield
 
 
 @contextlib.contextmanager

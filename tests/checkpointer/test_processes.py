@@ -15,9 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov3.checkpointer import (
+    BackgroundSaver,
     CheckpointError,
     RngState,
     RunLock,
+    background,
     init_fsdp_model_from_checkpoint,
     latest_valid_checkpoint,
     load_checkpoint,
@@ -61,6 +63,28 @@ def train_and_save(rank: int, world_size: int, root: str) -> dict[str, Any]:
     return {"at_save": at_save, "at_end": full(model)}
 
 
+def save_in_the_background(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    model, optimizer = make_sharded(0, world_size)
+    toy.train(model, optimizer, range(3), ROWS[rank])
+    at_save = full(model)
+    saver = BackgroundSaver()
+    saver.start(Path(root) / "2", iteration=2, model=model, optimizer=optimizer, rng=RngState())
+    # Collectives of the training and of the save at the same time.
+    toy.train(model, optimizer, range(3, 20), ROWS[rank])
+    saver.wait()
+    loaded, loaded_optimizer = make_sharded(1, world_size)
+    load_checkpoint(Path(root) / "2", model=loaded, optimizer=loaded_optimizer, verify=True)
+    problem = ""
+    if rank == 1:
+        background.digest_share = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    try:
+        saver.start(Path(root) / "3", iteration=3, model=model)
+        saver.wait()
+    except CheckpointError as error:
+        problem = str(error)
+    return {"at_save": at_save, "loaded": full(loaded), "problem": problem}
+
+
 def load_and_train(rank: int, world_size: int, root: str) -> dict[str, Any]:
     model, optimizer = make_sharded(1, world_size)
     iteration = load_checkpoint(Path(root) / "2", model=model, optimizer=optimizer, rng=RngState())
@@ -89,6 +113,13 @@ def test_two_processes_continue_what_two_saved_bit_for_bit(ranks: list[dict[str,
         assert of_rank["load"]["iteration"] == 2
         toy.assert_equal(of_rank["load"]["loaded"], ranks[0]["save"]["at_save"])
         toy.assert_equal(of_rank["load"]["at_end"], ranks[0]["save"]["at_end"])
+
+
+def test_two_processes_save_beside_their_training(ranks: list[dict[str, Any]], root: Path) -> None:
+    for of_rank in ranks:
+        toy.assert_equal(of_rank["background"]["loaded"], of_rank["background"]["at_save"])
+        assert "3 could not be saved: OSError: [Errno 28] No space left on device" in of_rank["background"]["problem"]
+    assert [path.name for path in (root / "background").iterdir()] == ["2"]
 
 
 def test_two_processes_load_what_one_saved(ranks: list[dict[str, Any]], root: Path) -> None:
@@ -207,6 +238,7 @@ def do_everything(rank: int, world_size: int, root: str) -> dict[str, Any]:
         "generators": save_and_restore_generators(rank, world_size, f"{root}/generators"),
         "initialised": initialise_from(rank, world_size, f"{root}/by_one"),
         "lock": enter_lock(rank, world_size, root),
+        "background": save_in_the_background(rank, world_size, f"{root}/background"),
     }
 
 

@@ -140,7 +140,7 @@ def test_official_checkpoint_without_a_manifest_is_taken_if_its_files_are_whole(
 def test_index_that_is_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / ".metadata").write_bytes(b"no pickle")
-    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is not the index of a distributed checkpoint"):
         load_checkpoint(tmp_path / "1", model=toy.make()[0])
 
 

@@ -92,7 +92,7 @@ def test_students_of_a_multidistillation_are_checked_each(capsys: pytest.Capture
     assert main([shared, "crops.teacher_to_student_resolution_scale=1.0"]) == 1
     assert "error: student convnext_base: crops.teacher_to_student" in capsys.readouterr().err
     assert main([f"{RECIPES}/dinov3_lvd1689m_multi_distillation.yaml"]) == 1
-    assert "placeholder <PATH/TO/STUDENT/CONFIG/vits_mlp4_4.yaml>" in capsys.readouterr().err
+    assert "student vits_mlp4_4: train.dataset_path=<TRAIN/DATASET>: this is a placeholder" in capsys.readouterr().err
 
 
 def test_module_runs() -> None:

@@ -216,7 +216,7 @@ def test_command_writes_one_split(root: Path) -> None:
 @pytest.mark.parametrize(
     ("string", "message"),
     [
-        ("ImageFolder:root={root}", "only ImageNet has extra files"),
+        ("ImageFolder:root={root}", "only ADE20K, ImageNet, ImageNet22k, WebDataset have extra files"),
         ("ImageNet:root={root}", "give extra=DIRECTORY"),
         ("ImageNet:root={root}/val:extra={root}/extra", "none of the directories train, val, test"),
         ("ImageNet:split=TRIAN:root={root}:extra={root}/extra", "did you mean 'TRAIN'"),

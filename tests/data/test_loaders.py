@@ -8,6 +8,7 @@ import itertools
 import logging
 import pickle
 import random
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from dinov3.data.datasets import BadImageError, ConcatenatedDataset, ImageFolder
 from dinov3.data.loaders import make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
 from dinov3.data.samplers import InfiniteSampler, ShardedInfiniteSampler
+
+from .tars import write_tar
 
 N_SAMPLES = 10
 
@@ -343,6 +346,46 @@ def test_worker_initialisation_freezes_enables_and_calls_the_given_function() ->
         gc.unfreeze()
         gc.enable()
     assert called == [7]
+
+
+def collate_memory(samples: list[Any]) -> dict[str, Any]:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"megabytes": pages * resource.getpagesize() / 2**20}
+
+
+class LeavesCycles:
+    """The augmentation, and a cycle of 40 kB behind each image, as torchvision's transforms leave it."""
+
+    def __init__(self) -> None:
+        self.augmentation = DataAugmentationDINO((0.3, 1.0), (0.1, 0.3), 2, global_crops_size=32, local_crops_size=16)
+
+    def __call__(self, image: Any) -> Any:
+        cycle: list[Any] = [bytearray(40_000)]
+        cycle.append(cycle)
+        return self.augmentation(image)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("source", ["ImageFolder", "WebDataset", "stream"])
+def test_memory_of_a_worker_stays_level_over_two_thousand_images(source: str, images: Path, tmp_path: Path) -> None:
+    files = sorted(images.rglob("*.png"))
+    mode = "w:gz" if source == "stream" else "w"
+    for shard in range(4):
+        members = {f"{number}.png": files[number % len(files)].read_bytes() for number in range(50)}
+        write_tar(tmp_path / f"{shard}.tar{mode[1:].replace(':', '.')}", members, mode=mode)
+    string = {
+        "ImageFolder": f"ImageFolder:root={images}",
+        "WebDataset": f"WebDataset:urls={tmp_path}",
+        "stream": f"WebDataset:urls={tmp_path}:mode=stream:buffer=64",
+    }[source]
+    dataset = make_dataset(dataset_str=string, transform=LeavesCycles())
+    gc.disable()
+    try:
+        loader = train_loader(dataset, batch_size=20, num_workers=1, collate_fn=collate_memory)
+        used = [batch["megabytes"] for batch in itertools.islice(loader, 100 + 15)]
+    finally:
+        gc.enable()
+    assert max(used[15:]) - used[15] < 20
 
 
 # Ordinary loaders

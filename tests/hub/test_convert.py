@@ -18,8 +18,10 @@ from torch import Tensor
 from dinov3.configs import get_default_config
 from dinov3.hub import backbones
 from dinov3.hub import convert as convert_module
+from dinov3.hub.architectures import published_name
 from dinov3.hub.convert import convert, main
 from dinov3.hub.files import WeightsError, read_file, read_safetensors_header
+from dinov3.hub.formats.timm import VITS, timm_config
 from dinov3.hub.weights import read_state_dict
 from dinov3.models import build_model_from_cfg
 
@@ -106,10 +108,10 @@ def test_published_sizes_are_those_that_timm_builds(entry: str, monkeypatch: pyt
     state["rope_embed.periods"] = 100 ** (torch.arange(len(periods)) / len(periods))
     gate = "w3" if "blocks.0.mlp.w3.weight" in state else "fc2"
     theirs = {"blocks.0.mlp.fc2.weight": state[f"blocks.0.mlp.{gate}.weight"]}
-    name = convert_module.published_name(state)
+    name = published_name(state)
     assert name == f"dinov3_{entry}"
-    config = convert_module.timm_config(state, theirs, name, ((0.5,), (0.5,)))
-    assert (config["architecture"] in convert_module.TIMM_VITS.values()) and (
+    config = timm_config(state, theirs, name, ((0.5,), (0.5,)))
+    assert (config["architecture"] in VITS.values()) and (
         ("embed_dim" in config["model_args"]) == (entry == "vitl16plus")
     )
     with torch.device("meta"):

@@ -203,7 +203,7 @@ def test_bad_images_are_skipped_and_listed(with_bad_image: ExtractOptions, capsy
     names, features = extract.extract(with_bad_image)
     assert names == ["a/4.png", "a/6.png", "b/1.png", "b/3.png", "b/5.png"] and len(features["cls"]) == 5
     report = capsys.readouterr().err
-    assert "2 images\n  a/0.png\n  a/2.png" in report and "cannot identify image file" in report
+    assert "2 of 7 images\n  a/0.png\n  a/2.png" in report and "cannot identify image file" in report
     assert load_file(with_bad_image.out)["skipped"].numpy().tobytes() == b"a/0.png\0a/2.png\0"
 
 
@@ -289,7 +289,7 @@ def test_nothing_is_left_under_the_name_of_the_output_if_joining_fails(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract, "_safetensors_header", full)
+        patched.setattr(extract, "make_safetensors_header", full)
         with pytest.raises(OSError, match="No space left"):
             extract.extract(options)
     assert [path.name for path in options.out.parent.iterdir()] == ["out.safetensors.parts"]

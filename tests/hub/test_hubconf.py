@@ -50,19 +50,29 @@ before = set(sys.modules)
 sys.meta_path.insert(0, Blocker())
 repository, weights, *entries = sys.argv[1:]
 for entry in entries:
-    model = torch.hub.load(repository, entry, source="local", pretrained=False, device="meta")
+    with torch.device("meta"):  # The largest has 27 GB.
+        model = torch.hub.load(repository, entry, source="local", pretrained=False)
     assert not model.training and all(parameter.is_meta for parameter in model.parameters()), entry
 for entry, channels in {"dinov3_vits16": 384, "dinov3_convnext_tiny": 768}.items():
     model = torch.hub.load(repository, entry, source="local", pretrained=False)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, channels)
 model = torch.hub.load(repository, "dinov3_vits16", source="local", weights=weights)
 assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 384)
+from dinov3.hub.transforms import make_transform, normalization_of
+
+assert normalization_of("SAT493M").mean == (0.430, 0.411, 0.296)
+try:
+    make_transform()
+except ModuleNotFoundError as error:
+    assert "pip install torchvision" in str(error), error
+else:
+    raise AssertionError("torchvision is not blocked")
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert new <= ALLOWED, new
 """
 
 
-def test_loading_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+def test_loading_and_normalization_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     torch.save(dinov3_vits16(pretrained=False).state_dict(), tmp_path / "w.pth")
     entries = [entry for entry in ENTRIES if entry != "dinov3_from_run"]
     subprocess.run(

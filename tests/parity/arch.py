@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dinov3.configs import get_default_config
+from dinov3.models import build_model_from_cfg
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 
 from . import deterministic, golden
@@ -33,25 +34,44 @@ SLICES: dict[str, tuple[slice, ...]] = {
 }
 
 
-def config(case: dict[str, Any], extra: dict[str, Any] | None = None) -> Any:
-    """The default configuration merged with the case's recipe files and settings."""
+def config(case: dict[str, Any], *extra: dict[str, Any]) -> Any:
+    """The default configuration merged with the case's recipe files and settings, and with `extra`."""
     files = [OmegaConf.load(REPOSITORY / path) for path in case.get("yaml", [])]
-    return OmegaConf.merge(get_default_config(), *files, case.get("config", {}), extra or {})
+    return OmegaConf.merge(get_default_config(), *files, case.get("config", {}), *extra)
 
 
-def build(case: dict[str, Any]) -> SSLMetaArch:
+def build(case: dict[str, Any], directory: Path, architecture: type[SSLMetaArch] = SSLMetaArch) -> SSLMetaArch:
     """The meta-architecture with the case's deterministic weights, in training mode."""
-    arch = SSLMetaArch(config(case))
+    arch = architecture(config(case, teacher_files(case, directory)))
     arch.init_weights()
     fill(arch, case["seeds"])
     return arch.train()
 
 
+def teacher_files(case: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Write the files that a case's settings stand for; returns the settings that name them."""
+    settings: dict[str, Any] = {}
+    if case["config"].get("gram", {}).get("ckpt") == "given":
+        backbone, _ = build_model_from_cfg(config(case), only_teacher=True)
+        backbone.to_empty(device="cpu").init_weights()
+        deterministic.fill_(nn.ModuleDict({"backbone": backbone}), case["seeds"]["gram_teacher"])
+        torch.save({"teacher": backbone.state_dict()}, directory / "gram.pth")
+        settings["gram"] = {"ckpt": str(directory / "gram.pth")}
+    if "distill_config" in case:
+        OmegaConf.save(case["distill_config"], directory / "teacher.yaml")
+        settings["distillation"] = {"full_cfg_path": str(directory / "teacher.yaml")}
+    return settings
+
+
 def fill(arch: SSLMetaArch, seeds: dict[str, Any]) -> None:
-    """Deterministic weights in student and EMA."""
-    for module, seed in ((arch.student, seeds["student"]), (arch.model_ema, seeds["ema"])):
-        deterministic.fill_(module, seed)
-        scale_gamma_(module, seeds.get("gamma_scale"))
+    """Deterministic weights in student, EMA and the teachers that there are."""
+    networks = {"student": arch.student, "ema": arch.model_ema, "gram_teacher": arch.gram_teacher}
+    if arch.is_distillation_enabled:
+        networks["distill_teacher"] = arch.teacher
+    for name, network in networks.items():
+        if network is not None:
+            deterministic.fill_(network, seeds[name])
+            scale_gamma_(network, seeds.get("gamma_scale"))
 
 
 @torch.no_grad()
@@ -77,7 +97,9 @@ def batch(data: dict[str, Any], *, seed_offset: int = 0, masks: list[list[int]] 
     def crops(name: str, count: int, pixels: int) -> Tensor:
         return deterministic.tensor(name, (count * size, 3, pixels, pixels), seed)
 
-    return {
+    gram_size = data.get("gram_size")
+    gram_crops = {"collated_gram_teacher_crops": crops("gram_teacher_crops", 2, gram_size)} if gram_size else {}
+    return gram_crops | {
         "collated_global_crops": crops("global_crops", 2, data["global_size"]),
         "collated_local_crops": crops("local_crops", data["n_local"], data["local_size"]),
         "collated_masks": mask,

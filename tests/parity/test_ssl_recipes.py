@@ -19,14 +19,19 @@ REPOSITORY = Path(__file__).parents[2]
 #: Ours, beside the published keys.
 NEW_KEYS = {
     "student.depth": None,
+    "train.attention": "sdpa",
     "train.fsdp": "auto",
+    "train.grad_accumulation_steps": 1,
     "train.on_bad_image": "raise",
     "train.max_nonfinite_steps": 0,
     "train.print_freq": 10,
     "train.tensorboard": True,
     "train.progress": "auto",
+    "optim.freeze_backbone_epochs": 0,
     "crops.blur_probabilities": [0.0, 0.9, 0.5],
     "checkpointing.verify": "auto",
+    "checkpointing.max_seconds": None,
+    "checkpointing.async_save": False,
 }
 
 

@@ -1,4 +1,4 @@
-"""The golden case of the training loop: the order of events, their settings, and four steps of numbers."""
+"""The golden cases of the training loop: the order of events, their settings, four steps of numbers, the calendar."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from dinov3.configs import apply_scaling_rules_to_cfg
 from dinov3.train import step as step_module
+from dinov3.train.gram import GramCalendar
 from dinov3.train.loop import Trainer
 from dinov3.train.train import build_model
 
 from . import arch as builder
 from . import golden
 
-CASE = golden.case("ssl", "train/v2_plain")
-LOGGED_KEYS = CASE["expected"]["logged_keys"]
+CASES = golden.cases("ssl", "train/")
 
 
 class Recorder:
@@ -34,6 +35,8 @@ class Recorder:
             monkeypatch.setattr(owner, name, self.spy_optimizer(name, getattr(owner, name)))
         monkeypatch.setattr(trainer.model, "forward_backward", self.spy_forward(trainer.model.forward_backward))
         monkeypatch.setattr(trainer.model, "update_ema", self.spy_ema(trainer.model.update_ema))
+        if trainer.model.gram_teacher is not None:
+            self.spy_gram(trainer.model, trainer.model.gram_teacher, monkeypatch)
         monkeypatch.setattr(trainer.metric_logger, "update", self.spy_log(trainer.metric_logger.update))
 
     def spy_schedule(self, original: Any) -> Any:
@@ -88,31 +91,57 @@ class Recorder:
 
         return update_ema
 
+    def spy_gram(self, model: Any, gram_teacher: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        load, update = model.gram_load_ema_teacher, model.update_gram
+
+        def loads() -> None:
+            self.events.append(["gram_load_ema_teacher", self.iteration + 1])
+            load()
+            self.outputs[f"it{self.iteration + 1}.gram_loaded_param_norms"] = builder.norms(gram_teacher)
+
+        def updates() -> None:
+            self.events.append(["update_gram", self.iteration])
+            with monkeypatch.context() as inner:  # which is how it is done, but another event
+                inner.setattr(model, "gram_load_ema_teacher", load)
+                update()
+            self.outputs[f"it{self.iteration}.gram_param_norms"] = builder.norms(gram_teacher)
+
+        monkeypatch.setattr(model, "gram_load_ema_teacher", loads)
+        monkeypatch.setattr(model, "update_gram", updates)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case["id"])
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+def trainer(case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     extra = {
         "train": {"output_dir": str(tmp_path), "tensorboard": False, "print_freq": 1},
         "compute_precision": {"param_dtype": "fp32"},
     }
-    cfg = builder.config(CASE, extra)
+    cfg = builder.config(case, extra, builder.teacher_files(case, tmp_path))
+    apply_scaling_rules_to_cfg(cfg)
     trainer = Trainer(cfg, build_model(cfg))
     init_weights = trainer.model.init_weights
 
     def init_and_fill() -> None:
         init_weights()
-        builder.fill(trainer.model, CASE["seeds"])
+        builder.fill(trainer.model, case["seeds"])
 
     monkeypatch.setattr(trainer.model, "init_weights", init_and_fill)
     return trainer
 
 
-def test_training_equals_the_published_method(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(dict(trainer.model.student.named_parameters())) == CASE["expected"]["student_parameter_names"]
+def test_training_equals_the_published_method(
+    case: dict[str, Any], trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorted(dict(trainer.model.student.named_parameters())) == case["expected"]["student_parameter_names"]
     recorder = Recorder(trainer, monkeypatch)
-    averages = trainer.run(data_loader=(builder.batch(CASE["data"], seed_offset=i) for i in range(4)))
+    averages = trainer.run(data_loader=(builder.batch(case["data"], seed_offset=i) for i in range(4)))
 
-    expected = CASE["expected"]["events"]
+    expected = case["expected"]["events"]
     assert [[*filter(lambda entry: isinstance(entry, str), event)] for event in recorder.events] == [
         [*filter(lambda entry: isinstance(entry, str), event)] for event in expected
     ]
@@ -120,5 +149,25 @@ def test_training_equals_the_published_method(trainer: Trainer, monkeypatch: pyt
         assert got == [pytest.approx(entry, rel=1e-12) if isinstance(entry, float) else entry for entry in want]
     for name, network in (("student", trainer.model.student), ("ema", trainer.model.model_ema)):
         recorder.outputs |= builder.slices(f"final.{name}", dict(network.named_parameters()))
-    assert builder.compare(CASE, recorder.outputs) == len(CASE["outputs"])
-    assert [name for name in averages if name in LOGGED_KEYS] == LOGGED_KEYS
+    assert builder.compare(case, recorder.outputs) == len(case["outputs"])
+    logged = case["expected"]["logged_keys"]
+    assert [name for name in averages if name in logged] == logged
+
+
+@pytest.mark.parametrize("case", golden.cases("ssl", "gram_events/"), ids=lambda case: case["id"])
+def test_calendar_of_the_gram_teacher(case: dict[str, Any]) -> None:
+    cfg = builder.config(case)
+    calendar = GramCalendar.from_config(cfg)
+    events: list[list[Any]] = []
+    for iteration in range(case["start_iter"], cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH):
+        if calendar.loads_before(iteration):
+            events.append(["load_ema_before", iteration])
+        if calendar.refreshes_after(iteration):
+            events.append(["update_gram_after", iteration])
+    assert events == case["expected"]["events"]
+
+
+def test_refreshes_before_a_resumed_run_are_counted() -> None:
+    for entry in golden.case("trainer", "gram-update-count")["expect"]:
+        calendar = GramCalendar(repeats=True, first=entry["it_first_update"], frequency=entry["update_frequency"])
+        assert calendar.n_refreshes(entry["start_iter"]) == entry["updates_done"], entry

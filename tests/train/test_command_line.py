@@ -134,11 +134,6 @@ def test_second_run_in_the_same_directory_is_refused(config: Path, tmp_path: Pat
         run(config, tmp_path / "out")
 
 
-def test_later_parts_of_the_method_are_refused_not_ignored(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="student.fp8_enabled"):
-        run(config, tmp_path / "out", "student.fp8_enabled=true")
-
-
 def test_command_prints_one_message_instead_of_a_traceback(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, "dinov3/train/train.py", "--config-file", str(config), "optim.lrr=1"]
     done = subprocess.run(

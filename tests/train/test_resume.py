@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
-from dinov3.checkpointer import find_all_checkpoints, latest_valid_checkpoint
+from dinov3.checkpointer import find_all_checkpoints, latest_valid_checkpoint, save_checkpoint
+from dinov3.configs import get_default_config
 from dinov3.train import main
+from dinov3.train.resuming import report_changes, run_metadata
 
 from . import tiny
 
@@ -107,3 +111,15 @@ def test_changed_settings_are_named_when_a_run_goes_on(config: Path, tmp_path: P
     (warning,) = [line for line in log.splitlines() if "the run goes on with other settings than before" in line]
     assert "optim.clip_grad: 3.0 before, 0.5 now; optim.epochs: 2 before, 3 now" in warning
     assert "num_workers" not in warning
+
+
+@pytest.mark.parametrize(
+    ("dataset", "is_named"), [("ImageFolder:root=a", False), ("WebDataset:urls=a:mode=stream", True)]
+)
+def test_another_number_of_workers_is_named_where_it_changes_the_order(
+    dataset: str, is_named: bool, tmp_path: Path
+) -> None:
+    cfg = OmegaConf.merge(get_default_config(), {"train": {"dataset_path": dataset, "num_workers": 1}})
+    save_checkpoint(tmp_path / "0", iteration=0, model=torch.nn.Linear(1, 1), metadata=run_metadata(cfg))
+    cfg.train.num_workers = 3
+    assert report_changes(tmp_path / "0", cfg) == (["train.num_workers: 1 before, 3 now"] if is_named else [])

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov3.configs import get_default_config
-from dinov3.train.ssl_meta_arch import SSLMetaArch, materialize_
+from dinov3.train.networks import materialize_
+from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.train import build_model
 
 from . import tiny
@@ -70,5 +71,5 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     arch = SSLMetaArch(make_config())
     arch.init_weights()
     data = {"collated_local_crops": torch.zeros(4, 3, 16, 16), "collated_global_crops": torch.zeros(6, 3, 32, 32)}
-    with pytest.raises(ValueError, match="2 images of local crops, but 3"):
+    with pytest.raises(ValueError, match="2 images of local, but 3"):
         arch.forward_backward(data, teacher_temp=0.07)

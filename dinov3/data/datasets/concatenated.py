@@ -17,10 +17,13 @@ class ConcatenatedDataset(ExtendedVisionDataset):
     every target is None.
 
     Args:
-        datasets: at least one dataset, without transforms of their own.
+        datasets: at least one dataset, without transforms of their own, and none that streams.
         transforms: of (image, target); or else
         transform: of the image, and
         target_transform: of the target.
+
+    Raises:
+        ValueError: a dataset streams.
 
     Attributes:
         classes: of the datasets if they agree, else None.
@@ -36,6 +39,10 @@ class ConcatenatedDataset(ExtendedVisionDataset):
     ) -> None:
         super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
         self.datasets = list(datasets)
+        if any(getattr(dataset, "stream", None) is not None for dataset in self.datasets):
+            raise ValueError(
+                "datasets with mode=stream cannot be joined by +; give the shards of both to one, as urls=a;b"
+            )
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
         self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None

@@ -1,6 +1,7 @@
-"""Write the extra files of a dataset: `python -m dinov3.data.datasets.dump ImageNet:root=DIR:extra=DIR`.
+"""Write, once, what a dataset needs beside images: `python -m dinov3.data.datasets.dump ImageNet:root=DIR:extra=DIR`.
 
-Without `split=` all splits whose directories exist are written.
+ImageNet and ImageNet22k have extra files, ADE20K listings, WebDataset an index per shard. Without `split=` all splits
+whose directories exist are written.
 """
 
 from __future__ import annotations
@@ -8,11 +9,16 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from dinov3.data.datasets.ade20k import ADE20K
 from dinov3.data.datasets.image_net import ImageNet
+from dinov3.data.datasets.image_net_22k import ImageNet22k
 from dinov3.data.datasets.strings import DatasetStringError, parse_dataset_string
+from dinov3.data.datasets.web_dataset import WebDataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,29 +33,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def dump(dataset_str: str) -> list[ImageNet]:
-    """Write the extra files of the splits that a dataset string names, or of all that are present.
+def dump(dataset_str: str) -> None:
+    """Write the extra files, listings or indices of the dataset that a string names.
 
     Raises:
-        DatasetStringError: the string names something else than one ImageNet with `root` and `extra`.
+        DatasetStringError: the string names something else than one dataset that has such, or lacks a key.
         FileNotFoundError: no split is present, or a file is missing.
     """
     parsed = parse_dataset_string(dataset_str)
-    if len(parsed) != 1 or parsed[0].name != "ImageNet":
-        raise DatasetStringError(f"dataset string {dataset_str!r}: only ImageNet has extra files to write")
-    kwargs = parsed[0].kwargs
-    for key in ("root", "extra"):
-        if not kwargs.get(key):
+    if len(parsed) != 1 or parsed[0].name not in _DUMPS:
+        raise DatasetStringError(f"dataset string {dataset_str!r}: only {', '.join(_DUMPS)} have extra files to write")
+    write, needed = _DUMPS[parsed[0].name]
+    for key in needed:
+        if not parsed[0].kwargs.get(key):
             raise DatasetStringError(f"dataset string {dataset_str!r}: give {key}=DIRECTORY")
+    write(parsed[0].kwargs)
+
+
+def _dump_image_net(kwargs: dict[str, Any]) -> None:
     root = Path(kwargs["root"]).expanduser()
-    splits = [kwargs["split"]] if "split" in kwargs else [s for s in ImageNet.Split if (root / s.value).is_dir()]
-    if not splits:
-        names = ", ".join(split.value for split in ImageNet.Split)
-        raise FileNotFoundError(f"{root} has none of the directories {names}")
-    datasets = [ImageNet(split=split, root=kwargs["root"], extra=kwargs["extra"]) for split in splits]
-    for dataset in datasets:
-        dataset.dump_extra()
-    return datasets
+    for split in _splits(kwargs, ImageNet.Split, root, lambda split: split.value):
+        ImageNet(split=split, root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
+
+
+def _dump_image_net_22k(kwargs: dict[str, Any]) -> None:
+    ImageNet22k(root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
+
+
+def _dump_ade20k(kwargs: dict[str, Any]) -> None:
+    images = Path(kwargs["root"]).expanduser() / "images"
+    for split in _splits(kwargs, ADE20K.Split, images, lambda split: split.dirname):
+        ADE20K.dump_listing(split, kwargs["root"])
+
+
+def _dump_web_dataset(kwargs: dict[str, Any]) -> None:
+    dataset = WebDataset(**kwargs)
+    logging.getLogger("dinov3").info("indexed %d samples in %d shards", len(dataset), len(dataset.shards))
+
+
+def _splits(kwargs: dict[str, Any], splits: type[Enum], root: Path, dirname: Callable[[Any], str]) -> list[Any]:
+    found = [kwargs["split"]] if "split" in kwargs else [split for split in splits if (root / dirname(split)).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"{root} has none of the directories {', '.join(map(dirname, splits))}")
+    return found
+
+
+# What writes, and the keys that it needs.
+_DUMPS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
+    "ADE20K": (_dump_ade20k, ("root",)),
+    "ImageNet": (_dump_image_net, ("root", "extra")),
+    "ImageNet22k": (_dump_image_net_22k, ("root", "extra")),
+    "WebDataset": (_dump_web_dataset, ("urls",)),
+}
 
 
 if __name__ == "__main__":

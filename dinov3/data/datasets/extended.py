@@ -11,6 +11,8 @@ from torchvision.datasets import VisionDataset
 
 from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
 
+ON_BAD_IMAGE = ("raise", "skip")
+
 
 class BadImageError(RuntimeError):
     """An image that cannot be read or decoded; the message names dataset, index and file."""

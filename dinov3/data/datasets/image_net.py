@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.files import save_array
+from dinov3.data.datasets.files import ExtraFiles
 from dinov3.data.datasets.listing import list_images
 
 logger = logging.getLogger("dinov3")
@@ -99,11 +99,15 @@ class ImageNet(ExtendedVisionDataset):
         if not os.path.isdir(self.root):
             raise FileNotFoundError(f"ImageNet: root={root!r} is not a directory")
         self._split = ImageNetSplit(split)
-        self._extra = Path(extra).expanduser()
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrays": {}}
+        directory = Path(extra).expanduser()
+        self._extra = ExtraFiles(
+            directory,
+            dataset="ImageNet",
+            dump_string=f"ImageNet:root={self.root}:extra={directory}",
+            constructor=(
+                f"ImageNet(split=ImageNet.Split.{self.split.name}, root={str(self.root)!r}, extra={str(directory)!r})"
+            ),
+        )
 
     @property
     def split(self) -> ImageNetSplit:
@@ -158,48 +162,31 @@ class ImageNet(ExtendedVisionDataset):
             ValueError: a file is not named like an ImageNet image, or a class id has no row in `labels.txt`.
         """
         entries = _test_entries() if self.split is ImageNetSplit.TEST else self._list_entries()
-        self._arrays.clear()
-        save_array(self._path("entries"), entries)
+        arrays = {"entries": entries}
         if self.split is not ImageNetSplit.TEST:
             _, first = np.unique(entries["class_index"], return_index=True)
-            save_array(self._path("class-ids"), entries["class_id"][first])
-            save_array(self._path("class-names"), entries["class_name"][first])
-        logger.info("wrote %d entries of ImageNet %s to %s", len(entries), self.split.name, self._extra)
+            arrays |= {"class-ids": entries["class_id"][first], "class-names": entries["class_name"][first]}
+        self._extra.save({f"{kind}-{self.split.name}": array for kind, array in arrays.items()})
+        logger.info("wrote %d entries of ImageNet %s to %s", len(entries), self.split.name, self._extra.directory)
 
     @property
     def _entries(self) -> np.ndarray:
-        return self._load("entries")
-
-    def _path(self, kind: str) -> Path:
-        return self._extra / f"{kind}-{self.split.name}.npy"
+        return self._extra.load(f"entries-{self.split.name}", self._check_length)
 
     def _load(self, kind: str) -> np.ndarray:
-        if kind not in self._arrays:
-            if self.split is ImageNetSplit.TEST and kind != "entries":
-                raise AssertionError("the TEST split of ImageNet has no classes")
-            self._arrays[kind] = self._read(kind)
-        return self._arrays[kind]
+        if self.split is ImageNetSplit.TEST:
+            raise AssertionError("the TEST split of ImageNet has no classes")
+        return self._extra.load(f"{kind}-{self.split.name}")
 
-    def _read(self, kind: str) -> np.ndarray:
-        path = self._path(kind)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"ImageNet: {path} does not exist. Write the extra files once:\n"
-                f"    python -m dinov3.data.datasets.dump 'ImageNet:root={self.root}:extra={self._extra}'\n"
-                "or in Python:\n"
-                f"    ImageNet(split=ImageNet.Split.{self.split.name}, root={str(self.root)!r}, "
-                f"extra={str(self._extra)!r}).dump_extra()"
-            )
-        array = np.load(path, mmap_mode="r")
-        if kind == "entries" and len(array) != self.split.length:
+    def _check_length(self, path: Path, entries: np.ndarray) -> None:
+        if len(entries) != self.split.length:
             logger.warning(
                 "ImageNet %s has %d images in %s, the complete split has %d",
                 self.split.name,
-                len(array),
+                len(entries),
                 path,
                 self.split.length,
             )
-        return array
 
     def _list_entries(self) -> np.ndarray:
         directory = Path(self.root, self.split.get_dirname())

@@ -2,6 +2,7 @@
 
     ImageFolder:root=/data/photos
     ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra
+    WebDataset:urls=/data/shard-{000000..000127}.tar
     ImageFolder:root=/data/a+ImageFolder:root=/data/b
 
 Notable:
@@ -18,8 +19,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from dinov3.data.datasets import image_folder, image_net
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets import (
+    ade20k,
+    coco_captions,
+    hf_dataset,
+    image_folder,
+    image_net,
+    image_net_22k,
+    nyu,
+    web_dataset,
+)
+from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
 from dinov3.utils import did_you_mean
 
 _BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
@@ -38,12 +48,14 @@ class DatasetGrammar:
         optional: keys that may be given.
         splits: what the values of `split` name, ignoring case; None: any text.
         choices: allowed values of other keys.
+        integers: keys whose values are whole numbers.
     """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     splits: type[Enum] | None = None
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    integers: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -51,6 +63,15 @@ class DatasetGrammar:
 
 
 DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
+    "ADE20K": (ade20k.ADE20K, DatasetGrammar(required=("split", "root"), splits=ade20k.ADE20KSplit)),
+    "CocoCaptions": (
+        coco_captions.CocoCaptions,
+        DatasetGrammar(required=("split", "root"), splits=coco_captions.CocoCaptionsSplit),
+    ),
+    "HFDataset": (
+        hf_dataset.HFDataset,
+        DatasetGrammar(required=("path",), optional=("split", "image", "label")),
+    ),
     "ImageFolder": (
         image_folder.ImageFolder,
         DatasetGrammar(
@@ -60,6 +81,17 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
     "ImageNet": (
         image_net.ImageNet,
         DatasetGrammar(required=("split", "root", "extra"), splits=image_net.ImageNetSplit),
+    ),
+    "ImageNet22k": (image_net_22k.ImageNet22k, DatasetGrammar(required=("root", "extra"))),
+    "NYU": (nyu.NYU, DatasetGrammar(required=("split", "root"), splits=nyu.NYUSplit)),
+    "WebDataset": (
+        web_dataset.WebDataset,
+        DatasetGrammar(
+            required=("urls",),
+            optional=("image", "label", "extra", "mode", "buffer", "on_bad_image"),
+            choices={"mode": web_dataset.MODES, "on_bad_image": ON_BAD_IMAGE},
+            integers=("buffer",),
+        ),
     ),
 }
 
@@ -128,6 +160,10 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
         raise DatasetStringError(
             f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; {name} takes {_listed(allowed)}"
         )
+    if key in grammar.integers:
+        if not re.fullmatch(r"[1-9]\d*", value):
+            raise DatasetStringError(f"dataset string {whole!r}: {key}={value!r} must be a whole number of at least 1")
+        return key, int(value)
     return key, value
 
 

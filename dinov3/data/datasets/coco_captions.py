@@ -1,0 +1,120 @@
+"""COCO Captions (Chen et al. 2015): images with about five captions each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.paired import require_root
+
+logger = logging.getLogger("dinov3")
+
+
+class CocoCaptionsSplit(Enum):
+    """The parts that are used: TRAIN of 2014, VAL of 2017."""
+
+    TRAIN = "train"
+    VAL = "val"
+
+    @property
+    def images(self) -> str:
+        """Directory of the images, relative to the root."""
+        return {"train": "train2014/train2014", "val": "val2017/val2017"}[self.value]
+
+    @property
+    def annotations(self) -> str:
+        """File of the captions, relative to the root."""
+        year = {"train": 2014, "val": 2017}[self.value]
+        return f"annotations_trainval{year}/annotations/captions_{self.value}{year}.json"
+
+
+class CocoCaptions(ExtendedVisionDataset):
+    """Images with one of their captions, drawn anew at each access from Python's global generator.
+
+    A training loader seeds that generator for each sample (`dinov3.data.loaders`), so that the caption too depends
+    on the number of the batch and the position in it alone.
+
+    Args:
+        split: one of `CocoCaptions.Split`.
+        root: directory with `train2014/train2014/`, `val2017/val2017/` and the annotation files (`Split.annotations`).
+        transforms: of (image, caption); or else
+        transform: of the PIL image, and
+        target_transform: of the caption.
+
+    Attributes:
+        image_captions: a dictionary per image that has captions: `id`, `image` (full path), `captions` (list of str).
+
+    Raises:
+        FileNotFoundError: the root or the annotation file does not exist.
+        ValueError: no root was given, or the file is not one of COCO's captions, or has none.
+    """
+
+    Split = CocoCaptionsSplit
+
+    def __init__(
+        self,
+        *,
+        split: CocoCaptionsSplit,
+        root: str | None = None,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        directory = require_root(root, "CocoCaptions")
+        super().__init__(
+            root=str(directory), transforms=transforms, transform=transform, target_transform=target_transform
+        )
+        self.split = CocoCaptionsSplit(split)
+        self.image_captions = _read_captions(directory / self.split.annotations, directory / self.split.images)
+
+    def get_image_relpath(self, index: int) -> str:
+        return os.path.relpath(self.image_captions[index]["image"], self.root)
+
+    def get_image_data(self, index: int) -> bytes:
+        return Path(self.image_captions[index]["image"]).read_bytes()
+
+    def get_captions(self, index: int) -> list[str]:
+        """All captions of sample `index`."""
+        return list(self.image_captions[index]["captions"])
+
+    def get_target(self, index: int) -> str:
+        """One caption of sample `index`, drawn from the generator of `random`."""
+        return random.choice(self.image_captions[index]["captions"])
+
+    def __len__(self) -> int:
+        return len(self.image_captions)
+
+
+def _read_captions(path: Path, images: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"CocoCaptions: {path} does not exist; it is part of COCO's annotations")
+    captions: dict[int, list[str]] = defaultdict(list)
+    try:
+        content = json.loads(path.read_bytes())
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        samples = [
+            {"id": image["id"], "image": str(images / image["file_name"]), "captions": captions[image["id"]]}
+            for image in content["images"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"CocoCaptions: {path} is not a file of COCO captions ({type(error).__name__}: {error}); "
+            "expected `images` with `id`, `file_name` and `annotations` with `image_id`, `caption`"
+        ) from error
+    described = [sample for sample in samples if sample["captions"]]
+    if not described:
+        raise ValueError(f"CocoCaptions: none of the {len(samples)} images in {path} has a caption")
+    if len(described) < len(samples):
+        logger.warning(
+            "CocoCaptions: %d images in %s have no caption and are left out", len(samples) - len(described), path
+        )
+    return described

@@ -1,0 +1,145 @@
+"""Waiting for a job: its log as it grows, its changes of state, and how it ended."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+POLL_S = 1.0
+#: States in which a Slurm job stays. After a preemption it goes back to PENDING, and is waited for.
+FINAL_STATES = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+)
+UNKNOWN = "UNKNOWN"
+SIGNAL_STATUS = 128
+
+
+class JobStatus(NamedTuple):
+    """Where a job stands.
+
+    Attributes:
+        state: Slurm's word for it.
+        reason: why it is in that state, if Slurm says so.
+        exit_status: as a shell would have it; meaningful in a final state.
+    """
+
+    state: str
+    reason: str
+    exit_status: int
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended for good."""
+        return self.state in FINAL_STATES
+
+
+def follow(job: Any, cluster: str) -> int:
+    """Show the log of a job's first task and the job's changes of state until it ends.
+
+    Args:
+        job: of submitit.
+        cluster: `"slurm"` or `"local"`.
+
+    Returns:
+        The job's exit status: 0 if all its tasks succeeded.
+    """
+    status_of = _slurm_status if cluster == "slurm" else _local_status
+    tails = [_Tail(job.paths.stdout, sys.stdout), _Tail(job.paths.stderr, sys.stderr)]
+    shown = ""
+    while True:
+        status = status_of(job)
+        for tail in tails:
+            tail.show()
+        description = f"{status.state}{f' ({status.reason})' if status.reason else ''}"
+        if description != shown and status.state != UNKNOWN:
+            print(f"job {job.job_id}: {description}", file=sys.stderr, flush=True)
+            shown = description
+        if status.is_final:
+            break
+        time.sleep(POLL_S)
+    if status.exit_status != 0:
+        _name_failed_tasks(job)
+    return status.exit_status
+
+
+class _Tail:
+    """Copies what is appended to a file."""
+
+    def __init__(self, path: Path, stream: TextIO) -> None:
+        self.path = path
+        self.stream = stream
+        self.position = 0
+
+    def show(self) -> None:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                new = file.read()
+        except OSError:
+            return  # not there yet
+        self.position += len(new)
+        self.stream.write(new.decode(errors="replace"))
+        self.stream.flush()
+
+
+def _slurm_status(job: Any) -> JobStatus:
+    # Not submitit's way, which asks sacct: many clusters keep no accounts, and then a killed job would never end.
+    command = ["scontrol", "show", "job", "--oneliner", job.job_id]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return JobStatus(UNKNOWN, "", 0)  # a busy controller, which will be asked again
+    if "Invalid job id" in done.stderr:
+        return _status_by_results(job)  # Slurm forgets a job some minutes after its end
+    fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+    state = fields.get("JobState", UNKNOWN)
+    reason = fields.get("Reason", "None")
+    return JobStatus(state, "" if reason == "None" else reason, _exit_status(state, fields.get("ExitCode", "0:0")))
+
+
+def _exit_status(state: str, exit_code: str) -> int:
+    code, _, number = exit_code.partition(":")
+    status = int(code) or (SIGNAL_STATUS + int(number) if int(number or 0) else 0)
+    return status or (0 if state == "COMPLETED" else 1)
+
+
+def _local_status(job: Any) -> JobStatus:
+    return _status_by_results(job) if job.done() else JobStatus("RUNNING", "", 0)
+
+
+def _status_by_results(job: Any) -> JobStatus:
+    return JobStatus("FAILED", "", 1) if _failed_tasks(job) else JobStatus("COMPLETED", "", 0)
+
+
+def _failed_tasks(job: Any) -> dict[Any, str]:
+    # The tasks that failed or did not come to an end, and their tracebacks.
+    outcomes = {task: _outcome(task) for task in (job.task(index) for index in range(job.num_tasks))}
+    return {task: traceback for task, (word, traceback) in outcomes.items() if word != "success"}
+
+
+def _outcome(task: Any) -> tuple[str, str]:
+    # submitit leaves ("success", what the script returned) or ("error", traceback).
+    try:
+        word, content = pickle.loads(task.paths.result_pickle.read_bytes())
+    except FileNotFoundError:
+        return "ended", ""
+    except Exception:
+        return "success", ""  # a traceback is text: what cannot be read here is an object that the script returned
+    return str(word), content if word == "error" else ""
+
+
+def _name_failed_tasks(job: Any) -> None:
+    for task, traceback in _failed_tasks(job).items():
+        why = f"failed: {traceback.strip().splitlines()[-1]}" if traceback else "was ended"
+        print(f"task {task.task_id} {why} (see {task.paths.stderr})", file=sys.stderr)

@@ -1,0 +1,109 @@
+"""When and how a run saves itself: by iterations and by the clock, at once or in the background.
+
+Notable: one failure (a full disk, say) is logged and the run goes on with the checkpoints that it has; a second one in
+a row ends it. With `checkpointing.async_save` a failure is noticed at a later step, at the same one on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dinov3 import distributed
+from dinov3.checkpointer import (
+    BackgroundSaver,
+    CheckpointError,
+    keep_checkpoint_copy,
+    keep_last_n_checkpoints,
+    save_checkpoint,
+)
+from dinov3.train.resuming import run_metadata
+
+logger = logging.getLogger("dinov3")
+
+
+class Saver:
+    """Writes the checkpoints of a run into `root` and deletes old ones; all ranks make the same calls.
+
+    Args:
+        cfg: the training configuration, of which `checkpointing` is used.
+        root: directory of the checkpoints.
+
+    Attributes:
+        newest: the iteration of the last save that did not fail; None before.
+    """
+
+    def __init__(self, cfg: Any, root: Path) -> None:
+        self.cfg = cfg
+        self.root = root
+        self.newest: int | None = None
+        self._in_background = BackgroundSaver() if cfg.checkpointing.async_save else None
+        self._started: int | None = None
+        self._last_time = time.monotonic()
+        self._failed_before = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `checkpointing.max_seconds` are over; only the main process looks at its clock."""
+        most = self.cfg.checkpointing.max_seconds
+        return most is not None and distributed.is_main_process() and time.monotonic() - self._last_time >= most
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this rank still writes a checkpoint in the background."""
+        return self._in_background is not None and self._in_background.is_running
+
+    def save(self, iteration: int, *, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
+        """Write, or begin to write, `<root>/<iteration>`, once the save before is complete.
+
+        Raises:
+            CheckpointError: the second failure in a row.
+        """
+        self.finish()
+        self._last_time = time.monotonic()
+        contents = {"iteration": iteration, "model": model, "optimizer": optimizer, **others}
+        metadata = run_metadata(self.cfg)
+        try:
+            if self._in_background is not None:
+                self._in_background.start(self.root / str(iteration), metadata=metadata, **contents)
+            else:
+                save_checkpoint(self.root / str(iteration), metadata=metadata, **contents)
+        except CheckpointError as error:
+            self._tolerate(error)
+            return
+        self._started = iteration
+        if self._in_background is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in progress, if there is one, and delete the checkpoints that it makes superfluous.
+
+        Raises:
+            CheckpointError: it failed, as the one before did.
+        """
+        if self._started is None:
+            return
+        iteration, self._started = self._started, None
+        try:
+            if self._in_background is not None:
+                self._in_background.wait()
+        except CheckpointError as error:
+            self._tolerate(error)
+            return
+        self._failed_before = False
+        self.newest = iteration
+        if distributed.is_subgroup_main_process():
+            keep_last_n_checkpoints(self.root, self.cfg.checkpointing.max_to_keep)
+            if (iteration + 1) % self.cfg.checkpointing.keep_every == 0:
+                keep_checkpoint_copy(self.root / str(iteration))
+
+    def _tolerate(self, error: CheckpointError) -> None:
+        if self._failed_before:
+            raise error
+        self._failed_before = True
+        logger.error("%s; training goes on and tries again at the next checkpoint", error)

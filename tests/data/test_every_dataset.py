@@ -1,0 +1,236 @@
+"""What holds for every dataset: pickling, spawned and forked workers, paths, bad images and errors of the door."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinov3.data import SamplerType, make_dataset
+from dinov3.data.datasets import BadImageError
+from dinov3.data.datasets.dump import dump
+from dinov3.data.datasets.strings import DATASETS
+from dinov3.data.loaders import make_train_data_loader
+
+from .tars import png, write_tar
+
+N_IMAGES = 4
+BAD = 2  # the image that cannot be read
+TRUNCATED = png(BAD)[:45]
+
+
+def image(number: int, bad: bool) -> bytes:
+    return TRUNCATED if bad and number == BAD else png(number)
+
+
+def put(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def make_image_folder(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / ("a" if number < 2 else "b") / f"{number}.png", image(number, bad))
+    return f"ImageFolder:root={root}"
+
+
+def make_image_net(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "train" / "n1" / f"n1_{number}.JPEG", image(number, bad))
+    put(root / "labels.txt", "n1,dog\n")
+    dump(f"ImageNet:root={root}:extra={root}/extra")
+    return f"ImageNet:split=TRAIN:root={root}:extra={root}/extra"
+
+
+def make_image_net_22k(root: Path, bad: bool) -> str:
+    write_tar(root / "n1.tar", {f"n1_{number}.JPEG": image(number, bad) for number in range(2)})
+    write_tar(root / "n2.tar", {f"n2_{number}.JPEG": gzip.compress(image(number, bad)) for number in (2, 3)})
+    dump(f"ImageNet22k:root={root}:extra={root}")
+    return f"ImageNet22k:root={root}:extra={root}"
+
+
+def make_ade20k(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "images/training" / f"{number}.jpg", image(number, bad))
+        put(root / "annotations/training" / f"{number}.png", png(number))
+    dump(f"ADE20K:root={root}")
+    return f"ADE20K:split=TRAIN:root={root}"
+
+
+def make_nyu(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "scene" / f"rgb_{number}.jpg", image(number, bad))
+        put(root / "scene" / f"depth_{number}.png", png(number))
+    lines = [f"/scene/rgb_{number}.jpg /scene/depth_{number}.png 518.8579\n" for number in range(N_IMAGES)]
+    put(root / "nyu_train.txt", "".join(lines))
+    return f"NYU:split=TRAIN:root={root}"
+
+
+def make_coco_captions(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "val2017/val2017" / f"{number}.jpg", image(number, bad))
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(N_IMAGES)],
+        "annotations": [{"image_id": number, "caption": f"gray {number}"} for number in range(N_IMAGES)],
+    }
+    put(root / "annotations_trainval2017/annotations/captions_val2017.json", json.dumps(content))
+    return f"CocoCaptions:split=VAL:root={root}"
+
+
+def make_web_dataset(root: Path, bad: bool) -> str:
+    for shard in range(2):
+        numbers = range(2 * shard, 2 * shard + 2)
+        write_tar(root / f"{shard}.tar", {f"{number}.png": image(number, bad) for number in numbers})
+    return f"WebDataset:urls={root}/{{0..1}}.tar"
+
+
+def make_stream(root: Path, bad: bool) -> str:
+    for shard in range(2):
+        numbers = range(2 * shard, 2 * shard + 2)
+        members = {f"{number}.png": image(number, bad) for number in numbers}
+        write_tar(root / f"{shard}.tar.gz", members, mode="w:gz")
+    return f"WebDataset:urls={root}/*.tar.gz:mode=stream:buffer=2"
+
+
+def make_hf_dataset(root: Path, bad: bool) -> str:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": image(number, bad), "path": f"{number}.png"} for number in range(N_IMAGES)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).save_to_disk(str(root))
+    return f"HFDataset:path={root}"
+
+
+def make_joined(root: Path, bad: bool) -> str:
+    first, second = make_image_folder(root / "folder", bad), make_web_dataset(root / "shards", False)
+    return f"{first}+{second}"
+
+
+MAKERS: dict[str, Callable[[Path, bool], str]] = {
+    "ADE20K": make_ade20k,
+    "CocoCaptions": make_coco_captions,
+    "HFDataset": make_hf_dataset,
+    "ImageFolder": make_image_folder,
+    "ImageNet": make_image_net,
+    "ImageNet22k": make_image_net_22k,
+    "NYU": make_nyu,
+    "WebDataset": make_web_dataset,
+    "WebDataset stream": make_stream,
+    "joined": make_joined,
+}
+PATHS = {
+    "ADE20K": "images/training/1.jpg",
+    "CocoCaptions": "val2017/val2017/1.jpg",
+    "HFDataset": "1.png",
+    "ImageFolder": "a/1.png",
+    "ImageNet": "train/n1/n1_1.JPEG",
+    "ImageNet22k": "n1.tar/n1_1.JPEG",
+    "NYU": "scene/rgb_1.jpg",
+    "WebDataset": "0.tar/1.png",
+    "WebDataset stream": "0.tar.gz/1.png",
+    "joined": "a/1.png",
+}
+
+
+@pytest.fixture(scope="module")
+def strings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], str]:
+    """The string of a dataset of each kind, without and with a bad image."""
+    return {
+        (name, bad): maker(tmp_path_factory.mktemp("data") / "root", bad)
+        for name, maker in MAKERS.items()
+        for bad in (False, True)
+    }
+
+
+def checksums(dataset: Any) -> list[int]:
+    return [zlib.crc32(dataset[index][0].tobytes()) for index in range(len(dataset))]
+
+
+def test_every_dataset_that_a_string_can_name_is_here() -> None:
+    assert set(DATASETS) <= set(MAKERS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_images_paths_and_data(name: str, strings: dict[tuple[str, bool], str]) -> None:
+    dataset = make_dataset(dataset_str=strings[name, False])
+    assert len(dataset) in (N_IMAGES, 2 * N_IMAGES)
+    assert [dataset[index][0].getpixel((0, 0))[0] for index in range(N_IMAGES)] == list(range(N_IMAGES))
+    assert dataset.get_image_relpath(1) == PATHS[name]
+    assert dataset.get_image_data(1) == png(1)
+    assert dataset[0][0].mode == "RGB"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_pickled_copy_is_the_same(name: str, strings: dict[tuple[str, bool], str]) -> None:
+    dataset = make_dataset(dataset_str=strings[name, False])
+    expected = checksums(dataset)  # before it is pickled, so that whatever stays open is open
+    assert checksums(pickle.loads(pickle.dumps(dataset))) == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_other_processes_read_the_same(method: str, strings: dict[tuple[str, bool], str]) -> None:
+    opened = [make_dataset(dataset_str=strings[name, False]) for name in MAKERS]
+    expected = [checksums(dataset) for dataset in opened]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(checksums, opened) == expected
+    assert [checksums(dataset) for dataset in opened] == expected
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_bad_image_is_named(name: str, strings: dict[tuple[str, bool], str]) -> None:
+    dataset = make_dataset(dataset_str=strings[name, True])
+    path = dataset.get_image_relpath(BAD)
+    cls = {"joined": "ImageFolder"}.get(name, name.partition(" ")[0])
+    with pytest.raises(BadImageError, match=rf"{cls}: cannot read image {BAD}, /.*{path}: "):
+        dataset[BAD]
+
+
+def grays(samples: list[Any]) -> dict[str, Any]:
+    return {"grays": torch.tensor([image.getpixel((0, 0))[0] for image, _ in samples])}
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "joined"])
+def test_a_bad_image_is_replaced_in_training(name: str, strings: dict[tuple[str, bool], str]) -> None:
+    loader = make_train_data_loader(
+        dataset=make_dataset(dataset_str=strings[name, True], on_bad_image="skip"),
+        batch_size=N_IMAGES,
+        num_workers=0,
+        sampler_type=SamplerType.INFINITE,
+        sampler_seed=0,
+        collate_fn=grays,
+        seed_key=(0, 0, 0),
+        on_bad_image="skip",
+    )
+    batch = next(iter(loader))
+    assert sorted(batch["grays"].tolist()) == [0, 1, 3, 3] and batch["n_bad_images"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "joined"])
+def test_a_missing_directory_is_named(name: str, strings: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    root = strings[name, False].partition("root=")[2].partition(":")[0]
+    root = root or os.path.dirname(strings[name, False].partition("urls=")[2].partition(":")[0])
+    root = root or strings[name, False].partition("path=")[2]
+    string = strings[name, False].replace(root, str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=rf"{name.partition(' ')[0]}: .*{tmp_path}/nowhere"):
+        make_dataset(dataset_str=string)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "joined"])
+def test_an_empty_directory_is_named(name: str, strings: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    copy = tmp_path / "root"
+    string = MAKERS[name](copy, False)
+    shutil.rmtree(copy)
+    copy.mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"{name.partition(' ')[0]}: .*{copy}"):
+        len(make_dataset(dataset_str=string))

@@ -1,0 +1,219 @@
+"""A signal stops a training after the step, with a checkpoint, on all processes at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinov3 import distributed
+from dinov3.checkpointer import find_all_checkpoints
+from dinov3.configs import DinoV3SetupArgs, setup_config
+from dinov3.train import loop, main, preemption
+from dinov3.train.data_loading import build_train_loader
+from dinov3.train.loop import Trainer
+from dinov3.train.preemption import EXIT_STATUS, SIGNALS, Preemption
+from dinov3.train.step import _average_over_ranks
+from dinov3.train.train import build_model
+from tests.multiprocess import run_ranks
+
+from . import tiny
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_left_as_they_were() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    after = [signal.getsignal(number) for number in SIGNALS]
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+def make_trainer(tmp_path: Path, preemption: Preemption, **train: Any) -> Trainer:
+    config = tiny.write_config(
+        tmp_path / "tiny.yaml",
+        tiny.write_images(tmp_path / "images"),
+        train={"OFFICIAL_EPOCH_LENGTH": 3} | train,
+        checkpointing={"period": 4},
+    )
+    cfg = setup_config(DinoV3SetupArgs(config_file=str(config), output_dir=str(tmp_path / "out")))
+    return Trainer(cfg, build_model(cfg), preemption=preemption)
+
+
+def signalled(loader: Any, number: int, at_batch: int) -> Iterator[Any]:
+    for index, batch in enumerate(loader):
+        if index == at_batch:
+            os.kill(os.getpid(), number)
+        yield batch
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_signal_is_only_noted(number: signal.Signals) -> None:
+    with Preemption() as stop:
+        assert not stop.is_requested
+        os.kill(os.getpid(), number)
+        assert stop.is_requested and stop.received is number
+        with pytest.raises(SystemExit) as left:
+            stop.leave()
+    assert left.value.code == EXIT_STATUS
+
+
+def test_stopped_run_saves_after_the_step_and_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.write_config(
+        tmp_path / "tiny.yaml",
+        tiny.write_images(tmp_path / "images"),
+        # Two batches per step: the loader must go on with the fifth of them.
+        train={"OFFICIAL_EPOCH_LENGTH": 2, "grad_accumulation_steps": 2},
+    )
+    arguments = ["--config-file", str(config), "--output-dir"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(
+            loop, "build_train_loader", lambda *a, **k: signalled(build_train_loader(*a, **k), signal.SIGTERM, 2)
+        )
+        main([*arguments, str(tmp_path / "out")])
+    assert left.value.code == EXIT_STATUS
+    assert [path.name for path in find_all_checkpoints(tmp_path / "out" / "ckpt")] == ["1"]
+    assert sorted(tiny.read_losses(tmp_path / "out")) == [0, 1]
+
+    main([*arguments, str(tmp_path / "out")])
+    main([*arguments, str(tmp_path / "whole")])
+    assert tiny.read_losses(tmp_path / "out") == tiny.read_losses(tmp_path / "whole")
+    tiny.assert_same_weights(tiny.read_teacher(tmp_path / "out"), tiny.read_teacher(tmp_path / "whole"))
+
+
+def test_signal_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
+    with Preemption() as stop:
+        trainer = make_trainer(tmp_path, stop)
+        trainer.run(data_loader=signalled(build_train_loader(trainer.cfg), signal.SIGTERM, at_batch=5))
+    assert (tmp_path / "out" / "teacher_checkpoint.pth").exists()
+
+
+def test_previous_handler_is_called_after_the_save(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def requeue(number: int, frame: Any) -> None:
+        seen.append((number, [path.name for path in find_all_checkpoints(tmp_path / "out" / "ckpt")]))
+        sys.exit(3)
+
+    signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with Preemption() as stop, pytest.raises(SystemExit) as left:
+            trainer = make_trainer(tmp_path, stop)
+            trainer.run(data_loader=signalled(build_train_loader(trainer.cfg), signal.SIGUSR2, at_batch=0))
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    assert left.value.code == 3 and seen == [(signal.SIGUSR2, ["0"])]
+
+
+def test_previous_handler_that_does_nothing_is_not_the_end() -> None:
+    # submitit's handler of SIGTERM is such a one.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with Preemption() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(SystemExit) as left:
+                stop.leave()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert left.value.code == EXIT_STATUS
+
+
+def test_only_a_second_interrupt_ends_at_once() -> None:
+    with Preemption() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.received is signal.SIGTERM
+    with Preemption() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
+    problems: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with Preemption() as stop:
+                assert not stop.is_requested
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert problems == []
+
+
+def ask(rank: int, world_size: int) -> dict[str, Any]:
+    """What the ranks learn of each other's requests: in one group, and in the two groups of a multi-distillation."""
+    values = {"loss": torch.tensor(float(rank))}
+    requests = {"stop": rank == 1, "save": rank == 0, "saving": False}
+    together = _average_over_ranks(values, requests, torch.device("cpu"))
+    distributed.new_subgroups([[0], [1]])
+    apart = _average_over_ranks({"loss": torch.tensor(float(rank))}, requests, torch.device("cpu"))
+    return {
+        "together": (float(together[0]["loss"]), together[2]),
+        "apart": (float(apart[0]["loss"]), apart[2]),
+        "left": leave(rank),
+    }
+
+
+def leave(rank: int) -> list[Any]:
+    """One rank has got the signal: rank 0 hands it on, all leave."""
+    seen: list[Any] = []
+    preemption.REQUEUE_TIMEOUT = preemption.timedelta(seconds=20)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: seen.append(number))
+    with Preemption() as stop:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        try:
+            stop.leave()
+        except SystemExit as end:
+            seen.append(end.code)
+    return seen
+
+
+@pytest.mark.distributed
+def test_all_ranks_learn_what_one_asks_for() -> None:
+    first, second = run_ranks(ask, 2)
+    assert first["together"] == second["together"] == (0.5, {"stop", "save"})
+    # Metrics belong to a student, requests to the job.
+    assert first["apart"] == (0.0, {"stop", "save"}) and second["apart"] == (1.0, {"stop", "save"})
+    assert first["left"] == [signal.SIGUSR2, EXIT_STATUS] and second["left"] == [EXIT_STATUS]
+
+
+@pytest.mark.slow
+def test_command_survives_a_signal_to_its_whole_process_group(tmp_path: Path) -> None:
+    # So do Slurm and terminals: loader workers get the signal as well.
+    config = tiny.write_config(
+        tmp_path / "tiny.yaml",
+        tiny.write_images(tmp_path / "images"),
+        train={"OFFICIAL_EPOCH_LENGTH": 500, "num_workers": 2},
+    )
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "dinov3.train.train", "--config-file", str(config), "--output-dir", str(output)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Training" in line and "eta" in line:
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STATUS, rest
+    (newest,) = find_all_checkpoints(output / "ckpt")
+    assert int(newest.name) == max(tiny.read_losses(output))
