@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dinov3.checkpointer.agreement import CheckpointError, load_dcp
 from dinov3.checkpointer.files import fsync, temporary_beside
 from dinov3.checkpointer.initializing import BACKBONE
-from dinov3.checkpointer.manifest import check_files, read_metadata
+from dinov3.checkpointer.manifest import check_files, check_is_checkpoint, read_metadata
+from dinov3.utils.weight_files import write_safetensors
 
 #: Where a network is, by its name on the command line; an exported teacher has no name of its own.
 PREFIXES = {"teacher": ("model.model_ema.", "model.teacher.", "model."), "student": ("model.student.",)}
@@ -48,18 +49,20 @@ def consolidate(
         The names of the tensors in the file.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or does not hold that network.
+        CheckpointError: there is no checkpoint, it is damaged, or does not hold that network.
+        FileNotFoundError: the directory of `output` does not exist.
     """
     directory, output = Path(directory), Path(output)
+    check_is_checkpoint(directory)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent}, where {output.name} should be written, does not exist")
     check_files(directory, "auto", None)
     with tempfile.TemporaryDirectory(prefix=".tmp-consolidate-", dir=output.parent) as scratch:
         tensors = _read(directory, _names(directory, model, what), Path(scratch))
         temporary = temporary_beside(output)
         try:
             if safetensors:
-                from safetensors.torch import save_file
-
-                save_file(tensors, temporary)
+                write_safetensors(temporary, tensors, {"format": "pt"})
             else:
                 torch.save(tensors if what == "backbone" else {"teacher": tensors}, temporary)
             fsync(temporary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dinov3.checkpointer.loading import compare_entries
 from dinov3.checkpointer.manifest import check_files, read_metadata
 from dinov3.checkpointer.reading import read_tensors
 from dinov3.distributed import get_process_subgroup
+from dinov3.utils.weight_files import WeightsError, read_file
 
 #: Where the network may be in a directory: in a training checkpoint it is the teacher.
 DIRECTORY_PREFIXES = ("model.model_ema.", "model.teacher.", "model.")
@@ -151,19 +151,13 @@ def _fill(wanted: dict[str, Any], saved: Mapping[str, Tensor], source: object) -
 def _map_file(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """The tensors of a file, or those below the entry `entry`, else `teacher`, where the file has it."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        content = read_file(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     for key in (entry, "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if key is not None and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dinov3.checkpointer.agreement import CheckpointError
-from dinov3.checkpointer.manifest import MANIFEST, check_files, read_manifest, read_metadata
+from dinov3.checkpointer.manifest import MANIFEST, check_files, check_is_checkpoint, read_manifest, read_metadata
 from dinov3.checkpointer.reading import read_nested
 
 
@@ -29,6 +29,7 @@ def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator
     Raises:
         CheckpointError: the directory is no checkpoint, or is damaged.
     """
+    check_is_checkpoint(directory)
     metadata = read_metadata(directory)
     yield f"iteration   {read_nested(directory, metadata, 'iteration', None)}"
     if (directory / MANIFEST).exists():

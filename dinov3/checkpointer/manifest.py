@@ -158,6 +158,25 @@ def latest_valid_checkpoint(
     return None
 
 
+def check_is_checkpoint(directory: Path) -> None:
+    """Raise a CheckpointError if a user took something else for a checkpoint; it names the one that lies below.
+
+    Args:
+        directory: what the user gave.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; expected the directory of a checkpoint, e.g. RUN/ckpt/9999")
+    if any((directory / name).exists() for name in (MANIFEST, ".metadata")):
+        return
+    below = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
+    newest = next((found[-1] for root in below if (found := find_all_checkpoints(root))), None)
+    if newest is not None:
+        raise CheckpointError(f"{directory} is no checkpoint; the newest one below it is {newest}")
+    raise CheckpointError(f"{directory} is no checkpoint: it has neither {MANIFEST} nor .metadata")
+
+
 def _check_share(directory: Path, verify: Verify, rank: int, world_size: int) -> None:
     if not (directory / MANIFEST).exists():
         return _check_without_manifest(directory)

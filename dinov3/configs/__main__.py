@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dinov3.configs import rules_images, rules_teachers, schema
 from dinov3.configs.merging import Layer, get_default_config, layers_of, merge_layers, plain, unknown_keys
-from dinov3.configs.multidistillation import merge_student
+from dinov3.configs.multidistillation import disagreements, merge_student, merge_students
 from dinov3.configs.scaling import learning_rate_scale
 from dinov3.configs.schema import ConfigError
 from dinov3.configs.validation import find_notes, find_problems
@@ -80,53 +80,69 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 1
-    processes = _students(cfg)[-1].ranks_range[1] if _students(cfg) else args.processes
-    if _students(cfg):
-        cfg.train.batch_size_per_gpu = cfg.multidistillation.global_batch_size // processes
-    print("".join(f"# {line}\n" for line in summary(cfg, processes)), end="")
+    networks, processes = {cfg.student.arch: cfg}, args.processes
+    if cfg.multidistillation.enabled:
+        networks, processes = merge_students(cfg, layers), cfg.multidistillation.students[-1].ranks_range[1]
+        for student in networks.values():
+            student.train.batch_size_per_gpu = cfg.multidistillation.global_batch_size // processes
+    print("".join(f"# {line}\n" for line in summary(networks, processes)), end="")
     return 0
 
 
-def summary(cfg: Any, processes: int) -> Iterator[str]:
-    """What a person wants to know of a valid configuration before it trains, line by line."""
+def summary(networks: Mapping[str, Any], processes: int) -> Iterator[str]:
+    """What a person wants to know before training, line by line.
+
+    Args:
+        networks: the valid configuration of each network that is trained, by its name.
+        processes: of the job.
+    """
+    cfg = next(iter(networks.values()))  # In what concerns all of them they agree.
     crops, optim, batches = cfg.crops, cfg.optim, cfg.train.grad_accumulation_steps
     batch_size = cfg.train.batch_size_per_gpu * processes * batches
-    scale = learning_rate_scale(cfg, processes)
-    lr = optim.lr if cfg.get("schedules") is None else max(cfg.schedules.lr.peak, cfg.schedules.lr.end)
+    of_process = str(cfg.train.batch_size_per_gpu)
+    if cfg.multidistillation.enabled and cfg.multidistillation.global_batch_size % processes:
+        batch_size = cfg.multidistillation.global_batch_size * batches
+        of_process = f"up to {cfg.train.batch_size_per_gpu + 1}"
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     steps = round(optim.epochs * epoch)
-    names = [student.name for student in _students(cfg)] or [cfg.student.arch]
     global_sizes, local_sizes = (
         "/".join(str(size) for size in rules_images.as_list(sizes))
         for sizes in (crops.global_crops_size, crops.local_crops_size)
     )
-    yield f"network          {', '.join(names)}"
+    yield f"network          {', '.join(networks)}"
     yield f"crops            2 of {global_sizes} and {crops.local_crops_number} of {local_sizes} pixels"
     yield f"data             {cfg.train.dataset_path}"
     yield (
-        f"effective batch  {batch_size} images ({cfg.train.batch_size_per_gpu} per process, "
+        f"effective batch  {batch_size} images ({of_process} per process, "
         f"{processes} process{'es' if processes > 1 else ''}{f', {batches} batches per step' if batches > 1 else ''})"
     )
-    yield f"peak lr          {lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {optim.scaling_rule})"
+    for name, of in networks.items():
+        yield f"peak lr          {_peak_learning_rate(of, processes)}{f' of {name}' if len(networks) > 1 else ''}"
     yield f"steps            {steps} ({optim.epochs} epochs of {epoch}), {steps * batch_size} images"
     yield f"checkpoints      every {cfg.checkpointing.period} steps"
     for note in find_notes(cfg):
         yield f"note: {note}"
 
 
-def _students(cfg: Any) -> Any:
-    return (cfg.multidistillation.get("students") or []) if cfg.multidistillation.enabled else []
+def _peak_learning_rate(cfg: Any, processes: int) -> str:
+    lr = cfg.optim.lr if cfg.get("schedules") is None else max(cfg.schedules.lr.peak, cfg.schedules.lr.end)
+    scale = learning_rate_scale(cfg, processes)
+    return f"{lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {cfg.optim.scaling_rule})"
 
 
 def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> list[str]:
     problems = [*rules_teachers.student_list(cfg)] or [*rules_teachers.multidistillation(cfg, processes)]
-    for student in [] if problems else _students(cfg):
+    if problems:
+        return problems
+    students = {}
+    for student in cfg.multidistillation.students:
         try:
-            found = find_problems(merge_student(student, layers), processes)
+            students[student.name] = merge_student(student, layers)
+            found = find_problems(students[student.name], processes)
         except (ConfigError, FileNotFoundError) as error:
             found = [str(error)]
         problems += [f"student {student.name}: {problem}" for problem in found]
-    return problems
+    return problems + [*disagreements(students)]
 
 
 def _changed(cfg: DictConfig) -> DictConfig:

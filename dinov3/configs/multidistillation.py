@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,30 @@ from dinov3.configs.merging import (
     layers_of,
     load_yaml,
     merge_layers,
+    plain,
     resolve_config_path,
 )
-from dinov3.configs.schema import ConfigError
+from dinov3.configs.schema import ConfigError, flatten
 from dinov3.configs.setup import check_and_write
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.utils import fix_random_seeds
 
 logger = logging.getLogger("dinov3")
+
+#: Students that differ in these would see other images than they are taught about, or wait for each other for ever.
+COMMON_SETTINGS = (
+    "compute_precision.param_dtype",
+    "crops.",
+    "distillation.",
+    "optim.epochs",
+    "train.OFFICIAL_EPOCH_LENGTH",
+    "train.cache_dataset",
+    "train.dataset_path",
+    "train.grad_accumulation_steps",
+    "train.on_bad_image",
+    "train.seed",
+    "checkpointing.period",
+)
 
 
 def setup_multidistillation(args: Any, strict_cfg: bool = True) -> DictConfig:
@@ -55,6 +71,8 @@ def setup_multidistillation(args: Any, strict_cfg: bool = True) -> DictConfig:
     layers = layers_of(args)
     shared = merge_layers(get_default_config(), layers, strict=strict_cfg)
     _check_students(shared, distributed.get_world_size())
+    if problems := [*disagreements(merge_students(shared, layers, strict=strict_cfg))]:
+        raise ConfigError(joined(problems))
     section = shared.multidistillation
     distributed.new_subgroups([range(*student.ranks_range) for student in section.students])
     rank = distributed.get_rank()
@@ -89,6 +107,29 @@ def merge_student(student: Any, layers: Sequence[Layer], *, strict: bool = True)
     """
     path = resolve_config_path(student.config_path)
     return merge_layers(get_default_config(), [Layer(os.fspath(path), load_yaml(path)), *layers], strict=strict)
+
+
+def merge_students(shared: Any, layers: Sequence[Layer], *, strict: bool = True) -> dict[str, DictConfig]:
+    """The configuration of every student by name; see `merge_student`."""
+    return {
+        student.name: merge_student(student, layers, strict=strict) for student in shared.multidistillation.students
+    }
+
+
+def disagreements(students: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that differ among students although they share the images, the teacher and every step.
+
+    Args:
+        students: their configurations by name.
+    """
+    settings = {name: dict(flatten(plain(cfg))) for name, cfg in students.items()}
+    for key in dict.fromkeys(key for values in settings.values() for key in values):
+        if not key.startswith(COMMON_SETTINGS):
+            continue
+        names = {str(values.get(key)): name for name, values in reversed(settings.items())}
+        if len(names) > 1:
+            found = ", ".join(f"{value} for {name}" for value, name in reversed(names.items()))
+            yield f"{key}={found}: all students must have the same, give it in the shared file"
 
 
 def _check_students(shared: DictConfig, world_size: int) -> None:

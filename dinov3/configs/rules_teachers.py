@@ -172,8 +172,7 @@ def _teacher_fits(cfg: Any, teacher: Any) -> Iterator[str]:
         ours, theirs = cfg[section][key], teacher[section][key]
         if ours != theirs:
             yield f"{section}.{key}={ours}: the teacher of distillation.full_cfg_path has {theirs}; they must be equal"
-    # Only multi-distillation shows the teacher smaller images than the student.
-    scale = cfg.crops.teacher_to_student_resolution_scale if cfg.MODEL.META_ARCHITECTURE == MULTI else 1
+    scale = cfg.crops.teacher_to_student_resolution_scale
     for size in as_list(cfg.crops.global_crops_size):
         side, teacher_side = size // stride(cfg.student), int(size / scale) // stride(teacher.student)
         if side != teacher_side:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,6 +51,25 @@ def set_device(name: str | torch.device | None = None) -> torch.device:
     if current.type == "cuda":
         torch.cuda.set_device(current)
     return current
+
+
+@contextmanager
+def preferring(name: str | None) -> Iterator[None]:
+    """Let `DINOV3_DEVICE` be `name` for a while, for the processes too that are started meanwhile.
+
+    Args:
+        name: a torch device or `"auto"`; None leaves the variable as it is.
+    """
+    before = os.environ.get(DEVICE_VARIABLE)
+    if name is not None:
+        os.environ[DEVICE_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[DEVICE_VARIABLE] = before
+        elif name is not None:
+            os.environ.pop(DEVICE_VARIABLE, None)
 
 
 def synchronize() -> None:

@@ -34,11 +34,12 @@ def task_count() -> int:
 
 
 def hostnames(node_list: str) -> list[str]:
-    """Expand a Slurm node list such as `node[01-02,5],login`; asks `scontrol` where it is installed."""
+    """Expand a Slurm node list such as `node[01-02,5],login`; asks `scontrol` where it is installed and configured."""
     if shutil.which("scontrol") is None:
         return expand_node_list(node_list)
     command = ["scontrol", "show", "hostnames", node_list]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    asked = subprocess.run(command, check=False, capture_output=True, text=True)
+    return asked.stdout.split() if asked.returncode == 0 else expand_node_list(node_list)
 
 
 def expand_node_list(node_list: str) -> list[str]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights, WeightsLike
-from dinov3.hub.files import WeightsError, read_file
 from dinov3.hub.sources import BASE_URL, locate
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.weight_files import WeightsError, read_file
 
 __all__ = ["ClassifierWeights", "dinov3_vit7b16_lc"]
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from dinov3.hub.architectures import build_like, published_name
 from dinov3.hub.command_line import SAT_MARKS, describe_bytes, make_parser, written_whole
-from dinov3.hub.files import WeightsError, write_safetensors
 from dinov3.hub.formats import (
     CONFIG_FILE,
     LAYER_NORM_EPS,
@@ -44,6 +43,7 @@ from dinov3.hub.transforms import Normalization, normalization_of
 from dinov3.hub.weights import check_complete, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.weight_files import WeightsError, write_safetensors
 
 Target = Literal["release", "huggingface", "timm"]
 Data = Literal["lvd1689m", "sat493m"]

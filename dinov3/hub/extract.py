@@ -45,10 +45,10 @@ from dinov3.hub.command_line import (
     positive,
     written_whole,
 )
-from dinov3.hub.files import make_safetensors_header
 from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.weight_files import make_safetensors_header, read_file, write_safetensors
 
 TOKENS = ("cls", "avg", "patch", "storage")
 ON_BAD_IMAGE = ("skip", "raise")
@@ -368,12 +368,10 @@ def _tokens_of(model: Any, images: Tensor, grid: tuple[int, int], wanted: Sequen
 
 
 def _save_shard(path: Path, rows: list[dict[str, Tensor]], good: list[int], bad: list[int]) -> None:
-    from safetensors.torch import save_file
-
     tensors = {token: torch.cat([row[token] for row in rows]) for token in (rows[0] if rows else ())}
     tensors |= {"good": torch.tensor(good, dtype=torch.int64), "bad": torch.tensor(bad, dtype=torch.int64)}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary)
+        write_safetensors(temporary, tensors, {})
 
 
 def _join(parts: _Parts, dataset: Any, options: ExtractOptions) -> None:
@@ -412,10 +410,7 @@ def _index_of(parts: _Parts) -> tuple[list[int], list[int], dict[str, list[int]]
 
 
 def _load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
+    return dict(read_file(Path(path)))
 
 
 def _encode_names(dataset: Any, indices: Sequence[int]) -> bytes:

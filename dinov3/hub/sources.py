@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 import torch
 
 from dinov3.hub.downloads import GATED, download, without_query
-from dinov3.hub.files import WeightsError, read_file
+from dinov3.utils.weight_files import WeightsError, read_file
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
 

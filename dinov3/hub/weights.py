@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dinov3.hub.architectures import has_untied_cls_norm, identify
-from dinov3.hub.files import WeightsError
 from dinov3.hub.formats import Converted, Layout, is_model_directory, read_content, to_release
+from dinov3.utils.weight_files import WeightsError
 
 __all__ = ["WeightsError", "load_backbone_", "read_state_dict"]
 

@@ -49,7 +49,7 @@ class GramLoss(nn.Module):
             img_level: similarities within each image ([P, P] per image); else between all rows of the batch.
 
         Returns:
-            0-dim float32, the mean over all entries of the matrices.
+            0-dim float32, the mean over all entries of the matrices; 0 where there are none.
 
         Raises:
             ValueError: the features do not have the dimensions above.
@@ -67,7 +67,8 @@ class GramLoss(nn.Module):
             student = student.clamp(min=0)
         if self.remove_neg or self.remove_only_teacher_neg:
             teacher = teacher.clamp(min=0)
-        return F.mse_loss(student, teacher)
+        # A process whose crops are all without a mask has no masked patch to compare.
+        return F.mse_loss(student, teacher) if student.numel() else student.sum()
 
     def _similarities(self, features: Tensor, img_level: bool) -> Tensor:
         features = features.float()

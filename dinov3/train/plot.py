@@ -1,7 +1,9 @@
-"""Loss curves of a training run, drawn from its metrics file: `python -m dinov3.train.plot OUTPUT_DIR`.
+"""Curves of a training run, drawn from its metrics and evaluations: `python -m dinov3.train.plot OUTPUT_DIR`.
 
-One small panel per quantity: the total loss, its terms, the gradient norms and the schedules that drove them. Nothing
-here touches matplotlib's global state, so it is safe inside a training process and a notebook.
+One small panel per quantity: the total loss, its terms, the gradient norms and the schedules that drove them; and one
+per evaluation of the exported teachers whose results lie beside them (`eval/training_<iteration>/.../results-*.csv`,
+which `output_dir=RUN/eval/training_<iteration>/NAME` of an evaluation gives). Nothing here touches matplotlib's global
+state, so it is safe inside a training process and a notebook.
 """
 
 from __future__ import annotations
@@ -17,9 +19,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dinov3.eval import results
+from dinov3.hub.runs import EVALUATION_DIRECTORY
+
 METRICS_FILE = "training_metrics.json"
 FIGURE_FILE = "loss_curves.png"
 N_COLUMNS = 5
+
+#: Value by evaluation, column and iteration.
+Evaluations = dict[str, dict[str, dict[int, float]]]
+#: Iterations, and the values there.
+Curve = tuple[list[int], list[float]]
 
 
 class Panel(NamedTuple):
@@ -36,13 +46,21 @@ PANELS = (
     Panel("DINO, global crops", {"dino_global_crops_loss": ""}),
     Panel("iBOT, masked patches", {"ibot_loss": ""}),
     Panel("KoLeo", {"koleo_loss": ""}),
-    Panel("Gram", {"gram_loss": ""}),
+    Panel(
+        "Gram",
+        {
+            "gram_loss": "in the loss",
+            "stats_only/masked_gram_loss": "masked patches",
+            "stats_only/unmasked_gram_loss": "other patches",
+        },
+    ),
     Panel(
         "gradient norm",
         {"backbone_grad_norm": "backbone", "dino_head_grad_norm": "DINO head", "ibot_head_grad_norm": "iBOT head"},
         is_log=True,
     ),
     Panel("learning rate", {"lr": "all layers", "last_layer_lr": "last layer of the heads"}),
+    Panel("weights of losses", {"dino_local_loss_weight": "DINO, local crops", "gram_loss_weight": "Gram"}),
     Panel("EMA momentum", {"mom": ""}),
     Panel("teacher temperature", {"teacher_temp": ""}),
     Panel("weight decay", {"wd": ""}),
@@ -84,8 +102,29 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_evaluations(output_dir: str | Path) -> Evaluations:
+    """Read what evaluations of a run's exported teachers have written beside them.
+
+    Args:
+        output_dir: the directory of a training run.
+
+    Returns:
+        Value by evaluation, column and iteration, the latter ascending; columns that hold no number are left out.
+
+    Raises:
+        ValueError: a table of results is malformed.
+    """
+    evaluations: Evaluations = {}
+    for directory in sorted(Path(output_dir, EVALUATION_DIRECTORY).glob("training_*"), key=_iteration):
+        for path in sorted(directory.rglob("results-*.csv")) if _iteration(directory) >= 0 else ():
+            for column, value in _read_row(path).items():
+                columns = evaluations.setdefault(_title(path.relative_to(directory)), {})
+                columns.setdefault(column, {})[_iteration(directory)] = value
+    return evaluations
+
+
 def plot_losses(output_dir: str | Path) -> Path:
-    """Draw `<output_dir>/loss_curves.png` from `<output_dir>/training_metrics.json`.
+    """Draw `<output_dir>/loss_curves.png` from `<output_dir>/training_metrics.json` and the evaluations of the run.
 
     Quantities that the run did not record have no panel; values that were not finite leave a gap.
 
@@ -96,57 +135,81 @@ def plot_losses(output_dir: str | Path) -> Path:
         The path of the figure.
 
     Raises:
-        FileNotFoundError, ValueError: the metrics file is missing, empty or malformed.
+        FileNotFoundError, ValueError: the metrics file is missing, empty or malformed; or an evaluation's is malformed.
     """
     output_dir = Path(output_dir)
-    figure = draw_metrics(read_metrics(output_dir / METRICS_FILE))
+    figure = draw_metrics(read_metrics(output_dir / METRICS_FILE), read_evaluations(output_dir))
     path = output_dir / FIGURE_FILE
     figure.savefig(path, dpi=150)
     return path
 
 
-def draw_metrics(records: list[dict[str, Any]]) -> Figure:
+def draw_metrics(records: list[dict[str, Any]], evaluations: Evaluations | None = None) -> Figure:
     """The figure of `plot_losses`, on its own Agg canvas.
 
     Args:
         records: from `read_metrics`, at least one.
+        evaluations: from `read_evaluations`.
 
     Returns:
-        A figure with one axes per quantity for which there is a finite value.
+        A figure with one axes per quantity for which there is a finite value, and one per evaluation.
     """
-    iterations = [record["iteration"] for record in records]
-    values = {key: [_number(record.get(key)) for record in records] for panel in PANELS for key in panel.curves}
-    has_values = {key for key, column in values.items() if not all(map(math.isnan, column))}
-    panels = [panel for panel in PANELS if has_values & panel.curves.keys()]
+    panels = [(panel.title, _recorded(panel, records), panel.is_log) for panel in PANELS]
+    for title, columns in (evaluations or {}).items():
+        panels.append((title, {name: (list(of), list(of.values())) for name, of in columns.items()}, False))
+    panels = [panel for panel in panels if panel[1]]
 
     n_rows = max(1, math.ceil(len(panels) / N_COLUMNS))
     figure = Figure(figsize=(2.8 * N_COLUMNS, 2.3 * n_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(n_rows, N_COLUMNS, index + 1)
-        curves = {label: values[key] for key, label in panel.curves.items() if key in has_values}
-        _draw_panel(axes, panel, iterations, curves)
+    for index, (title, curves, is_log) in enumerate(panels):
+        _draw_panel(figure.add_subplot(n_rows, N_COLUMNS, index + 1), title, curves, is_log=is_log)
     figure.supxlabel("iteration", fontsize=9)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, iterations: list[int], curves: dict[str, list[float]]) -> None:
-    # A single point, or one between two gaps, is invisible as a line.
-    marker = "o" if len(iterations) < 20 else None
-    for label, column in curves.items():
+def _recorded(panel: Panel, records: list[dict[str, Any]]) -> dict[str, Curve]:
+    iterations = [record["iteration"] for record in records]
+    columns = {label: [_number(record.get(key)) for record in records] for key, label in panel.curves.items()}
+    return {label: (iterations, column) for label, column in columns.items() if not all(map(math.isnan, column))}
+
+
+def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], *, is_log: bool) -> None:
+    for label, (iterations, column) in curves.items():
+        # A single point, or one between two gaps, is invisible as a line.
+        marker = "o" if len(iterations) < 20 else None
         axes.plot(iterations, column, label=label or None, marker=marker, markersize=3, linewidth=1.3)
-    if panel.is_log and any(value > 0 for column in curves.values() for value in column):
+    if is_log and any(value > 0 for _, column in curves.values() for value in column):
         axes.set_yscale("log", nonpositive="mask")
     else:
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.set_title(panel.title, fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.tick_params(labelsize=8)
     axes.yaxis.get_offset_text().set_fontsize(8)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         axes.legend(fontsize=7, frameon=False)
+
+
+def _iteration(directory: Path) -> int:
+    number = directory.name.removeprefix("training_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _title(path: Path) -> str:
+    # `knn/results-knn.csv` is "knn", `digits/results-knn.csv` is "digits knn".
+    return " ".join(dict.fromkeys((*path.parent.parts, path.stem.removeprefix("results-"))))
+
+
+def _read_row(path: Path) -> dict[str, float]:
+    try:
+        rows = results.load(path).rows()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a table of results ({error})") from error
+    numbers = {name: _number(value) for name, value in (rows[0] if rows else {}).items()}
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
 def _number(value: Any) -> float:

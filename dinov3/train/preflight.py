@@ -13,8 +13,8 @@ from dinov3.train.data_loading import build_train_dataset, crop_resolutions
 
 logger = logging.getLogger("dinov3")
 
-# AdamW keeps two float32 moments beside each float32 student weight; the EMA is a fourth copy.
-CHECKPOINT_BYTES_PER_PARAMETER = 16
+FLOAT32_BYTES = 4
+ADAMW_MOMENTS = 2  # beside each weight that is trained
 CHECKPOINTS_AT_ONCE = 2
 
 
@@ -38,9 +38,8 @@ def check_disk(model: nn.Module, output_dir: Path) -> None:
     Raises:
         RuntimeError: not enough free space; says how much is needed.
     """
-    # `model` holds student and EMA: half of its parameters are the student's.
-    n_student = sum(parameter.numel() for parameter in model.parameters()) // 2
-    needed = n_student * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_AT_ONCE
+    copies = ((1 + ADAMW_MOMENTS if parameter.requires_grad else 1, parameter) for parameter in model.parameters())
+    needed = sum(count * parameter.numel() for count, parameter in copies) * FLOAT32_BYTES * CHECKPOINTS_AT_ONCE
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise RuntimeError(

@@ -78,8 +78,9 @@ def report_changes(directory: Path, cfg: Any) -> list[str]:
     changes = _config_changes(manifest["metadata"].get("config"), cfg)
     if changes:
         logger.warning("the run goes on with other settings than before: %s", "; ".join(changes))
-    if manifest["world_size"] != distributed.get_world_size():
-        changes.append(f"{manifest['world_size']} processes before, {distributed.get_world_size()} now")
+    before, now = manifest["world_size"], distributed.get_subgroup_size()
+    if before != now:
+        changes.append(f"{before} processes before, {now} now")
         logger.warning(
             "%s: data are split, and sums are taken, in another order; the run is not bit for bit what it was",
             changes[-1],

@@ -26,6 +26,7 @@ import torch
 from dinov3 import distributed
 from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
 from dinov3.configs import ConfigError, DinoV3SetupArgs, setup_config, setup_multidistillation
+from dinov3.distributed import runtime
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
 from dinov3.models.summary import summarize
 from dinov3.run.init import job_context
@@ -40,7 +41,7 @@ from dinov3.train.profiling import StepProfiler
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.trials import benchmark, dry_run
-from dinov3.utils import fix_random_seeds
+from dinov3.utils import did_you_mean, fix_random_seeds
 from dinov3.utils.command_line import run_command_line
 
 __all__ = ["apply_optim_scheduler", "build_schedulers", "do_train", "get_args_parser", "main"]
@@ -69,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the defaults")
     parser.add_argument("--output-dir", default="./local_dino", type=str, metavar="DIR", help="where the run writes")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...; wins over DINOV3_DEVICE")
     parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only export the teacher of the newest checkpoint")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="the same as train.seed=N")
@@ -112,7 +114,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{token!r} is neither a flag nor a key=value option")
     args, unknown = parser.parse_known_args(flags)
     if unknown or args.opts:
-        parser.error(f"unknown flags: {' '.join(unknown or args.opts)}")
+        shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
+        known = [flag for action in shown for flag in action.option_strings]
+        named = (flag + did_you_mean(flag.partition("=")[0], known) for flag in unknown or args.opts)
+        parser.error(f"unknown flags: {', '.join(named)}")
     args.opts = options
     if any(token == "--seed" or token.startswith("--seed=") for token in flags):
         args.opts.append(f"train.seed={args.seed}")
@@ -140,6 +145,7 @@ def _main(args: argparse.Namespace) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     setup = DinoV3SetupArgs(config_file=args.config_file, output_dir=args.output_dir, opts=args.opts)
     with (
+        runtime.preferring(args.device),
         job_context(output_dir=args.output_dir),
         RunLock(output_dir),
         ending_together(output_dir),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,6 @@ def test_checkpoint_that_cannot_be_read_leaves_the_old_file(trained: tuple[Path,
     flip_a_bit(directory)
     with pytest.raises(SystemExit, match="error: .*another checksum"):
         consolidate.main([str(directory), str(tmp_path / "out.pth")])
-    with pytest.raises(SystemExit, match="error: .*neither checkpoint.json nor .metadata"):
-        consolidate.main([str(tmp_path), str(tmp_path / "out.pth")])
     assert (tmp_path / "out.pth").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out.pth"]
 
@@ -86,3 +85,30 @@ def test_inspection_of_a_damaged_checkpoint_fails(trained: tuple[Path, toy.Toy])
     flip_a_bit(trained[0])
     with pytest.raises(SystemExit, match="error: .*another checksum"):
         inspect.main([str(trained[0])])
+
+
+@pytest.mark.parametrize("command", [lambda path: inspect.main([str(path)]), lambda path: consolidate_to(path)])
+def test_what_is_no_checkpoint_is_refused_and_the_one_below_it_named(
+    trained: tuple[Path, toy.Toy], tmp_path: Path, command: Callable[[Path], None]
+) -> None:
+    directory, _ = trained
+    for given in (directory.parent, directory.parent.parent):
+        with pytest.raises(SystemExit, match=rf"{given} is no checkpoint; the newest one below it is {directory}$"):
+            command(given)
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"empty is no checkpoint: it has neither checkpoint.json nor .metadata$"):
+        command(empty)
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(SystemExit, match=r"w.pth is a file; expected the directory of a checkpoint, e.g. RUN/ckpt/9"):
+        command(tmp_path / "w.pth")
+    with pytest.raises(SystemExit, match="error: .*nowhere does not exist"):
+        command(tmp_path / "nowhere")
+
+
+def consolidate_to(path: Path) -> None:
+    consolidate.main([str(path), str(path.parent / "out.pth")])
+
+
+def test_output_in_a_directory_that_is_not_there_is_named(trained: tuple[Path, toy.Toy], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/none, where out.pth should be written, does not exist"):
+        consolidate.main([str(trained[0]), str(tmp_path / "none" / "out.pth")])

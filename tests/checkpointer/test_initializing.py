@@ -132,13 +132,13 @@ def test_damaged_file_is_named(tmp_path: Path, content: bytes, suffix: str, fres
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
     for initialise in (init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals):
-        with pytest.raises(CheckpointError, match=rf"w{suffix} cannot be read"):
+        with pytest.raises(CheckpointError, match=rf"w{suffix} is (empty|not a checkpoint|truncated)"):
             initialise(fresh, path)
 
 
 def test_file_without_a_state_dict_is_refused(tmp_path: Path, fresh: nn.ModuleDict) -> None:
     torch.save([1, 2], tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
+    with pytest.raises(CheckpointError, match="holds a list, expected a state dict"):
         init_fsdp_model_from_checkpoint(fresh, tmp_path / "w.pth")
 
 

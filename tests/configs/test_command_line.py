@@ -89,6 +89,12 @@ def test_students_of_a_multidistillation_are_checked_each(capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "# network          convnext_tiny, convnext_small, convnext_base, convnext_large" in out
     assert "# effective batch  32 images (4 per process, 8 processes)" in out
+    assert main([shared, "multidistillation.global_batch_size=34"]) == 0
+    out = capsys.readouterr().out
+    assert "# effective batch  34 images (up to 5 per process, 8 processes)" in out
+    assert "# steps            625000 (500 epochs of 1250), 21250000 images" in out
+    assert "# peak lr          0.0001414 (0.0002 x 0.7071, sqrt_wrt_1024) of convnext_tiny" in out
+    assert "# peak lr          7.071e-05 (0.0001 x 0.7071, sqrt_wrt_1024) of convnext_base" in out
     assert main([shared, "crops.teacher_to_student_resolution_scale=1.0"]) == 1
     assert "error: student convnext_base: crops.teacher_to_student" in capsys.readouterr().err
     assert main([f"{RECIPES}/dinov3_lvd1689m_multi_distillation.yaml"]) == 1

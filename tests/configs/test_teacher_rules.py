@@ -88,6 +88,11 @@ class TestDistillation:
     def test_fitting_teacher(self, tmp_path: Path) -> None:
         validate(config("student.arch=vit_small", *self.teacher(tmp_path)))
 
+    def test_coarser_student_is_taught_by_a_teacher_that_sees_smaller_images(self, tmp_path: Path) -> None:
+        student = ["student.arch=convnext_tiny", *self.teacher(tmp_path)]
+        validate(config(*student, "crops.teacher_to_student_resolution_scale=2"))
+        refused("convnext_tiny has 7 x 7 patches, the teacher vit_large 14 x 14", config(*student))
+
     def test_teacher_of_another_version_may_hold_other_keys(self, tmp_path: Path) -> None:
         validate(config(*self.teacher(tmp_path, student={"some_later_key": 1})))
 

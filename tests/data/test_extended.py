@@ -120,6 +120,7 @@ def test_bad_image_names_dataset_index_and_file_and_keeps_the_cause(data: bytes)
     with pytest.raises(BadImageError, match="InMemory: cannot read image 1, /somewhere/sub/1.png: ") as info:
         InMemory([GRAY, data])[1]
     assert isinstance(info.value, RuntimeError) and isinstance(info.value.__cause__, OSError)
+    assert "object at 0x" not in str(info.value)
 
 
 def test_deleted_file_is_a_bad_image_too(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,18 @@ def test_ports_to_try_begin_with_the_published_one_and_yield_to_master_port(monk
     assert TorchDistributedEnvironment().candidate_ports == [29999]
 
 
+def test_exported_port_leaves_the_other_ports_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, **SLURM_TASK)
+    environment = TorchDistributedEnvironment()
+    monkeypatch.setenv("MASTER_PORT", str(environment.master_port))
+    assert TorchDistributedEnvironment().candidate_ports == environment.candidate_ports
+
+
+def test_submitit_debug_job_in_a_slurm_task_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, **SLURM_TASK, SUBMITIT_DEBUG_JOB_ID="DEBUG_1")
+    assert TorchDistributedEnvironment().world_size == 1
+
+
 @pytest.mark.parametrize(
     "text, names",
     [
@@ -132,3 +145,11 @@ def test_export_refuses_to_overwrite_unless_asked(monkeypatch: pytest.MonkeyPatc
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "8",
     }
+
+
+def test_a_scontrol_that_knows_no_cluster_is_not_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho no configuration >&2\nexit 1\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert slurm.hostnames("node[01-02],login") == ["node01", "node02", "login"]

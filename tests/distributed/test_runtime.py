@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -19,6 +21,18 @@ def test_automatic_device_is_cuda_where_there_is_one() -> None:
 def test_environment_variable_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOV3_DEVICE", "cpu")
     assert runtime.device() == torch.device("cpu")
+
+
+def test_device_is_preferred_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'gpu' is not a device"), runtime.preferring("gpu"):
+        runtime.device()
+    assert runtime.DEVICE_VARIABLE not in os.environ
+    monkeypatch.setenv(runtime.DEVICE_VARIABLE, "meta")
+    with runtime.preferring("cpu"):
+        assert runtime.device() == torch.device("cpu")
+    with runtime.preferring(None):
+        assert os.environ[runtime.DEVICE_VARIABLE] == "meta"
+    assert os.environ[runtime.DEVICE_VARIABLE] == "meta"
 
 
 def test_chosen_device_wins_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinov3.hub import backbones, sources
 from dinov3.hub.architectures import PUBLISHED_CONVNEXTS, PUBLISHED_VITS, PublishedConvNeXt, PublishedViT
 from dinov3.hub.backbones import Weights, dinov3_convnext_tiny, dinov3_vitl16, dinov3_vits16
-from dinov3.hub.files import WeightsError
+from dinov3.utils.weight_files import WeightsError
 
 ENTRIES = [name for name in backbones.__all__ if name.startswith("dinov3_")]
 IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))

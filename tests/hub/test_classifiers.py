@@ -14,7 +14,7 @@ from dinov3.hub import classifiers, sources
 from dinov3.hub.architectures import PUBLISHED_VITS, PublishedViT
 from dinov3.hub.backbones import Weights, dinov3_vit7b16
 from dinov3.hub.classifiers import ClassifierWeights, dinov3_vit7b16_lc
-from dinov3.hub.files import WeightsError
+from dinov3.utils.weight_files import WeightsError
 
 IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 Files = dict[str, Any]

@@ -20,10 +20,10 @@ from dinov3.hub import backbones
 from dinov3.hub import convert as convert_module
 from dinov3.hub.architectures import published_name
 from dinov3.hub.convert import convert, main
-from dinov3.hub.files import WeightsError, read_file, read_safetensors_header
 from dinov3.hub.formats.timm import VITS, timm_config
 from dinov3.hub.weights import read_state_dict
 from dinov3.models import build_model_from_cfg
+from dinov3.utils.weight_files import WeightsError, read_file, read_safetensors_header
 
 from . import libraries
 from .libraries import IMAGES, assert_bits_equal, assert_near, randomise_, release_state

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinov3.hub.backbones import dinov3_convnext_tiny, dinov3_vit7b16, dinov3_vits16, dinov3_vits16plus
-from dinov3.hub.files import WeightsError
 from dinov3.hub.formats import METADATA_KEY, detect, from_release, rope_base, to_release
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.weight_files import WeightsError
 
 from . import libraries
 from .libraries import DEPTH, DIM, HEADS, IMAGES, REGISTERS, assert_bits_equal, assert_near, release_state

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dinov3.checkpointer import save_checkpoint
 from dinov3.configs import get_default_config
 from dinov3.distributed import runtime
-from dinov3.hub.files import WeightsError
 from dinov3.hub.runs import build_model_for_eval, dinov3_from_run
 from dinov3.models import build_model_from_cfg
+from dinov3.utils.weight_files import WeightsError
 
 TINY = {"arch": "vit_tiny", "n_storage_tokens": 1, "mask_k_bias": True, "qkv_bias": True, "layerscale": 1e-5}
 IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

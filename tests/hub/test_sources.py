@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dinov3.hub import downloads
-from dinov3.hub.files import WeightsError, read_file
 from dinov3.hub.sources import locate
+from dinov3.utils.weight_files import WeightsError, read_file
 
 
 class Server(ThreadingHTTPServer):

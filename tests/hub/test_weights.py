@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.hub import backbones
-from dinov3.hub.files import WeightsError
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils.weight_files import WeightsError
 
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "n_storage_tokens": 2, "layerscale_init": 1e-5}
 

@@ -81,3 +81,11 @@ def test_features_of_other_patches_are_an_error() -> None:
         plain()(student, teacher[:, :4])
     with pytest.raises(ValueError, match=r"img_level=True needs features \[images, patches, D\], got \[10, 4\]"):
         plain()(student.flatten(0, 1), teacher.flatten(0, 1))
+
+
+@pytest.mark.parametrize("remove_neg", [False, True])
+def test_no_patch_at_all_gives_zero_with_a_gradient(remove_neg: bool) -> None:
+    student = torch.empty(0, 4, requires_grad=True)
+    loss = GramLoss(remove_neg=remove_neg)(student, torch.empty(0, 4), img_level=False)
+    loss.backward()
+    assert loss.item() == 0 and student.grad is not None

@@ -52,6 +52,13 @@ def test_unknown_flags_and_bare_words_are_refused(argv: list[str], capsys: pytes
     assert argv[0] in capsys.readouterr().err
 
 
+def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--no-resum", "--config_file=a"])
+    said = capsys.readouterr().err
+    assert "--no-resum (did you mean '--no-resume'?), --config_file=a (did you mean '--config-file'?)" in said
+
+
 def run(config: Path, output: Path, *options: str) -> Any:
     return main(["--config-file", str(config), "--output-dir", str(output), *options])
 

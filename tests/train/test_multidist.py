@@ -16,7 +16,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import CheckpointError, save_checkpoint
 from dinov3.configs import ConfigError, DinoV3SetupArgs, get_default_config, setup_multidistillation
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
-from dinov3.train.resuming import newest_common_checkpoint
+from dinov3.train.resuming import newest_common_checkpoint, report_changes
 from tests.multiprocess import run_ranks
 
 from . import tiny
@@ -49,6 +49,17 @@ def test_a_job_that_was_killed_in_its_first_save_starts_anew(tmp_path: Path) -> 
 def test_a_student_without_checkpoints_does_not_discard_the_others(tmp_path: Path) -> None:
     for message in run_ranks(newest, 2, tmp_path, [[9, 19], []]):
         assert "newest iterations are [-1, 19]" in message and "--no-resume" in message
+
+
+def resume_as_before(rank: int, world_size: int, root: Path) -> list[str]:
+    distributed.new_subgroups([[r] for r in range(world_size)])
+    save_checkpoint(root / str(rank) / "9", iteration=9, model=nn.Linear(1, 1))
+    return report_changes(root / str(rank) / "9", OmegaConf.create())
+
+
+@pytest.mark.distributed
+def test_as_many_processes_of_a_student_as_before_are_no_change(tmp_path: Path) -> None:
+    assert run_ranks(resume_as_before, 2, tmp_path) == [[], []]
 
 
 def test_architecture_refuses_what_it_cannot_train() -> None:
@@ -110,6 +121,31 @@ def arguments(directory: Path, images: Path, *options: str) -> DinoV3SetupArgs:
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name 2 processes, but this job has 1: start it with 2"):
         setup_multidistillation(arguments(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"optim": {"epochs": 3}}, r"optim\.epochs=100 for small, 3 for large: .* give it in the shared file"),
+        (
+            {"crops": {"rgb_std": [1, 1, 1]}},
+            r"crops\.rgb_std=\[0\.229, 0\.224, 0\.225\] for small, \[1, 1, 1\] for large",
+        ),
+        ({"train": {"seed": 1}}, r"train\.seed=0 for small, 1 for large"),
+    ],
+)
+def test_students_that_would_not_keep_step_are_refused(
+    setting: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path, tmp_path)
+    shared = OmegaConf.load(args.config_file)
+    del shared.optim.epochs
+    OmegaConf.save(shared, args.config_file)
+    OmegaConf.save(OmegaConf.merge({"student": {"depth": 3}}, setting), tmp_path / "large.yaml")
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        setup_multidistillation(args)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_without_students_is_refused(tmp_path: Path) -> None:

@@ -10,24 +10,20 @@ import pytest
 import torch
 
 from dinov3.checkpointer import find_all_checkpoints
-from dinov3.configs import DinoV3SetupArgs, setup_config
 from dinov3.train.data_loading import build_train_loader
 from dinov3.train.loop import Trainer
-from dinov3.train.step import NonFiniteLossError
+from dinov3.train.networks import local_part
+from dinov3.train.schedules import StepSettings
+from dinov3.train.step import NonFiniteLossError, train_step
 from dinov3.train.train import build_model
+from tests.multiprocess import run_ranks
 
+from . import test_world_size as world
 from . import tiny
 
 
 def make_trainer(tmp_path: Path, **train: Any) -> Trainer:
-    config = tiny.write_config(
-        tmp_path / "tiny.yaml",
-        tiny.write_images(tmp_path / "images"),
-        train={"OFFICIAL_EPOCH_LENGTH": 3} | train,
-        checkpointing={"period": 2},
-    )
-    cfg = setup_config(DinoV3SetupArgs(config_file=str(config), output_dir=str(tmp_path / "out")))
-    return Trainer(cfg, build_model(cfg))
+    return tiny.make_trainer(tmp_path, period=2, **train)
 
 
 def poisoned(loader: Any, bad_batches: set[int]) -> Iterator[dict[str, Any]]:
@@ -83,3 +79,27 @@ def test_separated_ones_do_not_add_up(tmp_path: Path) -> None:
     trainer.run(data_loader=poisoned(build_train_loader(trainer.cfg), {1, 3}))
     lines = tiny.read_metrics(trainer.output_dir)
     assert len(lines) == 6 and "total_loss" in lines[1].get("nonfinite", [])
+
+
+def overflow_on_the_last_rank(rank: int, world_size: int) -> tuple[str | None, bool]:
+    """A step in which one rank's loss is finite and its gradients are not: what is said, and if nothing changed."""
+    model = build_model(world.config()).train()
+    model.init_weights()
+    backprop = model.backprop_loss
+    if rank == world_size - 1:
+        model.backprop_loss = lambda loss: backprop(loss * torch.inf)  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(model.get_params_groups())
+    before = {name: local_part(entry).clone() for name, entry in model.state_dict().items()}
+    own = world.split(rank, world_size)
+    settings = StepSettings(lr=1e-3, weight_decay=0.04, momentum=0.9, teacher_temp=0.07, last_layer_lr=1e-3)
+    result = train_step(model, optimizer, world.make_batch(own, own), settings, iteration=7, clip_grad=1.0)
+    is_same = all(torch.equal(local_part(entry), before[name]) for name, entry in model.state_dict().items())
+    return result.problem, is_same and not optimizer.state
+
+
+@pytest.mark.distributed
+def test_infinite_gradients_of_one_rank_stop_the_step_on_all() -> None:
+    for problem, is_untouched in run_ranks(overflow_on_the_last_rank, 2):
+        assert is_untouched
+        assert problem is not None and problem.startswith("step 7: backbone_grad_norm, dino_head_grad_norm")
+        assert "not finite on 2 of 2 ranks" in problem and "gradients not finite in backbone." in problem

@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from dinov3.train.plot import draw_metrics, main, plot_losses, read_metrics
+from dinov3.train.plot import draw_metrics, main, plot_losses, read_evaluations, read_metrics
 
 FULL = {
     "iter_time": 0.5,
@@ -131,3 +131,39 @@ def test_the_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_command_wants_one_directory(argv: list[str]) -> None:
     with pytest.raises(ValueError, match="OUTPUT_DIR"):
         main(argv)
+
+
+def write_results(run: Path, iteration: int, *path: str, text: str) -> None:
+    file = run.joinpath("eval", f"training_{iteration}", *path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_evaluations_of_exported_teachers_are_drawn_against_their_iteration(tmp_path: Path) -> None:
+    for iteration, score in ((9, 40), (100, 55.5), (19, 50)):
+        write_results(tmp_path, iteration, "knn", "results-knn.csv", text=f"10 Top 1,20 Top 1\n{score},{score + 1}\n")
+    write_results(tmp_path, 9, "results-depth.csv", text="rmse,split\n0.5,val\n")
+    write_results(tmp_path, 9, "digits", "results-knn.csv", text="10 Top 1\n\n")
+    (tmp_path / "eval" / "training_9.before-1").mkdir()
+    evaluations = read_evaluations(tmp_path)
+    assert evaluations == {
+        "depth": {"rmse": {9: 0.5}},
+        "knn": {"10 Top 1": {9: 40, 19: 50, 100: 55.5}, "20 Top 1": {9: 41, 19: 51, 100: 56.5}},
+    }
+    figure = draw_metrics([FULL | {"iteration": i} for i in (0, 10)], evaluations)
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panels["knn"].lines}
+    assert drawn["10 Top 1"] == ([9, 19, 100], [40, 50, 55.5])
+
+
+def test_a_table_of_results_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_results(tmp_path, 9, "results-knn.csv", text="a,b\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"results-knn\.csv"):
+        read_evaluations(tmp_path)
+
+
+def test_scheduled_weights_of_losses_are_drawn() -> None:
+    figure = draw_metrics([{"iteration": 0, "dino_local_loss_weight": 1.0, "gram_loss_weight": 2.0}])
+    (axes,) = figure.axes
+    assert axes.get_title() == "weights of losses"
+    assert {line.get_label(): line.get_ydata()[0] for line in axes.lines} == {"DINO, local crops": 1.0, "Gram": 2.0}

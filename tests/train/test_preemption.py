@@ -16,13 +16,11 @@ import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import find_all_checkpoints
-from dinov3.configs import DinoV3SetupArgs, setup_config
 from dinov3.train import loop, main, preemption
 from dinov3.train.data_loading import build_train_loader
 from dinov3.train.loop import Trainer
 from dinov3.train.preemption import EXIT_STATUS, SIGNALS, Preemption
 from dinov3.train.step import _average_over_ranks
-from dinov3.train.train import build_model
 from tests.multiprocess import run_ranks
 
 from . import tiny
@@ -39,14 +37,7 @@ def handlers_are_left_as_they_were() -> Iterator[None]:
 
 
 def make_trainer(tmp_path: Path, preemption: Preemption, **train: Any) -> Trainer:
-    config = tiny.write_config(
-        tmp_path / "tiny.yaml",
-        tiny.write_images(tmp_path / "images"),
-        train={"OFFICIAL_EPOCH_LENGTH": 3} | train,
-        checkpointing={"period": 4},
-    )
-    cfg = setup_config(DinoV3SetupArgs(config_file=str(config), output_dir=str(tmp_path / "out")))
-    return Trainer(cfg, build_model(cfg), preemption=preemption)
+    return tiny.make_trainer(tmp_path, period=4, preemption=preemption, **train)
 
 
 def signalled(loader: Any, number: int, at_batch: int) -> Iterator[Any]:

@@ -12,6 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from dinov3.configs import DinoV3SetupArgs, setup_config
+from dinov3.train.loop import Trainer
+from dinov3.train.preemption import Preemption
+from dinov3.train.train import build_model
+
 CONFIG = {
     "compute_precision": {"param_dtype": "fp32"},
     "student": {
@@ -58,6 +63,18 @@ def write_config(path: Path, images: Path, **sections: dict[str, Any]) -> Path:
     config = OmegaConf.merge(CONFIG, {"train": {"dataset_path": f"ImageFolder:root={images}"}}, sections)
     OmegaConf.save(config, path)
     return path
+
+
+def make_trainer(directory: Path, *, period: int, preemption: Preemption | None = None, **train: Any) -> Trainer:
+    """A trainer of six iterations on images in `directory`, with a checkpoint every `period`."""
+    config = write_config(
+        directory / "tiny.yaml",
+        write_images(directory / "images"),
+        train={"OFFICIAL_EPOCH_LENGTH": 3} | train,
+        checkpointing={"period": period},
+    )
+    cfg = setup_config(DinoV3SetupArgs(config_file=str(config), output_dir=str(directory / "out")))
+    return Trainer(cfg, build_model(cfg), preemption=preemption)
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

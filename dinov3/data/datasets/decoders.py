@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class Decoder:
@@ -25,7 +25,7 @@ class ImageDataDecoder(Decoder):
         self.image_data = image_data
 
     def decode(self) -> Image.Image:
-        return Image.open(BytesIO(self.image_data)).convert(mode="RGB")
+        return _open(self.image_data).convert(mode="RGB")
 
 
 class TargetDecoder(Decoder):
@@ -45,6 +45,14 @@ class DenseTargetDecoder(Decoder):
         self.image_data = image_data
 
     def decode(self) -> Image.Image:
-        image = Image.open(BytesIO(self.image_data))
+        image = _open(self.image_data)
         image.load()  # now, while the caller can still say which file is broken
         return image
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data))
+    except UnidentifiedImageError:  # which names the object in memory
+        beginning = f", beginning with {data[:8]!r}" if data else ""
+        raise UnidentifiedImageError(f"cannot identify image file ({len(data)} bytes{beginning})") from None

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov3.hub.files import WeightsError
 from dinov3.hub.formats import huggingface, timm
 from dinov3.hub.formats.biases import effective_biases
 from dinov3.hub.formats.kept import keep, restore
 from dinov3.hub.formats.layouts import Layout, Library, State, detect, inverted, own_entries, rename
 from dinov3.hub.formats.positions import computed_periods, rope_base
+from dinov3.utils.weight_files import WeightsError
 
 _CONVNEXT = {"huggingface": huggingface.CONVNEXT, "timm": timm.CONVNEXT}
 _VIT_TO_RELEASE = {"huggingface": huggingface.vit_to_release, "timm": timm.vit_to_release}

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.hub.files import SAFETENSORS_DTYPES, WeightsError
 from dinov3.hub.formats.biases import effective_bias
 from dinov3.hub.formats.layouts import State
+from dinov3.utils.weight_files import SAFETENSORS_DTYPES, WeightsError
 
 #: Under this name the metadata of a safetensors file holds what the layout has no place for.
 METADATA_KEY = "dinov3"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import published_vit_like
-from dinov3.hub.files import WeightsError
 from dinov3.layers import RopePositionEmbedding
+from dinov3.utils.weight_files import WeightsError
 
 DEFAULT_ROPE_BASE = 100.0
 USUAL_HEAD_DIM = 64

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinov3.hub.files import WeightsError, is_safetensors, read_file, read_safetensors_header
+from dinov3.utils.weight_files import WeightsError, is_safetensors, read_file, read_safetensors_header
 
 CONFIG_FILE = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"

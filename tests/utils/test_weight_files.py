@@ -5,61 +5,35 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinov3.hub.files import WeightsError, read_file, read_safetensors_header, write_safetensors
-from dinov3.hub.weights import read_state_dict
+from dinov3.utils.weight_files import WeightsError, read_file, read_safetensors_header, write_safetensors
 
 STATE = {"cls_token": torch.randn(1, 1, 8), "blocks.0.attn.backbone.weight": torch.randn(300, 8)}
 
 
-def assert_holds_state(state: dict[str, Tensor]) -> None:
+def assert_holds_state(state: Mapping[str, Tensor]) -> None:
     assert state.keys() == STATE.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in STATE.items())
 
 
-def prefixed(prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in STATE.items()}
-
-
-HEADS = {"dino_head.mlp.0.weight": torch.ones(2), "ibot_head.last_layer.weight": torch.ones(2)}
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": STATE,
-    "plain with heads": STATE | HEADS,
-    "module": prefixed("module."),
-    "backbone": prefixed("backbone.") | HEADS,
-    "module backbone": prefixed("module.backbone.") | HEADS,
-    "backbone module": prefixed("backbone.module."),
-    "teacher": {"teacher": prefixed("backbone.") | HEADS, "iteration": 3},
-    "teacher module": {"teacher": prefixed("module.backbone."), "student": prefixed("module.backbone.")},
-    "other heads": prefixed("backbone.") | {"linear_head.weight": torch.ones(2)},
-}
-
-
-@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
-def test_prefixes_go_at_the_start_of_a_name_only(content: dict[str, Any], tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "weights.pth")
-    assert_holds_state(read_state_dict(tmp_path / "weights.pth"))
-
-
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights"])
 def test_format_is_told_by_content_and_not_by_name(name: str, tmp_path: Path) -> None:
-    save_file(prefixed("backbone.") | HEADS, tmp_path / name)
-    assert_holds_state(read_state_dict(str(tmp_path / name)))
+    save_file(STATE, tmp_path / name)
+    assert_holds_state(read_file(tmp_path / name))
     torch.save(STATE, tmp_path / name)
-    assert_holds_state(read_state_dict(tmp_path / name))
+    assert_holds_state(read_file(tmp_path / name))
     torch.save(STATE, tmp_path / name, _use_new_zipfile_serialization=False)
-    assert_holds_state(read_state_dict(tmp_path / name))
+    assert_holds_state(read_file(tmp_path / name))
 
 
 def test_tensors_are_mapped_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -68,17 +42,17 @@ def test_tensors_are_mapped_unless_asked_otherwise(tmp_path: Path) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         maps = None
-    mapped = read_state_dict(path)
+    mapped = read_file(path)
     assert maps is None or str(path) in maps.read_text()
     del mapped
-    read = read_state_dict(path, mmap=False)
+    read = read_file(path, mmap=False)
     assert maps is None or str(path) not in maps.read_text()
     assert_holds_state(read)
 
 
-def zip_checkpoint() -> bytes:
+def zip_checkpoint(content: Any = STATE) -> bytes:
     buffer = io.BytesIO()
-    torch.save(STATE, buffer)
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 
@@ -130,6 +104,7 @@ BAD_FILES = {
     "picture": (picture(), "is not a checkpoint: it is a PNG picture"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), r"it is a gzip archive \(unpack it first\)"),
     "bytes": (b"\x00\x01\x02\x03" * 20, "it begins with the bytes 00 01 02 03 00 01 02 03"),
+    "list": (zip_checkpoint([torch.ones(1)]), "is not a checkpoint: it holds a list, expected a state dict"),
     "another zip": (numpy_archive(), "is not a PyTorch checkpoint, or is damaged or truncated"),
 }
 
@@ -139,7 +114,7 @@ def test_unreadable_file_is_named_and_described(content: bytes, message: str, tm
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=message) as caught:
-        read_state_dict(path)
+        read_file(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -185,7 +160,7 @@ def test_header_of_safetensors_that_lies(content: bytes, message: str, tmp_path:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=message) as caught:
-        read_state_dict(path)
+        read_file(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -228,79 +203,5 @@ class Trap:
 def test_code_in_a_file_is_not_run(zipped: bool, tmp_path: Path) -> None:
     torch.save(STATE | {"trap": Trap(tmp_path / "sprung")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError, match=r"other than tensors, numbers and text \(such as \S+\.mkdir\)"):
-        read_state_dict(tmp_path / "w.pth")
+        read_file(tmp_path / "w.pth")
     assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.ones(1)], "is not a checkpoint: it holds a list, expected a state dict"),
-        ({}, "is not a state dict of a backbone: it is empty"),
-        (HEADS, "is not a state dict of a backbone: it is empty"),
-        (
-            {"state_dict": STATE, "epoch": 3},
-            "is not a state dict of a backbone: state_dict, epoch of its 2 entries are not tensors. .* 'state_dict'",
-        ),
-        (
-            {"model": {"transformer.decoder.norm.weight": torch.ones(1)}},
-            "model of its 1 entries are not tensors. Below 'model': It is the weights of a detector, not a backbone",
-        ),
-    ],
-)
-def test_content_that_is_no_state_dict(content: Any, message: str, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=message):
-        read_state_dict(tmp_path / "weights.pth")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A directory of a distributed checkpoint with the backbone's entries of a teacher."""
-    entries = {f"model.teacher.backbone.{name}": tensor for name, tensor in STATE.items()}
-    others = {"model.student.backbone.cls_token": torch.zeros(1), "model.teacher.dino_head.bias": torch.zeros(1)}
-    dcp.save(entries | others | {"iteration": 3}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    return tmp_path / "checkpoint"
-
-
-def test_distributed_checkpoint(checkpoint: Path) -> None:
-    assert_holds_state(read_state_dict(checkpoint))
-
-
-def test_code_in_the_index_of_a_distributed_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(WeightsError, match=r"\.metadata is not the index .*: it refers to \S+\.mkdir, which could run"):
-        read_state_dict(checkpoint)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_damaged_distributed_checkpoints(checkpoint: Path) -> None:
-    index = (checkpoint / ".metadata").read_bytes()
-    (checkpoint / ".metadata").write_bytes(index[:100])
-    with pytest.raises(WeightsError, match=r"\.metadata is not the index of a distributed checkpoint, or is damaged"):
-        read_state_dict(checkpoint)
-    (checkpoint / ".metadata").write_bytes(index)
-    next(checkpoint.glob("*.distcp")).unlink()
-    with pytest.raises(WeightsError, match=str(checkpoint)):
-        read_state_dict(checkpoint)
-
-
-def test_distributed_checkpoint_without_a_teacher(tmp_path: Path) -> None:
-    dcp.save({"model.student.backbone.cls_token": torch.zeros(1)}, checkpoint_id=tmp_path, no_dist=True)
-    with pytest.raises(WeightsError, match="holds no teacher: no entry starts with any of model.teacher.backbone., "):
-        read_state_dict(tmp_path)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no weights at {tmp_path / 'none.pth'}"):
-        read_state_dict(tmp_path / "none.pth")
-
-
-def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match="neither a distributed checkpoint .* nor a model of transformers or timm .* holds nothing"
-    ):
-        read_state_dict(tmp_path)
-    (tmp_path / "config.yaml").touch()
-    with pytest.raises(WeightsError, match=rf"directory of a training run.* dinov3_from_run\('{tmp_path}'\)"):
-        read_state_dict(tmp_path)
