@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 os.environ.setdefault("DINOV3_DEVICE", "cpu")  # inherited by the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def feature_cache() -> Iterator[None]:
+    """Features that evaluations keep on disk are those of this session."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        os.environ["DINOV3_FEATURE_CACHE"] = directory
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
-from dinov3.eval.features import extract_rows, gather_rows, make_enumerated_loader
+from dinov3.eval.feature_cache import FeatureCache, extract_cached
+from dinov3.eval.features import gather_rows
 
 
 class SubsetEx(Subset[Any]):
@@ -135,6 +136,31 @@ def create_train_dataset_dict(
     return subsets
 
 
+def split_train_val_datasets(
+    dataset: Any, split_percentage: float = 0.1, shuffle_train: bool = True
+) -> tuple[SubsetEx, SubsetEx]:
+    """Divide a dataset into training and validation samples.
+
+    Args:
+        dataset: labelled.
+        split_percentage: the fraction of each class that goes to validation: at least one sample, but none of a class
+            that has only one.
+        shuffle_train: take and leave samples in an order drawn with seed 0, instead of their own.
+
+    Returns:
+        The training and the validation samples.
+    """
+    labels = get_labels(dataset)
+    order = torch.arange(len(labels))
+    if shuffle_train:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for places in create_class_indices_mapping(labels[order]).values():
+        if len(places) > 1:
+            is_val[places[: max(1, int(split_percentage * len(places)))]] = True
+    return SubsetEx(dataset, order[~is_val].tolist()), SubsetEx(dataset, order[is_val].tolist())
+
+
 def extract_features_for_dataset_dict(
     model: nn.Module,
     dataset_dict: Mapping[int, Any],
@@ -143,6 +169,7 @@ def extract_features_for_dataset_dict(
     gather_on_cpu: bool = False,
     *,
     shard_above_bytes: int | None = None,
+    cache: FeatureCache | None = None,
 ) -> dict[int, dict[str, Tensor]]:
     """The training features of each try; samples that several tries share go through the model once.
 
@@ -153,14 +180,22 @@ def extract_features_for_dataset_dict(
         num_workers: of the loader.
         gather_on_cpu: return CPU tensors instead of such on the model's device.
         shard_above_bytes: with several processes, leave each its own rows if all would take more memory than this.
+        cache: where features are looked up, and put.
 
     Returns:
         `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. Where rows are left to their
         process: its [n, D] features, the labels of all N, and `"train_rows"` (int64 [n]), which of the N it has.
     """
     dataset, positions = _union(dataset_dict)
-    loader = make_enumerated_loader(dataset, batch_size, num_workers)
-    rows = extract_rows(model, loader, on_cpu=gather_on_cpu, description="training features")
+    rows = extract_cached(
+        model,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        cache=cache,
+        on_cpu=gather_on_cpu,
+        description="training features",
+    )
     n_bytes = 4 * len(dataset) * rows.features.shape[1]
     sharded = distributed.get_world_size() > 1 and shard_above_bytes is not None and n_bytes > shard_above_bytes
     if not sharded:

@@ -28,6 +28,7 @@ from dinov3.eval import results as results_files
 Config = TypeVar("Config")
 
 IMPLIED_OUTPUT_DIR = "."
+NO_CACHE_FLAG = "--no-cache"
 
 
 def key(default: Any, description: str) -> Any:
@@ -43,7 +44,8 @@ def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     Args:
         argv: the arguments after the program's name; None takes them from the command line. The output directory may
-            be given as `output_dir=DIR`, `--output-dir=DIR` or `--output-dir DIR`; the last one wins.
+            be given as `output_dir=DIR`, `--output-dir=DIR` or `--output-dir DIR`; the last one wins. `--no-cache`
+            stands for `features.cache=false`.
 
     Returns:
         The settings by section, and `output_dir` ("." if it is not given).
@@ -62,6 +64,8 @@ def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 raise ConfigError("--output-dir: expected a directory after it")
         if name in ("output_dir", "--output-dir"):
             output_dir = value
+        elif token == NO_CACHE_FLAG:
+            options.append("features.cache=false")
         elif token.startswith("-"):
             raise ConfigError(f"unknown flag {token!r}: settings are given as key=value; --help lists the keys")
         else:
@@ -181,6 +185,8 @@ def _flatten(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str 
 
 
 def _enum_name(name: str, value: Any, value_type: Any) -> Any:
+    if typing.get_origin(value_type) is list and isinstance(value, list):
+        return [_enum_name(name, entry, typing.get_args(value_type)[0]) for entry in value]
     if (
         not (isinstance(value_type, type) and issubclass(value_type, Enum) and isinstance(value, str))
         or value == MISSING

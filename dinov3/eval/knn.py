@@ -43,12 +43,20 @@ from dinov3.eval.data import (
     extract_features_for_dataset_dict,
     get_labels,
     get_labels_without_images,
+    pad_multilabel_and_collate,
 )
+from dinov3.eval.feature_cache import extract_cached
 from dinov3.eval.features import FeatureRows, extract_rows, make_enumerated_loader, model_device
 from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
 from dinov3.eval.knn_config import EvalConfig, Feature, KnnEvalConfig, TrainConfig
 from dinov3.eval.knn_module import KnnModule, blocks_of_slowest_process, knn_accuracy, split_rows
-from dinov3.eval.metrics import ClassificationMetricType, TopKAccuracy, build_classification_metric
+from dinov3.eval.metrics import (
+    ClassificationMetricType,
+    TargetKind,
+    build_classification_metric,
+    check_targets,
+    scalar_results,
+)
 from dinov3.eval.results import write_atomically
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
@@ -114,10 +122,11 @@ def eval_knn(
     model: nn.Module,
     train_data_dict: Mapping[int, Mapping[str, Tensor]],
     test_data_loader: Any,
-    metric_collection: TopKAccuracy,
+    metric_collection: Any,
     knn_config: TrainConfig,
     num_classes: int,
     save_results_func: Callable[..., None] | None = None,
+    test_rows: FeatureRows | None = None,
 ) -> dict[int, dict[str, float]]:
     """Classify the test images by the training features of each try.
 
@@ -129,24 +138,28 @@ def eval_knn(
         knn_config: `ks` and the settings of the vote.
         num_classes: C.
         save_results_func: called with scores [M, C], targets and `filename_suffix`, per try and k.
+        test_rows: this process's features of the test images; None: extract them from the loader's.
 
     Returns:
         Metrics in percent by k; with several tries their `<metric>_mean` and `<metric>_std`.
     """
     device = model_device(model)
-    test_rows = extract_rows(model, test_data_loader, description="test features")
+    if test_rows is None:
+        test_rows = extract_rows(model, test_data_loader, description="test features")
     tries: dict[int, dict[int, dict[str, float]]] = {}
     for name, train_data in train_data_dict.items():
         module = _make_module(train_data, device, knn_config, num_classes)
-        _, metrics, outputs = evaluate(
+        metrics = {k: metric_collection.clone() for k in module.ks}
+        _, values, outputs = evaluate(
             model=module,
             data_loader=list(_feature_batches(test_rows, module.queries_per_block)),
             postprocessors={k: DictKeysModule([k]) for k in module.ks},
-            metrics={k: metric_collection.clone() for k in module.ks},
+            metrics=metrics,
             device=device,
             accumulate_results=save_results_func is not None,
         )
-        tries[name] = {k: {metric: 100 * float(v) for metric, v in values.items()} for k, values in metrics.items()}
+        fractions = {k: scalar_results(metrics[k], value) for k, value in values.items()}
+        tries[name] = {k: {metric: 100 * v for metric, v in value.items()} for k, value in fractions.items()}
         for k, output in outputs.items():
             if save_results_func is not None and output is not None:
                 suffix = f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}"
@@ -223,12 +236,14 @@ def _evaluate_model(
         make_dataset(dataset_str=text, transform=transform, target_transform=None)
         for text in (config.train.dataset, config.eval.test_dataset)
     )
-    num_classes = _check_datasets(train_dataset, test_dataset, config.eval.test_metric_type)
+    metric_type = config.eval.test_metric_type
+    num_classes = _check_datasets(train_dataset, test_dataset, metric_type)
     model = ModelWithPatchMean(model) if config.eval.feature is Feature.PATCH_MEAN else model
     model = wrap_model(model, normalize=True)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
+        cache = config.features.make_cache()
         train_data_dict = extract_features_for_dataset_dict(
             model,
             tries,
@@ -236,16 +251,23 @@ def _evaluate_model(
             config.train.num_workers,
             gather_on_cpu=True,
             shard_above_bytes=int(config.train.memory_budget_mb * 2**20),
+            cache=cache,
+        )
+        test_rows = extract_cached(
+            model,
+            test_dataset,
+            batch_size=config.eval.batch_size or config.train.batch_size,
+            num_workers=config.eval.num_workers,
+            cache=cache,
+            collate_fn=pad_multilabel_and_collate if metric_type.target_kind is TargetKind.LISTS else None,
+            description="test features",
         )
         per_k = eval_knn(
             model=model,
             train_data_dict=train_data_dict,
-            test_data_loader=make_test_data_loader(
-                test_dataset,
-                batch_size=config.eval.batch_size or config.train.batch_size,
-                num_workers=config.eval.num_workers,
-            ),
-            metric_collection=build_classification_metric(config.eval.test_metric_type, num_classes=num_classes),
+            test_data_loader=(),
+            test_rows=test_rows,
+            metric_collection=build_classification_metric(metric_type, num_classes=num_classes, dataset=test_dataset),
             knn_config=config.train,
             num_classes=num_classes,
             save_results_func=functools.partial(save_results, output_dir=config.output_dir)
@@ -268,12 +290,11 @@ def _check_datasets(train_dataset: Any, test_dataset: Any, metric_type: Classifi
     check_same_classes(train_dataset, test_dataset)
     train_labels = get_labels(train_dataset)
     num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
+    if metric_type.target_kind in (TargetKind.LISTS, TargetKind.INDICES):
+        return num_classes
     test_labels = get_labels_without_images(test_dataset)
-    if test_labels is not None and test_labels.ndim != 1:
-        raise ValueError(
-            f"eval.test_metric_type={metric_type.name} needs one class per test image, not multi-hot labels"
-        )
-    if test_labels is not None and int(test_labels.max()) >= num_classes:
+    check_targets(metric_type, test_labels, "eval.test_dataset")
+    if test_labels is not None and test_labels.ndim == 1 and int(test_labels.max()) >= num_classes:
         raise ValueError(
             f"eval.test_dataset has class {int(test_labels.max())}, but train.dataset has only {num_classes} classes"
         )

@@ -8,6 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from dinov3.eval.config import FewShotConfig, TransformConfig
+from dinov3.eval.feature_cache import FeaturesConfig
 from dinov3.eval.helpers import key
 from dinov3.eval.metrics import ClassificationMetricType
 from dinov3.eval.setup import ModelConfig
@@ -50,7 +51,7 @@ class EvalConfig:
 
     test_dataset: str = key(MISSING, "labelled test images, e.g. ImageFolder:root=DIR")
     test_metric_type: ClassificationMetricType = key(
-        ClassificationMetricType.MEAN_ACCURACY, "or MEAN_PER_CLASS_ACCURACY"
+        ClassificationMetricType.MEAN_ACCURACY, "or MEAN_PER_CLASS_ACCURACY, ANY_MATCH_ACCURACY, ..."
     )
     batch_size: int | None = key(None, "images per step and process; null: train.batch_size")
     num_workers: int = key(5, "loader processes")
@@ -66,5 +67,6 @@ class KnnEvalConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     save_results: bool = key(False, "write class scores and targets as .npy")
     output_dir: str = key("", "where results go; . on the command line")

@@ -24,6 +24,7 @@ from dinov3.utils import as_torch_dtype
 logger = logging.getLogger("dinov3")
 
 RANDOM_WEIGHTS = "random initialisation"
+RANDOM_SEED = 0
 
 
 @dataclass
@@ -125,7 +126,9 @@ def setup_and_build_model(
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, output_dir=output_dir, opts=list(opts or [])))
     if not pretrained_weights:
         logger.warning("model.pretrained_weights is empty: the model is a %s, results are a baseline", RANDOM_WEIGHTS)
-    model = build_model_for_eval(cfg, pretrained_weights, shard_unsharded_model)
+    with torch.random.fork_rng():
+        torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
+        model = build_model_for_eval(cfg, pretrained_weights, shard_unsharded_model)
     is_bfloat16 = as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16
     return model, torch.bfloat16 if is_bfloat16 else torch.float32
 

@@ -67,6 +67,19 @@ def make_ade20k(root: Path, bad: bool) -> str:
     return f"ADE20K:split=TRAIN:root={root}"
 
 
+def make_image_net_real(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "n1" / f"ILSVRC2012_val_{number + 1:08d}.JPEG", image(number, bad))
+    put(root / "real.json", json.dumps([[number] for number in range(N_IMAGES)]))
+    return f"ImageNetReaL:root={root}:labels={root}/real.json"
+
+
+def make_image_net_c(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "fog" / "1" / "n1" / f"{number}.JPEG", image(number, bad))
+    return f"ImageNetC:root={root}"
+
+
 def make_nyu(root: Path, bad: bool) -> str:
     for number in range(N_IMAGES):
         put(root / "scene" / f"rgb_{number}.jpg", image(number, bad))
@@ -122,6 +135,8 @@ MAKERS: dict[str, Callable[[Path, bool], str]] = {
     "ImageFolder": make_image_folder,
     "ImageNet": make_image_net,
     "ImageNet22k": make_image_net_22k,
+    "ImageNetC": make_image_net_c,
+    "ImageNetReaL": make_image_net_real,
     "NYU": make_nyu,
     "WebDataset": make_web_dataset,
     "WebDataset stream": make_stream,
@@ -134,6 +149,8 @@ PATHS = {
     "ImageFolder": "a/1.png",
     "ImageNet": "train/n1/n1_1.JPEG",
     "ImageNet22k": "n1.tar/n1_1.JPEG",
+    "ImageNetC": "fog/1/n1/1.JPEG",
+    "ImageNetReaL": "n1/ILSVRC2012_val_00000002.JPEG",
     "NYU": "scene/rgb_1.jpg",
     "WebDataset": "0.tar/1.png",
     "WebDataset stream": "0.tar.gz/1.png",

@@ -8,6 +8,7 @@ from dinov3.data.datasets.hf_dataset import HFDataset
 from dinov3.data.datasets.image_folder import ImageFolder
 from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
+from dinov3.data.datasets.image_net_variants import ImageNetC, ImageNetReaL
 from dinov3.data.datasets.nyu import NYU
 from dinov3.data.datasets.web_dataset import WebDataset
 
@@ -22,5 +23,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "ImageNet22k",
+    "ImageNetC",
+    "ImageNetReaL",
     "WebDataset",
 ]

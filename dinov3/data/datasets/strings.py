@@ -26,6 +26,7 @@ from dinov3.data.datasets import (
     image_folder,
     image_net,
     image_net_22k,
+    image_net_variants,
     nyu,
     web_dataset,
 )
@@ -83,6 +84,8 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
         DatasetGrammar(required=("split", "root", "extra"), splits=image_net.ImageNetSplit),
     ),
     "ImageNet22k": (image_net_22k.ImageNet22k, DatasetGrammar(required=("root", "extra"))),
+    "ImageNetC": (image_net_variants.ImageNetC, DatasetGrammar(required=("root",))),
+    "ImageNetReaL": (image_net_variants.ImageNetReaL, DatasetGrammar(required=("root", "labels"))),
     "NYU": (nyu.NYU, DatasetGrammar(required=("split", "root"), splits=nyu.NYUSplit)),
     "WebDataset": (
         web_dataset.WebDataset,

@@ -1,0 +1,79 @@
+"""One table and one chart of several evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov3.eval import report
+from dinov3.eval.helpers import write_results
+
+
+def write(directory: Path, evaluation: str, results: dict[str, Any], model: str = "") -> None:
+    write_results(results, directory, f"results-{evaluation}.csv", {"model": model} if model else None)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    write(tmp_path / "small" / "knn", "knn", {"10 Top 1": 70.0, "10 Top 5": 90.0, "10 Top 1 std": 0.5}, "ViT-S")
+    val = "ImageFolder:root=/data/digits/val_accuracy"
+    write(tmp_path / "large", "knn", {"10 Top 1": 81.25, "20 Top 1": 82.5}, "ViT-L")
+    write(tmp_path / "large", "linear", {val: 85.5, "best_classifier": "classifier_1"}, "ViT-L")
+    write(tmp_path / "large", "log-regression", {"top-1_mean": 84.0, "top-1_std": 1.5, "top-5_mean": 99.0})
+    return tmp_path
+
+
+def test_table_has_the_main_metrics_of_all_runs(runs: Path) -> None:
+    table = report.format_table(report.collect([runs / "small", runs / "large"]))
+    assert table.splitlines() == [
+        "| run | model | k-NN, 10 Top 1 | k-NN, 20 Top 1 | logistic regression, top-1 | linear, ImageFolder:root=val |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| knn | ViT-S | 70.00 ± 0.50 | - | - | - |",
+        "| large | ViT-L | **81.25** | **82.50** | **84.00** ± 1.50 | **85.50** |",
+    ]
+
+
+def test_rows_come_in_the_order_given_and_once(runs: Path) -> None:
+    rows = report.collect([runs / "large", runs])
+    assert [row.name for row in rows] == ["large", "knn"]
+
+
+def test_names_are_as_long_as_needed(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write(tmp_path / f"seed{seed}" / "eval", "knn", {"10 Top 1": 1.5})
+    assert [row.name for row in report.collect([tmp_path])] == ["seed0/eval", "seed1/eval"]
+
+
+def test_command_writes_table_and_chart(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(runs / "small"), str(runs / "large"), "--output-dir", str(runs / "out")]) == 0
+    table = (runs / "out" / "report.md").read_text()
+    assert table in capsys.readouterr().out
+    with Image.open(runs / "out" / "report.png") as chart:
+        assert chart.format == "PNG" and min(chart.size) > 200
+        assert np.asarray(chart.convert("L")).std() > 10
+    assert sorted(path.name for path in (runs / "out").iterdir()) == ["report.md", "report.png"]
+
+
+def test_directories_without_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such directory"):
+        report.collect([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"no results-knn\.csv, .* in it or below it"):
+        report.collect([tmp_path])
+
+
+@pytest.mark.parametrize("text", ["", "10 Top 1\n1\n2\n"])
+def test_file_that_is_no_table_of_one_row_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results-knn.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"results-knn\.csv"):
+        report.collect([tmp_path])
+
+
+def test_damaged_provenance_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "knn", {"10 Top 1": 1.5})
+    (tmp_path / "results-knn.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results-knn\.json cannot be read"):
+        report.collect([tmp_path])
