@@ -57,6 +57,7 @@ from dinov3.eval.metrics import (
     check_targets,
     scalar_results,
 )
+from dinov3.eval.neighbours_faiss import choose_backend
 from dinov3.eval.results import write_atomically
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
@@ -236,6 +237,7 @@ def _evaluate_model(
         make_dataset(dataset_str=text, transform=transform, target_transform=None)
         for text in (config.train.dataset, config.eval.test_dataset)
     )
+    choose_backend(config.train.backend, model_device(model), as_torch_dtype(config.train.similarity_dtype))
     metric_type = config.eval.test_metric_type
     num_classes = _check_datasets(train_dataset, test_dataset, metric_type)
     model = ModelWithPatchMean(model) if config.eval.feature is Feature.PATCH_MEAN else model
@@ -319,6 +321,7 @@ def _make_module(
         skip_first_nn=config.skip_first_nn,
         memory_budget_mb=config.memory_budget_mb,
         similarity_dtype=as_torch_dtype(config.similarity_dtype),
+        backend=config.backend,
     )
 
 

@@ -6,6 +6,7 @@ have different training rows find each query's neighbours together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.eval import neighbours
+from dinov3.eval import neighbours, neighbours_faiss
 
 
 class KnnModule(nn.Module):
@@ -31,9 +32,11 @@ class KnnModule(nn.Module):
         row_ids: int64 [n], which of the N rows this process has. Then all processes must call `forward` together.
         memory_budget_mb: for temporaries, besides the scores returned.
         similarity_dtype: of the matrix product of queries and features.
+        backend: `torch`, `faiss` (on the CPU in float32), or `auto`: faiss where it can and is installed.
 
     Raises:
-        ValueError: a label is not in [0, C).
+        ImportError: faiss is asked for, but not installed.
+        ValueError: a label is not in [0, C), or faiss cannot search there.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class KnnModule(nn.Module):
         row_ids: Tensor | None = None,
         memory_budget_mb: float = 512,
         similarity_dtype: torch.dtype = torch.float32,
+        backend: str = "torch",
     ) -> None:
         super().__init__()
         _check_labels(train_labels, num_classes)
@@ -56,7 +60,7 @@ class KnnModule(nn.Module):
         self.T = T
         self.num_classes = num_classes
         self.skip_first_nn = skip_first_nn
-        self.similarity_dtype = similarity_dtype
+        self.backend = neighbours_faiss.choose_backend(backend, torch.device(device), similarity_dtype)
         self.sharded = row_ids is not None
         self.n_neighbours = min(self.ks[-1] + skip_first_nn, len(train_labels))
         # Attributes, not buffers: converting the module's dtype must not reach the features.
@@ -71,6 +75,12 @@ class KnnModule(nn.Module):
             score_bytes=4 * num_classes * (1 + len(self.ks)),
             n_processes=distributed.get_world_size() if self.sharded else 1,
         )
+        if self.backend == "faiss":
+            self.search_rows = functools.partial(neighbours_faiss.search, rows_per_block=self.rows_per_block)
+        else:
+            self.search_rows = functools.partial(
+                neighbours.search, rows_per_block=self.rows_per_block, dtype=similarity_dtype
+            )
 
     @torch.no_grad()
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
@@ -81,16 +91,13 @@ class KnnModule(nn.Module):
         return {k: torch.cat([part[k] for part in parts]) for k in self.ks}
 
     def _score(self, queries: Tensor) -> dict[int, Tensor]:
-        search = neighbours.search_sharded if self.sharded else neighbours.search
+        search = (
+            functools.partial(neighbours.search_sharded, search_rows=self.search_rows)
+            if self.sharded
+            else self.search_rows
+        )
         with _full_precision(queries.device):
-            keys = search(
-                queries,
-                self.features,
-                self.row_ids,
-                self.n_neighbours,
-                rows_per_block=self.rows_per_block,
-                dtype=self.similarity_dtype,
-            )
+            keys = search(queries, self.features, self.row_ids, self.n_neighbours)
             return neighbours.vote(
                 keys[:, 1:] if self.skip_first_nn else keys,
                 self.class_lists,

@@ -11,7 +11,7 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,10 @@ from dinov3 import distributed
 ROW_MULTIPLE = 64
 ID_MASK = 0xFFFFFFFF
 WORST_KEY = torch.iinfo(torch.int64).min
+GROUP = 8
+ROWS_PER_NEIGHBOUR_TO_GROUP = 64
 MAX_QUERIES_PER_BLOCK = 1024
-MAX_ROWS_PER_BLOCK = 16384
+MAX_ROWS_PER_BLOCK = 32768
 
 
 def pack(similarities: Tensor, ids: Tensor) -> Tensor:
@@ -73,9 +75,9 @@ def search(
         Keys (see `pack`) [M, min(k, N)], best first.
     """
     best = queries.new_empty(len(queries), 0, dtype=torch.int64)
-    padded = _pad_rows(queries.to(dtype))
+    padded = pad_rows(queries.to(dtype))
     for block, block_ids in zip(features.split(rows_per_block), ids.split(rows_per_block), strict=True):
-        similarities = padded @ _pad_rows(block.to(dtype)).T
+        similarities = padded @ pad_rows(block.to(dtype)).T
         found = _best_of_block(similarities[: len(queries), : len(block)].float(), block_ids, k)
         best = torch.cat([best, found], dim=1)
         best = best.topk(min(k, best.shape[1])).values
@@ -87,9 +89,7 @@ def search_sharded(
     features: Tensor,
     ids: Tensor,
     k: int,
-    *,
-    rows_per_block: int = MAX_ROWS_PER_BLOCK,
-    dtype: torch.dtype = torch.float32,
+    search_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor] = search,
 ) -> Tensor:
     """`search` where each process has other training rows and other queries; every process must call it.
 
@@ -98,14 +98,13 @@ def search_sharded(
         features: float32 [n, D], this process's training rows; n may differ, and be 0.
         ids: int64 [n], of these rows among those of all processes.
         k: number of neighbours, at most the number of training rows of all processes.
-        rows_per_block: training rows per matrix product.
-        dtype: of the matrix product.
+        search_rows: `search` with settings, or another that returns the same keys.
 
     Returns:
         Keys [M, k] of this process's queries among all training rows, best first.
     """
     gathered = distributed.gather_all_tensors(queries)
-    found = search(torch.cat(gathered), features, ids, k, rows_per_block=rows_per_block, dtype=dtype)
+    found = search_rows(torch.cat(gathered), features, ids, k)
     found = F.pad(found, (0, k - found.shape[1]), value=WORST_KEY)
     n_processes = len(gathered)
     received = found.new_empty(n_processes * len(queries), k)
@@ -195,15 +194,29 @@ def _clamp(count: int, largest: int) -> int:
     return min(max(count // ROW_MULTIPLE, 1) * ROW_MULTIPLE, largest)
 
 
-def _pad_rows(matrix: Tensor) -> Tensor:
+def pad_rows(matrix: Tensor) -> Tensor:
+    """The matrix [n, D] with rows of zeros up to a multiple of 64."""
     missing = -len(matrix) % ROW_MULTIPLE
     return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+
+
+def _topk(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n_queries, n_rows = similarities.shape
+    if n_rows % GROUP or n_rows < ROWS_PER_NEIGHBOUR_TO_GROUP * k:
+        values, columns = similarities.topk(k)
+        return values, columns
+    # The k largest are in the k groups of columns with the largest maxima. Column j * n_groups + i is in group i.
+    groups = similarities.view(n_queries, GROUP, -1)
+    n_groups = groups.shape[2]
+    best = groups.amax(dim=1).topk(k, sorted=False).indices
+    values, places = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1).topk(k)
+    return values, (places // k) * n_groups + best.gather(1, places % k)
 
 
 def _best_of_block(similarities: Tensor, ids: Tensor, k: int) -> Tensor:
     if similarities.shape[1] <= k:
         return pack(similarities, ids)
-    values, columns = similarities.topk(k + 1)
+    values, columns = _topk(similarities, k + 1)
     keys = pack(values[:, :k], ids[columns[:, :k]])
     # Where the last one taken equals the first one left out, topk may have taken any of the equal ones.
     for rows in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].split(ROW_MULTIPLE):

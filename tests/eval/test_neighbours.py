@@ -89,10 +89,19 @@ def test_blocks_shrink_with_the_budget_and_with_the_number_of_classes() -> None:
         arguments: dict[str, Any] = {"dim": 384, "n_neighbours": 200, "n_votes": 200, "score_bytes": scores}
         return neighbours.block_sizes(megabytes * 2**20, **arguments)
 
-    assert sizes(512, 1000) == (1024, 16384)
+    assert sizes(512, 1000) == (1024, 32768)
     assert sizes(512, 21841)[0] < 1024
     for megabytes, n_classes in itertools.product((8, 32, 128), (10, 1000, 21841)):
         queries, rows = sizes(megabytes, n_classes)
         assert queries % 64 == rows % 64 == 0
         assert queries == 64 or queries * (20 * n_classes) <= megabytes * 2**20
         assert rows == 64 or 8 * queries * rows <= megabytes * 2**20
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_best_of_many_rows_are_found_among_the_best_groups(k: int) -> None:
+    n_rows = neighbours.ROWS_PER_NEIGHBOUR_TO_GROUP * 16
+    features, queries = whole_numbers(n_rows, 8, seed=2), whole_numbers(64, 8, seed=3)
+    similarities, ids = neighbours.unpack(neighbours.search(queries, features, torch.arange(n_rows), k))
+    want_similarities, want_ids = brute_force(queries, features, k)
+    assert torch.equal(similarities, want_similarities) and torch.equal(ids, want_ids)

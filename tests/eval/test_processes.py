@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.eval import knn, neighbours
+from dinov3.eval import knn, neighbours, neighbours_faiss
 from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.features import extract_features
 from dinov3.eval.helpers import write_results
@@ -51,8 +51,10 @@ def check_parts(rank: int, world_size: int) -> None:
         features, queries = divided_problem(n_rows)
         mine = torch.arange(rank, n_rows, world_size)
         own = queries[0:0] if rank == 0 else queries[rank - 1 :: world_size - 1]
-        found = neighbours.search_sharded(own, features[mine], mine, k, rows_per_block=64)
+        found = neighbours.search_sharded(own, features[mine], mine, k)
         assert torch.equal(found, neighbours.search(own, features, torch.arange(n_rows), k))
+        found = neighbours.search_sharded(own, features[mine], mine, k, neighbours_faiss.search)
+        assert torch.equal(found, neighbours_faiss.search(own, features, torch.arange(n_rows), k))
 
     index = torch.arange(11)[rank::world_size]
     lists = torch.full((len(index), rank + 1), -1)
