@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm import tqdm
 
 from dinov3 import distributed
@@ -31,9 +30,6 @@ from dinov3.checkpointer import (
     keep_last_n_checkpoints,
     remove_stale_temporaries,
 )
-from dinov3.data.loaders import BatchRequest, TrainBatches, WorkerInit
-from dinov3.data.samplers import InfiniteSampler
-from dinov3.distributed import runtime
 from dinov3.eval.feature_cache import FeatureCache, extract_cached, weights_digest
 from dinov3.eval.features import gather_rows, model_device
 from dinov3.eval.linear_config import TrainConfig
@@ -45,13 +41,13 @@ from dinov3.eval.linear_heads import (
     setup_linear_classifiers,
     without_ddp_prefix,
 )
+from dinov3.eval.train_loader import TrainOrder, make_train_loader
 from dinov3.eval.utils import ModelWithIntermediateLayers
 
 logger = logging.getLogger("dinov3")
 
 CHECKPOINT_FILE = "checkpoint.pth"
 FINAL, BEST = "final", "best"
-DATA_SEED = 0
 LOG_PERIOD = 10  # steps
 NO_ACCURACY = -1.0  # best accuracy before the first validation
 
@@ -282,41 +278,6 @@ def inputs_fit(model: LinearInputs, dataset: Any, memory_budget_mb: float) -> bo
     return size_mb <= memory_budget_mb
 
 
-def make_train_loader(dataset: Any, batch_size: int, num_workers: int, first_iteration: int) -> DataLoader[Any]:
-    """An endless loader of this process's part of each batch; every image has the seed of its place."""
-    return DataLoader(
-        TrainBatches(dataset, _only_sample, (DATA_SEED, 0, 0), skip_bad_images=False),
-        sampler=TrainOrder(len(dataset), batch_size, first_iteration),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        pin_memory=runtime.device().type == "cuda",
-        worker_init_fn=WorkerInit(None),
-        generator=torch.Generator(),
-    )
-
-
-class TrainOrder(Sampler[BatchRequest]):
-    """The images of this process: every `world size`-th entry of the endless shuffled order, as single requests.
-
-    Args:
-        n_images: size of the dataset.
-        batch_size: images per step and process.
-        first_iteration: steps that have been done.
-    """
-
-    def __init__(self, n_images: int, batch_size: int, first_iteration: int) -> None:
-        self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
-        self._first = first_iteration * batch_size * self._world_size
-        self._order = InfiniteSampler(
-            sample_count=n_images, shuffle=True, seed=DATA_SEED, start=0, step=1, advance=self._first
-        )
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        own = islice(enumerate(self._order, start=self._first), self._rank, None, self._world_size)
-        return (BatchRequest(place, [index]) for place, index in own)
-
-
 def save_checkpoint(
     directory: Path,
     classifiers: AllClassifiers,
@@ -480,11 +441,3 @@ def _kept_batches(
 def _keep_newest(directory: Path, policy: CheckpointRetentionPolicy) -> None:
     if distributed.is_main_process():
         keep_last_n_checkpoints(directory, policy.max_to_keep)
-
-
-def _only_sample(samples: list[Any]) -> Any:
-    return samples[0]
-
-
-def _collate(items: list[tuple[Any, Any]]) -> Any:
-    return default_collate([sample for sample, _ in items])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.eval.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
 from dinov3.eval.features import extract_features
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 __all__ = [
     "ModelWithIntermediateLayers",
@@ -79,45 +79,6 @@ class ModelWithPatchMean(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, D], float32."""
         return self.model.forward_features(images)["x_norm_patchtokens"].float().mean(dim=1)
-
-
-class ModelWithIntermediateLayers(nn.Module):
-    """Normed tokens of some blocks of a frozen backbone.
-
-    Args:
-        feature_model: a backbone; put into evaluation mode.
-        n: the last n blocks, or the indices of blocks.
-        autocast_ctx: makes the context that the backbone runs in.
-        reshape: give patch tokens as maps [B, D, H, W].
-        return_class_token: give pairs of patch tokens and class token.
-    """
-
-    feature_model: Any
-
-    def __init__(
-        self,
-        feature_model: nn.Module,
-        n: int | Sequence[int],
-        autocast_ctx: Callable[[], AbstractContextManager[Any]],
-        reshape: bool = False,
-        return_class_token: bool = True,
-    ) -> None:
-        super().__init__()
-        self.feature_model = feature_model.eval()
-        self.n = n
-        self.autocast_ctx = autocast_ctx
-        self.reshape = reshape
-        self.return_class_token = return_class_token
-
-    def forward(self, images: Tensor) -> tuple[Any, ...]:
-        """For each block, shallow to deep, (patch tokens [B, P, D], class token [B, D]), or patch tokens alone.
-
-        The outputs are inference tensors: clone them before autograd sees them.
-        """
-        with torch.inference_mode(), self.autocast_ctx():
-            return self.feature_model.get_intermediate_layers(
-                images, n=self.n, reshape=self.reshape, return_class_token=self.return_class_token
-            )
 
 
 def wrap_model(model: nn.Module, *, normalize: bool = True, multi_scale: bool = False) -> nn.Module:

@@ -2,6 +2,33 @@
 
 TARGETS: dict[str, str] = {
     "dinov3.models.build_model_for_eval": "dinov3.hub.runs.build_model_for_eval",
+    # Depth: models are heads, what evaluations share lies in eval/dense.
+    "dinov3.eval.depth.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
+    "dinov3.eval.depth.models.encoder.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
+    "dinov3.eval.depth.models.encoder._get_backbone_out_indices": "dinov3.heads.backbone_layers.backbone_out_indices",
+    "dinov3.eval.depth.models.encoder": "dinov3.heads.dense_encoder",
+    "dinov3.eval.depth.models.PatchSizeAdaptationStrategy": "dinov3.heads.dense_encoder.PatchSizeAdaptationStrategy",
+    "dinov3.eval.depth.models.DinoVisionTransformerWrapper": "dinov3.heads.dense_encoder.DinoVisionTransformerWrapper",
+    "dinov3.eval.depth.models.embed": "dinov3.layers.patch_multiple",
+    "dinov3.eval.depth.models.dpt_head": "dinov3.heads.dpt",
+    "dinov3.eval.depth.models.DPTHead": "dinov3.heads.dpt.DPTHead",
+    "dinov3.eval.depth.models.linear_head.LinearHead": "dinov3.heads.linear.LinearDepthHead",
+    "dinov3.eval.depth.models.LinearHead": "dinov3.heads.linear.LinearDepthHead",
+    "dinov3.eval.depth.models.FeaturesToDepth": "dinov3.heads.features_to_depth.FeaturesToDepth",
+    "dinov3.eval.depth.models": "dinov3.heads.depther",
+    "dinov3.eval.depth.utils.create_chmv2_mixlog_bins": "dinov3.heads.features_to_depth.create_chmv2_mixlog_bins",
+    "dinov3.eval.depth.utils.create_outputs_with_chmv2_mixlog_norm": (
+        "dinov3.heads.features_to_depth.create_outputs_with_chmv2_mixlog_norm"
+    ),
+    "dinov3.eval.depth.schedulers": "dinov3.eval.dense.schedulers",
+    "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.dense.checkpoints",
+    "dinov3.eval.depth.visualization_utils": "dinov3.eval.depth.visualization",
+    "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.masks",
+    # Segmentation.
+    "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
+    "dinov3.eval.segmentation.models.heads.linear_head.LinearHead": "dinov3.heads.linear.LinearSegmentationHead",
+    "dinov3.eval.segmentation.models": "dinov3.heads.segmentation",
+    "dinov3.eval.segmentation.schedulers": "dinov3.eval.dense.schedulers",
 }
 
 

@@ -1,0 +1,1 @@
+"""Semantic segmentation: linear heads trained, evaluated and used for prediction (arXiv 2508.10104, section 6)."""
