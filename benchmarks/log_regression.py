@@ -83,7 +83,7 @@ def make_rows(n: int, args: argparse.Namespace, seed: int) -> tuple[Tensor, Tens
 
 
 def fit_ours(features: Tensor, labels: Tensor, Cs: list[float]) -> list[Fit]:
-    return fit_with_torch(
+    fits = fit_with_torch(
         features,
         labels,
         Cs,
@@ -93,6 +93,7 @@ def fit_ours(features: Tensor, labels: Tensor, Cs: list[float]) -> list[Fit]:
         dtype=torch.float32,
         memory_budget_bytes=2**32,
     )
+    return list(fits)
 
 
 def fit_theirs(features: Tensor, labels: Tensor, C: float, dtype: torch.dtype) -> Fit:

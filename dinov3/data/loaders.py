@@ -56,6 +56,7 @@ def make_dataset(
     target_transform: Callable[[Any], Any] | None = None,
     transforms: Callable[[Any, Any], Any] | None = None,
     on_bad_image: str = "raise",
+    root: str | None = None,
 ) -> Any:
     """The dataset that a string such as `ImageFolder:root=/data/photos` names.
 
@@ -66,6 +67,7 @@ def make_dataset(
         transforms: of (image, target), instead of these two.
         on_bad_image: for datasets whose string does not say it: what to do with a tar shard that ends early, `raise` or
             `skip`, which uses what can be read of it. A single image that cannot be read is a matter of the loader.
+        root: of datasets that have one and whose string does not say it.
 
     Returns:
         The dataset, with items (image, target).
@@ -74,7 +76,7 @@ def make_dataset(
         DatasetStringError: a ValueError; the string means nothing, or lacks a key.
         FileNotFoundError: what it names does not exist.
     """
-    parsed = parse_dataset_string(dataset_str)
+    parsed = [_with_root(one, root) for one in parse_dataset_string(dataset_str)]
     check_required_keys(parsed, dataset_str)
     given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     dataset: Any
@@ -424,6 +426,12 @@ def _make_sampler(
 def _worker_options(num_workers: int, **options: Any) -> dict[str, Any]:
     # Torch refuses most of these options where there are no workers.
     return {"num_workers": num_workers} | (options if num_workers > 0 else {})
+
+
+def _with_root(parsed: ParsedDataset, root: str | None) -> ParsedDataset:
+    if root is None or "root" not in DATASETS[parsed.name][1].keys:
+        return parsed
+    return ParsedDataset(parsed.name, {"root": root, **parsed.kwargs})
 
 
 def _open(parsed: ParsedDataset, on_bad_image: str, **given: Any) -> Any:

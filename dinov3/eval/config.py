@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from torch import nn
+
 from dinov3.eval.helpers import key
+
+logger = logging.getLogger("dinov3")
 
 
 @dataclass
@@ -13,6 +18,35 @@ class TransformConfig:
 
     resize_size: int = key(256, "short side after resizing, pixels")
     crop_size: int = key(224, "side of the central crop, pixels")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.resize_size:
+            raise ValueError(
+                f"transform.resize_size={self.resize_size}, transform.crop_size={self.crop_size}: expected a crop of 1 "
+                "pixel or more, and not larger than the resized image, or the rest of it would be black"
+            )
+
+    def check_patches(self, model: nn.Module) -> None:
+        """Refuse crops that are smaller than a patch of the model; warns where some pixels belong to no patch.
+
+        Raises:
+            ValueError: names both sizes.
+        """
+        patch_size = getattr(model, "patch_size", None)
+        if not isinstance(patch_size, int):
+            return
+        if self.crop_size < patch_size:
+            raise ValueError(
+                f"transform.crop_size={self.crop_size}: the model needs at least a patch, {patch_size} pixels"
+            )
+        if left := self.crop_size % patch_size:
+            logger.warning(
+                "transform.crop_size=%d is no multiple of the model's patches of %d pixels: the last %d rows and "
+                "columns belong to no patch",
+                self.crop_size,
+                patch_size,
+                left,
+            )
 
 
 @dataclass

@@ -6,6 +6,7 @@ their features.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
 from dinov3.eval.feature_cache import FeatureCache, extract_cached
-from dinov3.eval.features import gather_rows
+from dinov3.eval.features import Spill, gather_rows, take_rows
+
+logger = logging.getLogger("dinov3")
 
 
 class SubsetEx(Subset[Any]):
@@ -170,6 +173,7 @@ def extract_features_for_dataset_dict(
     *,
     shard_above_bytes: int | None = None,
     cache: FeatureCache | None = None,
+    spill: Spill | None = None,
 ) -> dict[int, dict[str, Tensor]]:
     """The training features of each try; samples that several tries share go through the model once.
 
@@ -181,6 +185,7 @@ def extract_features_for_dataset_dict(
         gather_on_cpu: return CPU tensors instead of such on the model's device.
         shard_above_bytes: with several processes, leave each its own rows if all would take more memory than this.
         cache: where features are looked up, and put.
+        spill: for features that are too large for memory.
 
     Returns:
         `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. Where rows are left to their
@@ -195,11 +200,12 @@ def extract_features_for_dataset_dict(
         cache=cache,
         on_cpu=gather_on_cpu,
         description="training features",
+        spill=spill,
     )
     n_bytes = 4 * len(dataset) * rows.features.shape[1]
     sharded = distributed.get_world_size() > 1 and shard_above_bytes is not None and n_bytes > shard_above_bytes
     if not sharded:
-        rows = gather_rows(rows)
+        rows = gather_rows(rows, spill)
     labels = gather_rows(rows._replace(features=rows.features[:, :0])).targets if sharded else rows.targets
     result = {}
     for name, position in positions.items():
@@ -209,7 +215,7 @@ def extract_features_for_dataset_dict(
         place = place[rows.positions]
         mine = place >= 0
         result[name] = {
-            "train_features": rows.features if mine.all() else rows.features[mine.to(rows.features.device)],
+            "train_features": rows.features if mine.all() else take_rows(rows.features, mine.nonzero()[:, 0], spill),
             "train_labels": labels[position.to(labels.device)],
         }
         if sharded:
@@ -234,19 +240,53 @@ def pad_multilabel_and_collate(batch: Sequence[Any], pad_value: int = -1) -> tup
     return images, (index, torch.tensor(padded, dtype=torch.int64).reshape(len(batch), width))
 
 
-def check_same_classes(train_dataset: Any, test_dataset: Any) -> None:
-    """Refuse two datasets that call the same class by different names, as folders with different sub-folders do.
+def find_class_mapping(train_dataset: Any, test_dataset: Any, name: str) -> Tensor | None:
+    """Which of the training classes a test set has, if it has but a part of them, as ImageNet-R and ImageNet-A do.
+
+    Args:
+        train_dataset: with or without `classes`, the names of its classes.
+        test_dataset: likewise; or it tells by `get_imagenet_class_mapping()`.
+        name: what messages call the test set.
+
+    Returns:
+        int64, the training class of each test class: scores are to be reduced to these columns. None if both have the
+        same classes, or have no names.
 
     Raises:
-        ValueError: names the first class that differs.
+        ValueError: the test set has a class that the training set does not have; names the first.
     """
-    names = [getattr(dataset, "classes", None) for dataset in (train_dataset, test_dataset)]
-    for index, (train_name, test_name) in enumerate(zip(*(name or [] for name in names), strict=False)):
-        if train_name != test_name:
-            raise ValueError(
-                f"class {index} is {train_name!r} in the training set and {test_name!r} in the test set: "
-                "give both the same class folders"
-            )
+    mapping = getattr(test_dataset, "get_imagenet_class_mapping", lambda: None)()
+    if mapping is not None:
+        return torch.as_tensor(mapping, dtype=torch.int64)
+    train_names, test_names = (getattr(dataset, "classes", None) for dataset in (train_dataset, test_dataset))
+    if train_names is None or test_names is None or list(train_names) == list(test_names):
+        return None
+    places = {train_name: place for place, train_name in enumerate(train_names)}
+    if unknown := [test_name for test_name in test_names if test_name not in places]:
+        raise ValueError(
+            f"{len(unknown)} of the {len(test_names)} classes of {name} are not in the training set, the first is "
+            f"{unknown[0]!r}; the training set has {_first(train_names)}: give both the same class folders"
+        )
+    logger.warning(
+        "%s has %d of the %d training classes: scores of the others are left out", name, len(test_names), len(places)
+    )
+    return torch.tensor([places[test_name] for test_name in test_names])
+
+
+def check_class_mapping(mapping: Tensor | None, num_classes: int, name: str) -> None:
+    """Refuse a test set that is a part of more classes than were trained.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    if mapping is not None and int(mapping.max()) >= num_classes:
+        raise ValueError(
+            f"{name} is a part of {int(mapping.max()) + 1} or more classes, train.dataset has {num_classes}"
+        )
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else "")
 
 
 def _as_labels(targets: Any, dataset: Any) -> Tensor:

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
 from dinov3.checkpointer import files
-from dinov3.eval.features import FeatureRows, extract_rows, make_enumerated_loader, model_device
+from dinov3.eval.features import FeatureRows, Spill, extract_rows, make_enumerated_loader, model_device
 from dinov3.eval.helpers import key
 
 logger = logging.getLogger("dinov3")
@@ -53,13 +54,30 @@ class FeaturesConfig:
 
     cache: bool = key(True, "keep features on disk for the next evaluation; --no-cache: false")
     cache_dir: str | None = key(None, f"where; null: ${CACHE_VARIABLE}, else ~/.cache/dinov3/features")
+    memory_budget_mb: float = key(8192, "larger features of a dataset lie in a file in cache_dir, not in memory")
+
+    def __post_init__(self) -> None:
+        if self.memory_budget_mb < 0:
+            raise ValueError(f"features.memory_budget_mb={self.memory_budget_mb}: expected 0 or more")
 
     def make_cache(self) -> FeatureCache | None:
-        """The cache, or None without one."""
+        """The cache, or None without one.
+
+        Raises:
+            OSError: `cache_dir` is given, but cannot be written.
+        """
         if not self.cache:
             return None
-        default = os.environ.get(CACHE_VARIABLE) or "~/.cache/dinov3/features"
-        return FeatureCache(Path(self.cache_dir or default).expanduser())
+        if self.cache_dir is not None:
+            _check_writable(self._directory())
+        return FeatureCache(self._directory())
+
+    def make_spill(self) -> Spill:
+        """Where features go that are too large for memory."""
+        return Spill(self._directory(), int(self.memory_budget_mb * 2**20))
+
+    def _directory(self) -> Path:
+        return Path(self.cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/dinov3/features").expanduser()
 
 
 class FeatureCache:
@@ -192,6 +210,7 @@ def extract_cached(
     on_cpu: bool = False,
     collate_fn: Any = None,
     description: str = "features",
+    spill: Spill | None = None,
 ) -> FeatureRows:
     """This process's rows of a dataset's features, from the cache if they are there; else they are put there.
 
@@ -204,32 +223,37 @@ def extract_cached(
         on_cpu: return features on the CPU instead of the model's device.
         collate_fn: as of `make_enumerated_loader`.
         description: what the progress bar says.
+        spill: for features that are too large for memory; those of the cache are then read from its file.
 
     Returns:
         As `extract_rows`; every process must call it.
     """
+    device = torch.device("cpu") if on_cpu else model_device(model)
     entry = describe(model, dataset) if cache is not None else None
     path = cache.find(entry, model, dataset) if cache is not None else None
     if path is not None:
         logger.info("%s: read from %s", description, path)
-        return read_rows(path, device=torch.device("cpu") if on_cpu else model_device(model))
+        return read_rows(path, device=device, spill=spill)
     loader = make_enumerated_loader(dataset, batch_size, num_workers, collate_fn)
-    rows = extract_rows(model, loader, on_cpu=on_cpu, description=description)
-    if cache is not None:
-        cache.store(entry, rows, len(dataset))
+    rows = extract_rows(model, loader, on_cpu=on_cpu, description=description, spill=spill)
+    path = cache.store(entry, rows, len(dataset)) if cache is not None else None
+    if path is not None and spill is not None and spill.takes(len(dataset), rows.features.shape[1]):
+        return read_rows(path, device=device, spill=spill)  # one file on the disk instead of two
     return rows
 
 
 def open_features(path: Path) -> tuple[np.ndarray, Tensor]:
-    """The features of an entry as a read-only memory map [N, D] of float32, and its targets."""
-    return np.load(path / FEATURES_FILE, mmap_mode="r"), torch.from_numpy(np.load(path / TARGETS_FILE))
+    """The features of an entry as a memory map [N, D] of float32, whose changes are not written, and its targets."""
+    return np.load(path / FEATURES_FILE, mmap_mode="c"), torch.from_numpy(np.load(path / TARGETS_FILE))
 
 
-def read_rows(path: Path, *, device: torch.device) -> FeatureRows:
-    """This process's share of an entry: every `world size`-th row."""
+def read_rows(path: Path, *, device: torch.device, spill: Spill | None = None) -> FeatureRows:
+    """This process's share of an entry: every `world size`-th row; a map of them on the CPU where `spill` takes all."""
     features, targets = open_features(path)
     share = slice(distributed.get_rank(), None, distributed.get_world_size())
     positions = torch.arange(len(features))[share]
+    if spill is not None and spill.takes(*features.shape):
+        return FeatureRows(torch.from_numpy(features[share]), targets[share], positions)
     rows = torch.from_numpy(np.array(features[share]))
     return FeatureRows(rows.to(device), targets[share].to(device), positions)
 
@@ -296,6 +320,17 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     # Buffers that are not saved too: they are part of what the model computes with.
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"features.cache_dir={directory} cannot be written ({error}): give another, or --no-cache"
+        ) from error
 
 
 def _remove_abandoned(directory: Path) -> None:

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
@@ -152,19 +153,39 @@ def format_keys(config_dataclass: type[Any]) -> str:
 
 def _leaves(config_dataclass: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     # (dotted key, dataclass field, type) of every key.
+    for name, entry, value_type in _entries(config_dataclass):
+        if dataclasses.is_dataclass(value_type):
+            yield from _leaves(typing.cast(type[Any], value_type), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", entry, value_type
+
+
+def _sections(config_dataclass: type[Any], prefix: str = "") -> Iterator[str]:
+    # The dotted names of sections, which a file may leave empty (`model: null`).
+    for name, _, value_type in _entries(config_dataclass):
+        if dataclasses.is_dataclass(value_type):
+            yield f"{prefix}{name}"
+            yield from _sections(typing.cast(type[Any], value_type), f"{prefix}{name}.")
+
+
+def _entries(config_dataclass: type[Any]) -> Iterator[tuple[str, Any, Any]]:
+    # (name, dataclass field, type without `| None`) of each field.
     types = typing.get_type_hints(config_dataclass)
     for entry in dataclasses.fields(config_dataclass):
-        if dataclasses.is_dataclass(types[entry.name]):
-            yield from _leaves(types[entry.name], f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", entry, types[entry.name]
+        value_type = types[entry.name]
+        if isinstance(value_type, UnionType) and len(typing.get_args(value_type)) == 2:
+            value_type = next((one for one in typing.get_args(value_type) if one is not NoneType), value_type)
+        yield entry.name, entry, value_type
 
 
 def _checked(settings: Any, config_dataclass: type[Any], origin: str) -> dict[str, Any]:
     # The nested settings, with members of enumerations by name; refuses keys that are not there.
     known = {name: value_type for name, _, value_type in _leaves(config_dataclass)}
+    sections = set(_sections(config_dataclass))
     checked: dict[str, Any] = {}
     for name, value in _flatten(settings, known):
+        if name in sections and value is None:
+            continue
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise ConfigError(f"unknown key {name} {origin}; did you mean {nearest}? --help lists the keys")

@@ -24,10 +24,8 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import functools
 import logging
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +33,12 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
-from dinov3.distributed import runtime
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
-    check_same_classes,
+    check_class_mapping,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
+    find_class_mapping,
     get_labels,
     get_labels_without_images,
     pad_multilabel_and_collate,
@@ -58,11 +56,13 @@ from dinov3.eval.metrics import (
     scalar_results,
 )
 from dinov3.eval.neighbours_faiss import choose_backend
+from dinov3.eval.progress import track
+from dinov3.eval.provenance import provenance
 from dinov3.eval.results import write_atomically
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
 from dinov3.run.init import job_context
-from dinov3.utils import as_torch_dtype, get_sha
+from dinov3.utils import as_torch_dtype
 from dinov3.utils.command_line import run_command_line
 
 __all__ = [
@@ -93,16 +93,24 @@ LINES_FILENAME = "results_eval_knn.json"
 
 
 class DictKeysModule(nn.Module):
-    """Postprocessor that takes the entry at a path of keys for the predictions."""
+    """Postprocessor that takes the entry at a path of keys for the predictions.
 
-    def __init__(self, keys: Sequence[Any]) -> None:
+    Args:
+        keys: the path.
+        class_mapping: int64, columns of the predictions to keep, in their new order; None: all.
+    """
+
+    def __init__(self, keys: Sequence[Any], class_mapping: Tensor | None = None) -> None:
         super().__init__()
         self.keys = keys
+        self.class_mapping = class_mapping
 
     def forward(self, features_dict: Any, targets: Tensor) -> dict[str, Tensor]:
         """`{"preds": features_dict[key][key]..., "target": targets}`."""
         for name in self.keys:
             features_dict = features_dict[name]
+        if self.class_mapping is not None:
+            features_dict = features_dict[:, self.class_mapping.to(features_dict.device)]
         return {"preds": features_dict, "target": targets}
 
 
@@ -128,6 +136,8 @@ def eval_knn(
     num_classes: int,
     save_results_func: Callable[..., None] | None = None,
     test_rows: FeatureRows | None = None,
+    class_mapping: Tensor | None = None,
+    stream: bool = False,
 ) -> dict[int, dict[str, float]]:
     """Classify the test images by the training features of each try.
 
@@ -140,6 +150,8 @@ def eval_knn(
         num_classes: C.
         save_results_func: called with scores [M, C], targets and `filename_suffix`, per try and k.
         test_rows: this process's features of the test images; None: extract them from the loader's.
+        class_mapping: int64, the training class of each test class; None: they are the same.
+        stream: leave training features where they are, and bring them to the model's device block by block.
 
     Returns:
         Metrics in percent by k; with several tries their `<metric>_mean` and `<metric>_std`.
@@ -149,12 +161,12 @@ def eval_knn(
         test_rows = extract_rows(model, test_data_loader, description="test features")
     tries: dict[int, dict[int, dict[str, float]]] = {}
     for name, train_data in train_data_dict.items():
-        module = _make_module(train_data, device, knn_config, num_classes)
+        module = _make_module(train_data, device, knn_config, num_classes, stream)
         metrics = {k: metric_collection.clone() for k in module.ks}
         _, values, outputs = evaluate(
             model=module,
-            data_loader=list(_feature_batches(test_rows, module.queries_per_block)),
-            postprocessors={k: DictKeysModule([k]) for k in module.ks},
+            data_loader=track(_feature_batches(test_rows, module.queries_per_block), "nearest neighbours"),
+            postprocessors={k: DictKeysModule([k], class_mapping) for k in module.ks},
             metrics=metrics,
             device=device,
             accumulate_results=save_results_func is not None,
@@ -191,17 +203,9 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
     config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
     results, datasets = _evaluate_model(model, context["autocast_dtype"], config)
-    provenance = {
-        "config": asdict(config),
-        "model": config.model.describe(),
-        "datasets": datasets,
-        "processes": distributed.get_world_size(),
-        "device": str(runtime.device()),
-        "autocast_dtype": str(context["autocast_dtype"]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "code": get_sha()},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    write_results(results, output_dir, RESULTS_FILENAME, provenance)
+    seconds = time.perf_counter() - started
+    origin = provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds)
+    write_results(results, output_dir, RESULTS_FILENAME, origin)
     if distributed.is_main_process():
         print(_format_table(results, config, datasets))
         print(f"written to {Path(output_dir) / RESULTS_FILENAME}")
@@ -232,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate_model(
     model: nn.Module, autocast_dtype: torch.dtype, config: KnnEvalConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
+    config.transform.check_patches(model)
     transform = make_transform(config.transform)
     train_dataset, test_dataset = (
         make_dataset(dataset_str=text, transform=transform, target_transform=None)
@@ -239,13 +244,18 @@ def _evaluate_model(
     )
     choose_backend(config.train.backend, model_device(model), as_torch_dtype(config.train.similarity_dtype))
     metric_type = config.eval.test_metric_type
-    num_classes = _check_datasets(train_dataset, test_dataset, metric_type)
+    num_classes, class_mapping = _check_datasets(train_dataset, test_dataset, metric_type)
+    metric = build_classification_metric(
+        metric_type,
+        num_classes=num_classes if class_mapping is None else len(class_mapping),
+        dataset=test_dataset,
+    )
+    cache, spill = config.features.make_cache(), config.features.make_spill()
     model = ModelWithPatchMean(model) if config.eval.feature is Feature.PATCH_MEAN else model
     model = wrap_model(model, normalize=True)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
-        cache = config.features.make_cache()
         train_data_dict = extract_features_for_dataset_dict(
             model,
             tries,
@@ -254,6 +264,7 @@ def _evaluate_model(
             gather_on_cpu=True,
             shard_above_bytes=int(config.train.memory_budget_mb * 2**20),
             cache=cache,
+            spill=spill,
         )
         test_rows = extract_cached(
             model,
@@ -263,18 +274,21 @@ def _evaluate_model(
             cache=cache,
             collate_fn=pad_multilabel_and_collate if metric_type.target_kind is TargetKind.LISTS else None,
             description="test features",
+            spill=spill,
         )
         per_k = eval_knn(
             model=model,
             train_data_dict=train_data_dict,
             test_data_loader=(),
             test_rows=test_rows,
-            metric_collection=build_classification_metric(metric_type, num_classes=num_classes, dataset=test_dataset),
+            metric_collection=metric,
             knn_config=config.train,
             num_classes=num_classes,
             save_results_func=functools.partial(save_results, output_dir=config.output_dir)
             if config.save_results
             else None,
+            class_mapping=class_mapping,
+            stream=spill.takes(len(train_dataset), test_rows.features.shape[1]),
         )
     results = _log_and_format_results_dict(per_k, few_shot.n_tries)
     _write_lines(results, config.output_dir)
@@ -285,26 +299,35 @@ def _evaluate_model(
     }
 
 
-def _check_datasets(train_dataset: Any, test_dataset: Any, metric_type: ClassificationMetricType) -> int:
+def _check_datasets(
+    train_dataset: Any, test_dataset: Any, metric_type: ClassificationMetricType
+) -> tuple[int, Tensor | None]:
+    # The number of training classes, and which of them the test set has, if not all.
     for name, dataset in (("train.dataset", train_dataset), ("eval.test_dataset", test_dataset)):
         if len(dataset) == 0:
             raise ValueError(f"{name} is empty")
-    check_same_classes(train_dataset, test_dataset)
+    class_mapping = find_class_mapping(train_dataset, test_dataset, "eval.test_dataset")
     train_labels = get_labels(train_dataset)
-    num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
-    if metric_type.target_kind in (TargetKind.LISTS, TargetKind.INDICES):
-        return num_classes
-    test_labels = get_labels_without_images(test_dataset)
-    check_targets(metric_type, test_labels, "eval.test_dataset")
-    if test_labels is not None and test_labels.ndim == 1 and int(test_labels.max()) >= num_classes:
+    if train_labels.ndim == 1 and int(train_labels.min()) == int(train_labels.max()):
         raise ValueError(
-            f"eval.test_dataset has class {int(test_labels.max())}, but train.dataset has only {num_classes} classes"
+            f"train.dataset has images of a single class, {int(train_labels[0])}: there is nothing to tell apart"
         )
-    return num_classes
+    num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
+    check_class_mapping(class_mapping, num_classes, "eval.test_dataset")
+    if metric_type.target_kind not in (TargetKind.LISTS, TargetKind.INDICES):
+        test_labels = get_labels_without_images(test_dataset)
+        check_targets(metric_type, test_labels, "eval.test_dataset")
+        n_columns = num_classes if class_mapping is None else len(class_mapping)
+        if test_labels is not None and test_labels.ndim == 1 and int(test_labels.max()) >= n_columns:
+            raise ValueError(
+                f"eval.test_dataset has class {int(test_labels.max())}, but train.dataset has only {num_classes} "
+                "classes"
+            )
+    return num_classes, class_mapping
 
 
 def _make_module(
-    train_data: Mapping[str, Tensor], device: torch.device, config: TrainConfig, num_classes: int
+    train_data: Mapping[str, Tensor], device: torch.device, config: TrainConfig, num_classes: int, stream: bool
 ) -> KnnModule:
     n_train = len(train_data["train_labels"])
     ks = sorted({min(k, n_train) for k in config.ks})
@@ -322,15 +345,15 @@ def _make_module(
         memory_budget_mb=config.memory_budget_mb,
         similarity_dtype=as_torch_dtype(config.similarity_dtype),
         backend=config.backend,
+        stream=stream,
     )
 
 
-def _feature_batches(rows: FeatureRows, size: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+def _feature_batches(rows: FeatureRows, size: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
     # As a loader gives them, the same number in every process.
     n_blocks = blocks_of_slowest_process(len(rows.positions), size)
     parts = (split_rows(t, size, n_blocks) for t in (rows.features, rows.positions, rows.targets))
-    for features, index, targets in zip(*parts, strict=True):
-        yield features, (index, targets)
+    return [(features, (index, targets)) for features, index, targets in zip(*parts, strict=True)]
 
 
 def _log_and_format_results_dict(per_k: Mapping[int, Mapping[str, float]], n_tries: int) -> dict[str, float]:

@@ -33,6 +33,7 @@ class KnnModule(nn.Module):
         memory_budget_mb: for temporaries, besides the scores returned.
         similarity_dtype: of the matrix product of queries and features.
         backend: `torch`, `faiss` (on the CPU in float32), or `auto`: faiss where it can and is installed.
+        stream: leave the features where they are, on the CPU or in a mapped file, and bring blocks to the device.
 
     Raises:
         ImportError: faiss is asked for, but not installed.
@@ -53,6 +54,7 @@ class KnnModule(nn.Module):
         memory_budget_mb: float = 512,
         similarity_dtype: torch.dtype = torch.float32,
         backend: str = "torch",
+        stream: bool = False,
     ) -> None:
         super().__init__()
         _check_labels(train_labels, num_classes)
@@ -64,7 +66,8 @@ class KnnModule(nn.Module):
         self.sharded = row_ids is not None
         self.n_neighbours = min(self.ks[-1] + skip_first_nn, len(train_labels))
         # Attributes, not buffers: converting the module's dtype must not reach the features.
-        self.features = train_features.to(device, torch.float32)
+        self.features = train_features.float() if stream else train_features.to(device, torch.float32)
+        self.device = torch.device(device)
         self.class_lists = neighbours.make_class_lists(train_labels.to(device), num_classes)
         self.row_ids = torch.arange(len(train_features), device=device) if row_ids is None else row_ids.to(device)
         self.queries_per_block, self.rows_per_block = neighbours.block_sizes(
@@ -85,7 +88,7 @@ class KnnModule(nn.Module):
     @torch.no_grad()
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
         """Class scores (float32 [M, C]) by k, of queries [M, D]."""
-        queries = queries.to(self.features.device, torch.float32)
+        queries = queries.to(self.device, torch.float32)
         n_blocks = blocks_of_slowest_process(len(queries), self.queries_per_block) if self.sharded else None
         parts = [self._score(block) for block in split_rows(queries, self.queries_per_block, n_blocks)]
         return {k: torch.cat([part[k] for part in parts]) for k in self.ks}

@@ -10,7 +10,8 @@ pass over augmented images. The one that is best on the validation images is rep
 Notable:
 - A run that was killed goes on from its newest checkpoint, to the same result (`linear_training`).
 - `train.augment=false` trains on features that are computed once; with `features.cache` the next run finds them.
-- Learning rates are for a global batch of 256 and scale with it. The defaults are made for 8 processes of 128 images.
+- Learning rates are for a global batch of 256 and scale with it. The defaults are made for 8 processes of 128 images;
+  `train.batch_size` is that of one process, so twice the processes with half of it give the same result.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 import contextlib
 import functools
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ from dinov3 import distributed
 from dinov3.checkpointer import cleanup_checkpoint
 from dinov3.data import make_classification_eval_transform, make_classification_train_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
-from dinov3.distributed import runtime
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
-    check_same_classes,
+    check_class_mapping,
     create_train_dataset_dict,
+    find_class_mapping,
     get_labels,
     get_labels_without_images,
     pad_multilabel_and_collate,
@@ -69,11 +69,20 @@ from dinov3.eval.linear_heads import (
     scale_lr,
     setup_linear_classifiers,
 )
-from dinov3.eval.linear_scoring import Scorer, append_record, as_file_name, drop_records, select_best
+from dinov3.eval.linear_scoring import (
+    Scorer,
+    append_record,
+    as_file_name,
+    drop_records,
+    format_grid,
+    select_best,
+    tell_if_at_end,
+)
 from dinov3.eval.linear_training import (
     BEST,
     CHECKPOINT_FILE,
     FINAL,
+    check_checkpoint_path,
     read_checkpoint,
     setup_linear_training,
     train_linear_classifiers,
@@ -85,10 +94,10 @@ from dinov3.eval.metrics import (
     build_classification_metric,
     check_targets,
 )
+from dinov3.eval.provenance import provenance
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import ModelWithIntermediateLayers, average_metrics, save_results
 from dinov3.run.init import job_context
-from dinov3.utils import get_sha
 from dinov3.utils.command_line import run_command_line
 
 __all__ = [
@@ -145,6 +154,7 @@ class Evaluator:
         name_suffix: appended to the dataset string, for a second metric on one dataset.
         memory_budget_mb: for features kept between evaluations.
         cache: of features, on disk.
+        train_dataset: whose classes are those of the logits; None: those of this dataset.
     """
 
     batch_size: int
@@ -158,7 +168,9 @@ class Evaluator:
     name_suffix: str = ""
     memory_budget_mb: float = 8192
     cache: FeatureCache | None = None
+    train_dataset: Any = None
     dataset: Any = field(init=False)
+    top_1: dict[str, float] = field(init=False, default_factory=dict)  # of all classifiers, at the last evaluation
 
     def __post_init__(self) -> None:
         transform = make_classification_eval_transform(
@@ -168,9 +180,9 @@ class Evaluator:
         self.dataset = make_dataset(
             dataset_str=self.dataset_str, transform=transform, target_transform=target_transform
         )
-        mapping = getattr(self.dataset, "get_imagenet_class_mapping", lambda: None)()
-        self._class_mapping = None if mapping is None else torch.as_tensor(mapping, dtype=torch.int64)
-        num_classes = self.training_num_classes if mapping is None else len(mapping)
+        self._class_mapping = find_class_mapping(self.train_dataset, self.dataset, self.dataset_str)
+        check_class_mapping(self._class_mapping, self.training_num_classes, self.dataset_str)
+        num_classes = self.training_num_classes if self._class_mapping is None else len(self._class_mapping)
         self._check(num_classes)
         kind = self.metric_type.target_kind
         self._scorer = Scorer(
@@ -224,14 +236,14 @@ class Evaluator:
         """
         classifiers: Any = remove_ddp_wrapper(linear_classifiers)
         scores, vectors = self._score(feature_model, classifiers)
-        top_1 = {name: values[TOP_1] for name, values in scores.items()}
-        best = best_classifier_on_val or select_best(top_1, lower_is_better=self.metric_type.is_lower_better)
-        logger.info("%s: %s %.2f, %s", self.main_metric_name, self.metric_type, 100 * top_1[best], best)
+        self.top_1 = {name: values[TOP_1] for name, values in scores.items()}
+        best = best_classifier_on_val or select_best(self.top_1, lower_is_better=self.metric_type.is_lower_better)
+        logger.info("%s: %s %.2f, %s", self.main_metric_name, self.metric_type, 100 * self.top_1[best], best)
         if distributed.is_main_process():
             self._record(iteration, prefixstring, best, scores)
         if save_predictions:
             self._save(feature_model, classifiers, best, vectors, save_filename_suffix)
-        return {self.main_metric_name: 100.0 * top_1[best], BEST_CLASSIFIER: best}
+        return {self.main_metric_name: 100.0 * self.top_1[best], BEST_CLASSIFIER: best}
 
     def _score(self, feature_model: Any, classifiers: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
         return self._scorer.score(feature_model, classifiers)
@@ -275,7 +287,7 @@ class Evaluator:
 
 
 def make_evaluators(
-    config: LinearEvalConfig, training_num_classes: int, cache: FeatureCache | None = None
+    config: LinearEvalConfig, training_num_classes: int, cache: FeatureCache | None = None, train_dataset: Any = None
 ) -> tuple[Evaluator, list[Evaluator]]:
     """The evaluators of the validation dataset, and of the test datasets."""
     metric_types = list(config.eval.test_metric_types) or [config.train.val_metric_type]
@@ -303,6 +315,7 @@ def make_evaluators(
                 name_suffix=f"_{metric_type.value}" if is_second else "",
                 memory_budget_mb=config.train.memory_budget_mb,
                 cache=cache,
+                train_dataset=train_dataset,
             )
         )
     return evaluators[0], evaluators[1:]
@@ -330,20 +343,15 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float | str]:
     started = time.perf_counter()
     config, output_dir = args_dict_to_dataclass(eval_args, LinearEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
-    results, datasets = _evaluate_model(model, context["autocast_dtype"], config)
-    provenance = {
-        "config": asdict(config),
-        "model": config.model.describe(),
-        "datasets": datasets,
-        "processes": distributed.get_world_size(),
-        "device": str(runtime.device()),
-        "autocast_dtype": str(context["autocast_dtype"]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "code": get_sha()},
-        "seconds": round(time.perf_counter() - started, 2),
+    results, datasets, grids = _evaluate_model(model, context["autocast_dtype"], config)
+    seconds = time.perf_counter() - started
+    origin = {
+        "validation": {f"try {name}": scores for name, scores in grids.items()},
+        **provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds),
     }
-    write_results(results, output_dir, RESULTS_FILENAME, provenance)
+    write_results(results, output_dir, RESULTS_FILENAME, origin)
     if distributed.is_main_process():
-        print(_format_table(results, config, datasets))
+        print(_format_report(results, config, datasets, grids))
         print(f"written to {Path(output_dir) / RESULTS_FILENAME}")
     return results
 
@@ -371,21 +379,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate_model(
     model: nn.Module, autocast_dtype: torch.dtype, config: LinearEvalConfig
-) -> tuple[dict[str, float | str], dict[str, Any]]:
+) -> tuple[dict[str, float | str], dict[str, Any], dict[int, dict[str, float]]]:
+    config.transform.check_patches(model)
+    config.train.check_blocks(model)
+    check_checkpoint_path(config.train, _checkpoint_directory(config, 0))
     cache = config.features.make_cache()
     train_dataset, num_classes = _make_train_dataset(config)
-    val_evaluator, test_evaluators = make_evaluators(config, num_classes, cache)
-    for evaluator in (val_evaluator, *test_evaluators):
-        check_same_classes(train_dataset, evaluator.dataset)
+    val_evaluator, test_evaluators = make_evaluators(config, num_classes, cache, train_dataset)
     autocast = functools.partial(_autocast, model_device(model).type, autocast_dtype)
     feature_model = ModelWithIntermediateLayers(model, max(config.train.n_last_blocks_list), autocast)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     results: dict[int, dict[str, Any]] = {}
+    grids: dict[int, dict[str, float]] = {}
     for name, dataset in tries.items():
-        suffix = "" if len(tries) == 1 else f"_{name}"
-        results[name] = _evaluate_try(
-            config, feature_model, dataset, num_classes, val_evaluator, test_evaluators, cache=cache, suffix=suffix
+        results[name], grids[name] = _evaluate_try(
+            config, feature_model, dataset, num_classes, val_evaluator, test_evaluators, cache=cache, name=name
         )
     sizes = {
         "train": {"dataset": config.train.dataset, "images": [len(subset) for subset in tries.values()]},
@@ -393,7 +402,8 @@ def _evaluate_model(
         "test": [{"dataset": e.dataset_str, "images": len(e.dataset)} for e in test_evaluators],
         "classes": num_classes,
     }
-    return (results[0] if len(results) == 1 else average_metrics(results, [BEST_CLASSIFIER])), sizes  # type: ignore
+    averaged: dict[str, Any] = results[0] if len(results) == 1 else average_metrics(results, [BEST_CLASSIFIER])
+    return averaged, sizes, grids
 
 
 def _make_train_dataset(config: LinearEvalConfig) -> tuple[Any, int]:
@@ -433,9 +443,10 @@ def _evaluate_try(
     test_evaluators: Sequence[Evaluator],
     *,
     cache: FeatureCache | None,
-    suffix: str,
-) -> dict[str, Any]:
-    directory = Path(config.output_dir) / f"checkpoints{suffix}"
+    name: int,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    # The results, and the validation scores of all classifiers in percent.
+    directory, suffix = _checkpoint_directory(config, name), _suffix(config, name)
     prefix = f"try {suffix.removeprefix('_')}, " if suffix else ""
     _, classifiers, iteration = train_linear_classifiers(
         feature_model=feature_model,
@@ -452,6 +463,8 @@ def _evaluate_try(
         return evaluator.evaluate_and_maybe_save(feature_model, classifiers, iteration, chosen, suffix, prefix)
 
     on_val = score(val_evaluator, None)
+    grid = {classifier: 100 * value for classifier, value in val_evaluator.top_1.items()}
+    tell_if_at_end(on_val[BEST_CLASSIFIER], config.train)
     _keep_as_best(directory, val_evaluator, on_val[val_evaluator.main_metric_name])
     results: dict[str, Any] = {}
     for evaluator in test_evaluators:
@@ -461,7 +474,15 @@ def _evaluate_try(
         with contextlib.suppress(OSError):  # not empty
             directory.rmdir()
     distributed.barrier()
-    return results | on_val if test_evaluators else on_val
+    return results | on_val, grid
+
+
+def _suffix(config: LinearEvalConfig, name: int) -> str:
+    return "" if config.few_shot.n_tries == 1 else f"_{name}"
+
+
+def _checkpoint_directory(config: LinearEvalConfig, name: int) -> Path:
+    return Path(config.output_dir) / f"checkpoints{_suffix(config, name)}"
 
 
 def _keep_as_best(directory: Path, evaluator: Evaluator, accuracy: float) -> None:
@@ -480,13 +501,20 @@ def _autocast(device: str, dtype: torch.dtype) -> Any:
         yield
 
 
-def _format_table(results: Mapping[str, Any], config: LinearEvalConfig, datasets: Mapping[str, Any]) -> str:
+def _format_report(
+    results: Mapping[str, Any],
+    config: LinearEvalConfig,
+    datasets: Mapping[str, Any],
+    grids: Mapping[int, Mapping[str, float]],
+) -> str:
     n_train = "/".join(str(n) for n in sorted(set(datasets["train"]["images"])))
     lines = [
         f"linear probing, {config.train.val_metric_type.value}, {config.model.describe()}",
         f"{n_train} training images, {datasets['validation']['images']} validation images, "
         f"{datasets['classes']} classes",
     ]
+    if len(grids) == 1:
+        lines.append(format_grid(grids[0], config.train, str(results[BEST_CLASSIFIER])))
     width = max(len(name) for name in results)
     for name, value in results.items():
         lines.append(f"{name:<{width}}  " + (value if isinstance(value, str) else f"{value:.2f}"))

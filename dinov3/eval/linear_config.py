@@ -78,7 +78,7 @@ class TrainConfig:
     val_metric_type: ClassificationMetricType = key(
         ClassificationMetricType.MEAN_ACCURACY, "what the classifiers are chosen by"
     )
-    batch_size: int = key(128, "images per step and process")
+    batch_size: int = key(128, "images per step and process; half of it on twice as many is the same training")
     num_workers: int = key(8, "loader processes")
     learning_rates: list[float] = key(LEARNING_RATES, "of a global batch of 256; one classifier for each")
     n_last_blocks_list: list[int] = key([1], "blocks whose class tokens are used; a grid with the learning rates")
@@ -97,6 +97,18 @@ class TrainConfig:
     augment: bool = key(True, "random crops and flips; false: features are computed once, and trained on")
     memory_budget_mb: float = key(8192, "per process and dataset, for features kept between passes")
 
+    def check_blocks(self, model: nn.Module) -> None:
+        """Refuse more blocks than a backbone has.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        n_blocks = getattr(model, "n_blocks", None)
+        if isinstance(n_blocks, int) and max(self.n_last_blocks_list) > n_blocks:
+            raise ValueError(
+                f"train.n_last_blocks_list={list(self.n_last_blocks_list)}: the model has only {n_blocks} blocks"
+            )
+
     def __post_init__(self) -> None:
         if not self.learning_rates or not all(rate > 0 for rate in self.learning_rates):
             raise ValueError(f"train.learning_rates={list(self.learning_rates)}: expected one or more, all above 0")
@@ -110,6 +122,8 @@ class TrainConfig:
             raise ValueError("train.batch_size and train.memory_budget_mb must be above 0, train.num_workers not below")
         if self.epochs < 1 or (self.epoch_length is not None and self.epoch_length < 1):
             raise ValueError(f"train.epochs={self.epochs}, train.epoch_length={self.epoch_length}: expected 1 or more")
+        if self.classifier_fpath and not self.resume:
+            raise ValueError(f"train.classifier_fpath={self.classifier_fpath} needs train.resume=true")
         if self.save_checkpoint_iterations is not None and self.save_checkpoint_iterations < 1:
             raise ValueError(f"train.save_checkpoint_iterations={self.save_checkpoint_iterations}: expected 1 or more")
 

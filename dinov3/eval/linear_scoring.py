@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dinov3 import distributed
 from dinov3.eval.accumulators import ResultsAccumulator
 from dinov3.eval.feature_cache import FeatureCache, extract_cached
 from dinov3.eval.features import FeatureRows, make_enumerated_loader, model_device
-from dinov3.eval.linear_heads import AllClassifiers, LinearInputs
+from dinov3.eval.linear_config import TrainConfig
+from dinov3.eval.linear_heads import AllClassifiers, LinearInputs, classifier_names, scale_lr
 from dinov3.eval.linear_training import inputs_fit
 from dinov3.eval.metrics import scalar_results
+from dinov3.eval.progress import track
 from dinov3.eval.results import write_atomically
 
 logger = logging.getLogger("dinov3")
@@ -141,8 +141,7 @@ class Scorer:
     def _streamed(self, model: LinearInputs) -> Iterator[Batch]:
         device = model_device(model)
         loader = make_enumerated_loader(self.dataset, self.batch_size, self.num_workers, self.collate_fn)
-        hidden = None if distributed.is_main_process() else True
-        for images, (index, targets) in tqdm(loader, desc="evaluation", unit="batch", disable=hidden):
+        for images, (index, targets) in track(loader, "evaluation"):
             real = index >= 0
             inputs = model(images.to(device, non_blocking=True))
             yield inputs[real.to(device)], index[real], targets[real].to(device)
@@ -153,6 +152,46 @@ def select_best(scores: Mapping[str, float], *, lower_is_better: bool = False) -
     comparable = {name: score for name, score in scores.items() if score == score} or scores
     sign = -1 if lower_is_better else 1
     return max(comparable, key=lambda name: sign * comparable[name])
+
+
+def format_grid(scores: Mapping[str, float], config: TrainConfig, best: str) -> str:
+    """The scores of a grid of classifiers as a text table, the chosen one marked.
+
+    Args:
+        scores: in percent, by name; classifiers that diverged are not among them.
+        config: the grid.
+        best: name of the chosen one.
+    """
+    names = iter(_names_of_grid(config))
+    columns = {n: [next(names) for _ in config.learning_rates] for n in config.n_last_blocks_list}
+    heads = [f"{n} block{'s' * (n > 1)}" for n in columns]
+    lines = [f"{'rate':>10}{'of 256':>10}" + "".join(f"{head:>11} " for head in heads)]
+    for place, rate in enumerate(config.learning_rates):
+        line = f"{scale_lr(rate, config.batch_size):>10.3g}{rate:>10.3g}"
+        for column in columns.values():
+            score = scores.get(column[place])
+            text = "diverged" if score is None else f"{score:.2f}"
+            line += f"{text:>11}" + ("*" if column[place] == best else " ")
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def tell_if_at_end(best: str, config: TrainConfig) -> None:
+    """Warn where the chosen classifier has the largest or the smallest learning rate of several."""
+    place = _names_of_grid(config).index(best) % len(config.learning_rates)
+    rate = config.learning_rates[place]
+    if len(config.learning_rates) > 2 and rate in (min(config.learning_rates), max(config.learning_rates)):
+        which = "largest" if rate == max(config.learning_rates) else "smallest"
+        logger.warning(
+            "the %s of train.learning_rates is best, %.3g for a batch of 256: one beyond it may be better still",
+            which,
+            rate,
+        )
+
+
+def _names_of_grid(config: TrainConfig) -> list[str]:
+    rates = [scale_lr(rate, config.batch_size) for rate in config.learning_rates]
+    return classifier_names([(n, rate) for n in config.n_last_blocks_list for rate in rates])
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3 import distributed
 from dinov3.checkpointer import (
@@ -31,7 +30,7 @@ from dinov3.checkpointer import (
     remove_stale_temporaries,
 )
 from dinov3.eval.feature_cache import FeatureCache, extract_cached, weights_digest
-from dinov3.eval.features import gather_rows, model_device
+from dinov3.eval.features import gather_rows, model_device, usable_workers
 from dinov3.eval.linear_config import TrainConfig
 from dinov3.eval.linear_heads import (
     AllClassifiers,
@@ -41,6 +40,7 @@ from dinov3.eval.linear_heads import (
     setup_linear_classifiers,
     without_ddp_prefix,
 )
+from dinov3.eval.progress import Progress
 from dinov3.eval.train_loader import TrainOrder, make_train_loader
 from dinov3.eval.utils import ModelWithIntermediateLayers
 
@@ -49,6 +49,7 @@ logger = logging.getLogger("dinov3")
 CHECKPOINT_FILE = "checkpoint.pth"
 FINAL, BEST = "final", "best"
 LOG_PERIOD = 10  # steps
+MANY_PASSES = 10  # in an epoch
 NO_ACCURACY = -1.0  # best accuracy before the first validation
 
 
@@ -173,26 +174,28 @@ def train_linear_classifiers(
     batches = make_batches(feature_model, train_dataset, config, start_iter, cache) if start_iter < max_iter else []
     save_period = config.save_checkpoint_iterations or config.epoch_length
     eval_period = config.epoch_length if config.eval_period_iterations is None else config.eval_period_iterations
-    hidden = None if distributed.is_main_process() else True
-    progress = tqdm(islice(batches, max_iter - start_iter), "training", max_iter, initial=start_iter, disable=hidden)
-    for iteration, (inputs, labels) in enumerate(progress, start=start_iter):
-        losses = train_step(classifiers, inputs, labels, criterion, optimizer, scheduler)
-        is_last = iteration == max_iter - 1
-        if iteration % LOG_PERIOD == 0 or is_last:
-            progress.set_postfix(loss=f"{losses[0].item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}")
-            logger.debug("step %d: loss %.4f of the first classifier", iteration, losses[0].item())
-        if eval_period > 0 and (iteration + 1) % eval_period == 0 and not is_last:
-            results = val_evaluator.evaluate_and_maybe_save(
-                feature_model, classifiers, iteration, prefixstring=prefixstring, save_predictions=False
-            )
-            accuracy = results[val_evaluator.main_metric_name]
-            if val_evaluator.is_improvement(accuracy, best):
-                best = accuracy
-                save_checkpoint(directory / BEST, classifiers, optimizer, scheduler, iteration, best, settings)
-        if is_last or (iteration + 1) % save_period == 0:
-            name = FINAL if is_last else str(iteration)
-            save_checkpoint(directory / name, classifiers, optimizer, scheduler, iteration, best, settings)
-            _keep_newest(directory, config.checkpoint_retention_policy)
+    steps = enumerate(islice(batches, max_iter - start_iter), start=start_iter)
+    with Progress(f"{prefixstring}training", max_iter, unit="step", initial=start_iter) as progress:
+        for iteration, (inputs, labels) in steps:
+            losses = train_step(classifiers, inputs, labels, criterion, optimizer, scheduler)
+            is_last = iteration == max_iter - 1
+            note = None
+            if iteration % LOG_PERIOD == 0 or is_last:
+                note = f"loss {losses[0].item():.4f}, lr {optimizer.param_groups[0]['lr']:.2e} of the first classifier"
+                logger.debug("step %d: %s", iteration, note)
+            progress.advance(note=note)
+            if eval_period > 0 and (iteration + 1) % eval_period == 0 and not is_last:
+                results = val_evaluator.evaluate_and_maybe_save(
+                    feature_model, classifiers, iteration, prefixstring=prefixstring, save_predictions=False
+                )
+                accuracy = results[val_evaluator.main_metric_name]
+                if val_evaluator.is_improvement(accuracy, best):
+                    best = accuracy
+                    save_checkpoint(directory / BEST, classifiers, optimizer, scheduler, iteration, best, settings)
+            if is_last or (iteration + 1) % save_period == 0:
+                name = FINAL if is_last else str(iteration)
+                save_checkpoint(directory / name, classifiers, optimizer, scheduler, iteration, best, settings)
+                _keep_newest(directory, config.checkpoint_retention_policy)
     return feature_model, classifiers, max_iter
 
 
@@ -245,6 +248,14 @@ def resolve_epoch_length(config: TrainConfig, n_images: int) -> TrainConfig:
             epoch_length,
             global_batch,
             passes,
+        )
+    elif passes > MANY_PASSES * config.epochs:
+        logger.warning(
+            "train.epoch_length=%d steps of %d images are %.0f passes over the training images, which takes long; "
+            "train.epoch_length=null makes an epoch one pass",
+            epoch_length,
+            global_batch,
+            passes / config.epochs,
         )
     return dataclasses.replace(config, epoch_length=epoch_length)
 
@@ -333,6 +344,15 @@ def find_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+def check_checkpoint_path(config: TrainConfig, directory: str | Path) -> None:
+    """Refuse a `train.classifier_fpath` that will be needed, but holds no checkpoint; the main process does it.
+
+    Raises:
+        FileNotFoundError: names the path.
+    """
+    _find_checkpoint(config, Path(directory))
+
+
 def _find_checkpoint(config: TrainConfig, directory: Path) -> Path | None:
     if not config.resume or not distributed.is_main_process():
         return None
@@ -414,7 +434,8 @@ def _image_batches(
     model: LinearInputs, dataset: Any, config: TrainConfig, first_iteration: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = model_device(model)
-    for images, labels in make_train_loader(dataset, config.batch_size, config.num_workers, first_iteration):
+    num_workers = usable_workers(config.num_workers)
+    for images, labels in make_train_loader(dataset, config.batch_size, num_workers, first_iteration):
         yield model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 

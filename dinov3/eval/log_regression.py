@@ -9,8 +9,8 @@ chosen among 45 values by validation images: `train.val_dataset`, or a tenth of 
 few-shot). The final fit is on both, with few-shot on the training images alone.
 
 Notable:
-- `train.solver=SKLEARN` gives the published numbers; `TORCH` fits all 45 values at once, on any device, many times
-  faster and to the same accuracy (`log_regression_solvers`).
+- All 45 values are fitted at once, on any device (`log_regression_solvers`): many times faster than the published loop
+  of scikit-learn fits, and to the same accuracy. `train.solver=SKLEARN` is that loop.
 - Images go through the model once, however many values and few-shot tries there are.
 - The whole sweep is reported: printed, in the JSON file, in `sweep-log-regression.csv` and as a picture.
 """
@@ -25,10 +25,8 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import functools
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -39,12 +37,12 @@ from torch.utils.data import Subset
 from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
-from dinov3.distributed import runtime
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
-    check_same_classes,
+    check_class_mapping,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
+    find_class_mapping,
     get_labels,
     get_labels_without_images,
     pad_multilabel_and_collate,
@@ -60,10 +58,12 @@ from dinov3.eval.log_regression_module import (
     Sweep,
     check_several_classes,
     get_best_logreg_with_features,
+    rows_per_batch,
     sweep_C_values,
     train_for_C,
 )
 from dinov3.eval.log_regression_plot import format_sweep, sweep_table, write_sweeps
+from dinov3.eval.log_regression_solvers import check_sklearn
 from dinov3.eval.metrics import (
     ClassificationMetricType,
     TargetKind,
@@ -71,10 +71,10 @@ from dinov3.eval.metrics import (
     check_targets,
     scalar_results,
 )
+from dinov3.eval.provenance import provenance
 from dinov3.eval.setup import load_model_and_context
 from dinov3.eval.utils import average_metrics, evaluate, save_results
 from dinov3.run.init import job_context
-from dinov3.utils import get_sha
 from dinov3.utils.command_line import run_command_line
 
 __all__ = [
@@ -107,7 +107,6 @@ logger = logging.getLogger("dinov3")
 RESULTS_FILENAME = "results-log-regression.csv"
 MAIN_METRICS = ["top-1(_mean)?"]
 VAL_SHARE, FEW_SHOT_VAL_SHARE = 0.1, 0.01
-ROWS_PER_BATCH = 4096
 
 
 def make_transform(config: TransformConfig) -> Any:
@@ -161,7 +160,8 @@ def evaluate_logreg_model(
     Returns:
         What the metric computes, fractions.
     """
-    parts = (tensor.split(ROWS_PER_BATCH) for tensor in (test_rows.features, test_rows.positions, test_rows.targets))
+    size = rows_per_batch(len(logreg_model.constant[0]))
+    parts = (tensor.split(size) for tensor in (test_rows.features, test_rows.positions, test_rows.targets))
     _, metrics, outputs = evaluate(
         model=logreg_model,
         data_loader=[(features, (index, targets)) for features, index, targets in zip(*parts, strict=True)],
@@ -197,20 +197,14 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
     config, output_dir = args_dict_to_dataclass(eval_args, LogregEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
     results, datasets, sweeps = _evaluate_model(model, context["autocast_dtype"], config)
-    provenance = {
+    seconds = time.perf_counter() - started
+    origin = {
         "chosen_C": {f"try {name}": sweep.Cs[sweep.best] for name, sweep in sweeps.items()},
         "sweep": sweep_table(sweeps),
         "solver": config.train.resolved_solver().value,
-        "config": asdict(config),
-        "model": config.model.describe(),
-        "datasets": datasets,
-        "processes": distributed.get_world_size(),
-        "device": str(runtime.device()),
-        "autocast_dtype": str(context["autocast_dtype"]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "code": get_sha()},
-        "seconds": round(time.perf_counter() - started, 2),
+        **provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds),
     }
-    write_results(results, output_dir, RESULTS_FILENAME, provenance)
+    write_results(results, output_dir, RESULTS_FILENAME, origin)
     if distributed.is_main_process():
         written = [Path(output_dir) / RESULTS_FILENAME, *write_sweeps(sweeps, output_dir)]
         print(_format_report(results, config, datasets, sweeps))
@@ -254,29 +248,42 @@ class _Probabilities(nn.Module):
 def _evaluate_model(
     model: nn.Module, autocast_dtype: torch.dtype, config: LogregEvalConfig
 ) -> tuple[dict[str, float], dict[str, Any], dict[int, Sweep]]:
+    if config.train.resolved_solver() is Solver.SKLEARN:
+        check_sklearn()
+    config.transform.check_patches(model)
     transform = make_transform(config.transform)
     train_dataset, val_dataset = make_train_val_datasets(config, transform)
     test_dataset = _make_dataset(config.eval.test_dataset, transform)
     _check_not_empty("eval.test_dataset", test_dataset)
-    num_classes = _check_labels(train_dataset, val_dataset, test_dataset, config)
+    num_classes, val_mapping, test_mapping = _check_labels(train_dataset, val_dataset, test_dataset, config)
+    val_metric = build_classification_metric(config.train.val_metric_type, num_classes=num_classes)
+    test_metric = build_classification_metric(
+        _test_metric_type(config),
+        num_classes=num_classes if test_mapping is None else len(test_mapping),
+        dataset=test_dataset,
+    )
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
         train, val_rows, test_rows = _extract(model, tries, val_dataset, test_dataset, config)
+    val_labels = val_rows.targets
+    if val_mapping is not None and val_labels.ndim == 1:
+        val_labels = val_mapping.to(val_labels.device)[val_labels]
     sweeps, per_try = {}, {}
     for name, data in train.items():
         best = get_best_logreg_with_features(
             **data,
             val_features=val_rows.features,
-            val_labels=val_rows.targets,
-            val_metric=build_classification_metric(config.train.val_metric_type, num_classes=num_classes),
+            val_labels=val_labels,
+            val_metric=val_metric,
             concatenate_train_val=not few_shot.enable,
             train_config=config.train,
             num_classes=num_classes,
+            spill=config.features.make_spill(),
         )
         assert best.sweep is not None
         sweeps[name] = best.sweep
-        per_try[name] = _test(best, test_rows, test_dataset, num_classes, config, name)
+        per_try[name] = _test(best, test_rows, test_metric.clone(), test_mapping, config, name)
     results = per_try[0] if len(per_try) == 1 else average_metrics(per_try)
     for metric, value in results.items():
         logger.info("logistic regression %s: %.2f", metric, value)
@@ -300,8 +307,11 @@ def _check_not_empty(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} is empty")
 
 
-def _check_labels(train_dataset: Any, val_dataset: Any, test_dataset: Any, config: LogregEvalConfig) -> int:
-    # Everything about the labels that can go wrong, before an image is read. Returns the number of classes.
+def _check_labels(
+    train_dataset: Any, val_dataset: Any, test_dataset: Any, config: LogregEvalConfig
+) -> tuple[int, Tensor | None, Tensor | None]:
+    # Everything about the labels that can go wrong, before an image is read. Returns the number of classes, and which
+    # of them the validation and test sets have, if not all.
     train_labels = get_labels(train_dataset)
     check_several_classes(train_labels)
     num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
@@ -311,25 +321,25 @@ def _check_labels(train_dataset: Any, val_dataset: Any, test_dataset: Any, confi
             f"{config.train.val_metric_type.target_kind.value}; it can be eval.test_metric_type"
         )
     check_targets(config.train.val_metric_type, train_labels, "train.dataset")
+    mappings = []
     for name, dataset, metric_type in (
         ("train.val_dataset", val_dataset, config.train.val_metric_type),
         ("eval.test_dataset", test_dataset, _test_metric_type(config)),
     ):
-        mapping = _class_mapping(dataset)
-        if mapping is None:
-            check_same_classes(_whole(train_dataset), _whole(dataset))
-        elif int(mapping.max()) >= num_classes:
-            raise ValueError(
-                f"{name} is a part of {int(mapping.max()) + 1} or more classes, train.dataset has {num_classes}"
-            )
+        mapping = find_class_mapping(_whole(train_dataset), _whole(dataset), name)
+        check_class_mapping(mapping, num_classes, name)
+        mappings.append(mapping)
         if metric_type.target_kind not in (TargetKind.CLASSES, TargetKind.MULTI_HOT):
             continue
         labels = get_labels_without_images(dataset)
         check_targets(metric_type, labels, name)
         if labels is not None:
-            labels = labels if mapping is None or labels.ndim == 2 else mapping[labels]
+            if mapping is not None and labels.ndim == 1:
+                if int(labels.max()) >= len(mapping):
+                    raise ValueError(f"{name} has class {int(labels.max())}, but only {len(mapping)} classes")
+                labels = mapping[labels]
             _check_classes(name, labels, train_labels, num_classes)
-    return num_classes
+    return num_classes, mappings[0], mappings[1]
 
 
 def _check_classes(name: str, labels: Tensor, train_labels: Tensor, num_classes: int) -> None:
@@ -349,11 +359,6 @@ def _check_classes(name: str, labels: Tensor, train_labels: Tensor, num_classes:
         )
 
 
-def _class_mapping(dataset: Any) -> Tensor | None:
-    mapping = getattr(dataset, "get_imagenet_class_mapping", lambda: None)()
-    return None if mapping is None else torch.as_tensor(mapping, dtype=torch.int64)
-
-
 def _whole(dataset: Any) -> Any:
     return dataset.dataset if isinstance(dataset, Subset) else dataset
 
@@ -370,10 +375,10 @@ def _extract(
     model: nn.Module, tries: Mapping[int, Any], val_dataset: Any, test_dataset: Any, config: LogregEvalConfig
 ) -> tuple[dict[int, dict[str, Tensor]], FeatureRows, FeatureRows]:
     # Training features by try and validation features, whole; and this process's share of the test features.
-    cache = config.features.make_cache()
+    cache, spill = config.features.make_cache(), config.features.make_spill()
     on_cpu = config.train.train_features_device == "cpu"
     batch_size, num_workers = config.train.batch_size, config.train.num_workers
-    train = extract_features_for_dataset_dict(model, tries, batch_size, num_workers, on_cpu, cache=cache)
+    train = extract_features_for_dataset_dict(model, tries, batch_size, num_workers, on_cpu, cache=cache, spill=spill)
     val_rows = extract_cached(
         model,
         val_dataset,
@@ -382,6 +387,7 @@ def _extract(
         cache=cache,
         on_cpu=on_cpu,
         description="validation features",
+        spill=spill,
     )
     test_rows = extract_cached(
         model,
@@ -392,17 +398,19 @@ def _extract(
         on_cpu=on_cpu,
         collate_fn=_collate_fn(_test_metric_type(config)),
         description="test features",
+        spill=spill,
     )
-    return train, gather_rows(val_rows), test_rows
+    return train, gather_rows(val_rows, spill), test_rows
 
 
 def _test(
-    model: LogRegModule, rows: FeatureRows, dataset: Any, num_classes: int, config: LogregEvalConfig, name: int
+    model: LogRegModule,
+    rows: FeatureRows,
+    metric: Any,
+    class_mapping: Tensor | None,
+    config: LogregEvalConfig,
+    name: int,
 ) -> dict[str, float]:
-    metric_type = _test_metric_type(config)
-    class_mapping = _class_mapping(dataset)
-    num_classes = num_classes if class_mapping is None else len(class_mapping)
-    metric = build_classification_metric(metric_type, num_classes=num_classes, dataset=dataset)
     suffix = None if config.few_shot.n_tries == 1 else name
     save = functools.partial(save_results, output_dir=config.output_dir, filename_suffix=suffix)
     values = evaluate_logreg_model(

@@ -86,17 +86,22 @@ def search_minimum(
 
 
 def run_together(
-    searches: Sequence[Search], evaluate: Callable[[Sequence[int], Sequence[Tensor]], list[tuple[float, Tensor]]]
+    searches: Sequence[Search],
+    evaluate: Callable[[Sequence[int], Sequence[Tensor]], list[tuple[float, Tensor]]],
+    after_round: Callable[[int, int], None] = lambda n_rounds, n_ended: None,
 ) -> list[Minimum]:
     """Run searches to their ends, with one call of `evaluate` for a point of each.
 
     Args:
         searches: not started.
         evaluate: the losses and gradients of the searches with these numbers, each at its point.
+        after_round: told the number of calls so far, and how many searches have ended in the last of them.
     """
     minima: dict[int, Minimum] = {}
     points = {number: next(search) for number, search in enumerate(searches)}
+    n_rounds = 0
     while points:
+        n_active = len(points)
         answers = evaluate(list(points), list(points.values()))
         for number, answer in zip(list(points), answers, strict=True):
             try:
@@ -104,6 +109,8 @@ def run_together(
             except StopIteration as end:
                 minima[number] = end.value
                 del points[number]
+        n_rounds += 1
+        after_round(n_rounds, n_active - len(points))
     return [minima[number] for number in range(len(searches))]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
+from dinov3.eval.features import Spill, join_rows
 from dinov3.eval.log_regression_config import Solver, TrainConfig
 from dinov3.eval.log_regression_solvers import Fit, fit_with_sklearn, fit_with_torch
 from dinov3.eval.metrics import scalar_results
+from dinov3.eval.progress import Progress
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")
@@ -29,6 +31,7 @@ logger = logging.getLogger("dinov3")
 C_POWER_RANGE = torch.linspace(-6, 5, 45)
 C_VALUES: list[float] = (10**C_POWER_RANGE).tolist()
 ROWS_PER_CHECK = 16384
+SCORES_PER_BATCH = 2**22
 
 
 class LogRegModule(nn.Module):
@@ -67,7 +70,7 @@ class LogRegModule(nn.Module):
         Raises:
             ValueError: there is but one class, features are not finite, or labels are not what was announced.
         """
-        return fit_modules([self], features, labels)[0]
+        return next(fit_modules([self], features, labels, "fit"))
 
     def forward(self, samples: Tensor, targets: Any = None) -> dict[str, Any]:
         """`{"preds": probabilities float64 [B, C] on the device of samples, "target": targets}`."""
@@ -82,13 +85,13 @@ class LogRegModule(nn.Module):
             probabilities = torch.cat([-logits, logits], dim=1).sigmoid()
         else:
             probabilities = logits.softmax(dim=1)
-        preds = self._constant.to(device).repeat(len(samples), 1)
+        preds = self.constant.to(device).repeat(len(samples), 1)
         preds[:, self.classes.to(device)] = probabilities
         return {"preds": preds, "target": targets}
 
     def _set(self, fit: Fit, columns: _Columns) -> None:
         self.weights, self.intercept, self.n_iterations, self.converged = fit
-        self.classes, self._constant = columns
+        self.classes, self.constant = columns
 
 
 class _Columns(NamedTuple):
@@ -116,32 +119,67 @@ class Sweep:
     best: int
 
 
-def fit_modules(modules: Sequence[LogRegModule], features: Tensor, labels: Tensor) -> list[LogRegModule]:
-    """Fit modules that differ in C alone; arguments and errors as of `LogRegModule.fit`."""
+def fit_modules(
+    modules: Sequence[LogRegModule], features: Tensor, labels: Tensor, description: str
+) -> Iterator[LogRegModule]:
+    """Fit modules that differ in C alone; arguments and errors as of `LogRegModule.fit`.
+
+    Args:
+        modules: with ascending or descending C; those of scikit-learn are fitted one after the other.
+        features: [N, D].
+        labels: [N] or [N, L].
+        description: what the progress bar says.
+
+    Yields:
+        The modules, each as soon as it is fitted.
+    """
     if not modules:
-        return []
+        return
     first, config = modules[0], modules[0].config
     _check(features, labels, first.multi_label)
     columns, targets = _split_columns(labels, first.num_classes)
-    Cs = [module.C for module in modules]
+    with Progress(description, len(modules), unit="C") as progress:
+        fits = _fits(features, targets, [module.C for module in modules], config, progress)
+        for module, fit in zip(modules, fits, strict=True):
+            module._set(fit, columns)
+            yield module
+
+
+def _fits(
+    features: Tensor, targets: Tensor, Cs: Sequence[float], config: TrainConfig, progress: Progress
+) -> Iterator[Fit]:
     if config.resolved_solver() is Solver.SKLEARN:
         dtype = as_torch_dtype(config.train_dtype)
-        options: dict[str, Any] = {"tol": config.tol, "max_iterations": config.max_train_iters, "dtype": dtype}
-        fits = [fit_with_sklearn(features, targets, C, **options) for C in Cs]
-    else:
-        fits = fit_with_torch(
-            features,
-            targets,
-            Cs,
-            device=runtime.device(),
-            tol=config.tol,
-            max_iterations=config.max_train_iters,
-            dtype=as_torch_dtype(config.product_dtype),
-            memory_budget_bytes=int(config.memory_budget_mb * 2**20),
+        _tell_copy(features, dtype, config.memory_budget_mb)
+        for C in Cs:
+            yield fit_with_sklearn(
+                features, targets, C, tol=config.tol, max_iterations=config.max_train_iters, dtype=dtype
+            )
+            progress.advance()
+        return
+    n_outputs = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
+    yield from fit_with_torch(
+        features,
+        targets,
+        Cs,
+        device=runtime.device(),
+        tol=config.tol,
+        max_iterations=config.max_train_iters,
+        dtype=config.resolved_product_dtype(features.numel() * n_outputs),
+        memory_budget_bytes=int(config.memory_budget_mb * 2**20),
+        advance=progress.advance,
+    )
+
+
+def _tell_copy(features: Tensor, dtype: torch.dtype, budget_mb: float) -> None:
+    size_mb = features.numel() * dtype.itemsize / 2**20
+    if size_mb > budget_mb:
+        logger.warning(
+            "train.solver=SKLEARN copies all features: %.0f MB, more than train.memory_budget_mb=%.0f; TORCH goes "
+            "through them in blocks",
+            size_mb,
+            budget_mb,
         )
-    for module, fit in zip(modules, fits, strict=True):
-        module._set(fit, columns)
-    return list(modules)
 
 
 def train_for_C(
@@ -180,32 +218,58 @@ def sweep_C_values(
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     is_multi_label = train_labels.ndim == 2
-    own = {
-        index: LogRegModule(C, is_multi_label, logreg_config=train_config, num_classes=num_classes)
-        for index, C in enumerate(C_VALUES)
-        if index % world_size == rank
-    }
-    fit_modules(list(own.values()), train_features, train_labels)
     width = num_classes or (train_labels.shape[1] if is_multi_label else int(train_labels.max()) + 1)
-    nothing = {"preds": val_features.new_zeros(0, width, dtype=torch.float64), "target": val_labels[:0]}
-    metrics = []
-    for index in range(len(C_VALUES)):
+    # Large values first: they take longest, so the time that is told to be left is rather too long than too short.
+    order = list(reversed(range(len(C_VALUES))))
+    own = [
+        LogRegModule(C_VALUES[index], is_multi_label, logreg_config=train_config, num_classes=num_classes)
+        for index in order[rank::world_size]
+    ]
+    fitted = fit_modules(own, train_features, train_labels, "sweep of C")
+    metrics: dict[int, dict[str, float]] = {}
+    fits: dict[int, tuple[int, bool]] = {}
+    for start in range(0, len(order), world_size):
         # Metrics are of the samples of all processes: one process has them all, the others none.
-        metric = val_metric.clone().to(val_features.device)
-        metric.update(**(own[index](val_features, val_labels) if index in own else nothing))
-        metrics.append(scalar_results(metric, metric.compute()))
-    found = {index: (module.n_iterations, module.converged) for index, module in own.items()}
-    fits = {index: fit for part in distributed.all_gather_objects(found) for index, fit in part.items()}
+        module = next(fitted, None)
+        for owner, index in enumerate(order[start : start + world_size]):
+            metric = val_metric.clone().to(val_features.device)
+            n_rows = len(val_features) if owner == rank else 0
+            _update(metric, module, val_features[:n_rows], val_labels[:n_rows], width)
+            metrics[index] = scalar_results(metric, metric.compute())
+        own_fit: tuple[int, bool] | None = None
+        if module is not None:
+            own_fit = module.n_iterations, module.converged
+            module.weights = module.intercept = None  # of many classes, all 45 take gigabytes
+        for index, fit in zip(order[start:], distributed.all_gather_objects(own_fit), strict=False):
+            if fit is not None:
+                fits[index] = fit
     sign = -1 if train_config.val_metric_type.is_lower_better else 1
-    scores = [-math.inf if math.isnan(values["top-1"]) else sign * values["top-1"] for values in metrics]
+    top_1 = [metrics[index]["top-1"] for index in range(len(C_VALUES))]
+    scores = [-math.inf if math.isnan(value) else sign * value for value in top_1]
     _warn_of_limit(fits, train_config)
     return Sweep(
         Cs=C_VALUES,
-        metrics=metrics,
+        metrics=[metrics[index] for index in range(len(C_VALUES))],
         n_iterations=[fits[index][0] for index in range(len(C_VALUES))],
         converged=[fits[index][1] for index in range(len(C_VALUES))],
         best=scores.index(max(scores)),
     )
+
+
+def rows_per_batch(num_classes: int) -> int:
+    """How many rows are scored at once, so that memory does not grow with their number or that of the classes."""
+    return max(1, SCORES_PER_BATCH // num_classes)
+
+
+def _update(metric: Any, module: LogRegModule | None, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    if len(features) == 0:
+        nothing = torch.zeros(0, num_classes, dtype=torch.float64, device=features.device)
+        metric.update(preds=nothing, target=labels)
+        return
+    assert module is not None
+    size = rows_per_batch(num_classes)
+    for block, targets in zip(features.split(size), labels.split(size), strict=True):
+        metric.update(**module(block, targets))
 
 
 def get_best_logreg_with_features(
@@ -218,6 +282,7 @@ def get_best_logreg_with_features(
     concatenate_train_val: bool,
     train_config: TrainConfig,
     num_classes: int | None = None,
+    spill: Spill | None = None,
 ) -> LogRegModule:
     """The model with the best C of the grid, whose `sweep` attribute tells how that was chosen.
 
@@ -230,6 +295,7 @@ def get_best_logreg_with_features(
         concatenate_train_val: fit the final model on training and validation rows, else on training rows.
         train_config: settings of the fit.
         num_classes: columns of the probabilities; None: as many as the training labels need.
+        spill: for training and validation rows together, if they are too large for memory.
     """
     sweep = sweep_C_values(
         train_features=train_features,
@@ -242,8 +308,10 @@ def get_best_logreg_with_features(
     )
     best_C = sweep.Cs[sweep.best]
     logger.info("logistic regression: C=%.3g is best, top-1 %.4f", best_C, sweep.metrics[sweep.best]["top-1"])
+    if sweep.best in (0, len(sweep.Cs) - 1):
+        logger.warning("logistic regression: the chosen C=%.3g is at an end of the range that was tried", best_C)
     if concatenate_train_val:
-        train_features = torch.cat([train_features, val_features])
+        train_features = join_rows([train_features, val_features], spill)
         train_labels = torch.cat([train_labels, val_labels])
     module = train_for_C(
         C=best_C,

@@ -11,11 +11,13 @@ Notable in ours:
 - It works on the principal axes of the features, which changes neither the models nor their penalty. There, the
   Hessian at the start is close to diagonal and known, so that searches take a fraction of the usual iterations.
 - Matrix products are in float32 if not asked otherwise; sums, the penalty and the searches are in float64.
-- Features may be anywhere; blocks of rows come to the device as they are needed.
+- Features may be anywhere, also in a mapped file; blocks of rows come to the device as they are needed.
+- Where the searches of all values of C do not fit into memory together, fewer run at once.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.eval.log_regression_lbfgs import run_together, search_minimum
+from dinov3.eval.log_regression_lbfgs import HISTORY, run_together, search_minimum
 
 logger = logging.getLogger("dinov3")
 
 #: Temporaries of a block of rows in `fit_with_torch` have about this many elements.
 BLOCK_ELEMENTS = 2**20
+#: What a search holds at most, in vectors of the size of its point: its history twice, and what it computes with.
+VECTORS_PER_SEARCH = 2 * HISTORY + 10
 #: By the dtype of products: how far above its minimum the loss of a sample may end, on average.
 REACHABLE = {torch.float32: 1e-9, torch.float64: 1e-14}
 
@@ -67,13 +71,10 @@ def fit_with_sklearn(
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            "train.solver=sklearn needs scikit-learn: pip install scikit-learn, or choose train.solver=torch"
-        ) from error
+    check_sklearn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     samples = features.to("cpu", dtype).numpy()
     columns = [targets] if targets.ndim == 1 else list(targets.T)
     models = []
@@ -91,6 +92,20 @@ def fit_with_sklearn(
     )
 
 
+def check_sklearn() -> None:
+    """Refuse to go on without scikit-learn.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "train.solver=SKLEARN needs scikit-learn: pip install scikit-learn, or choose train.solver=TORCH"
+        ) from error
+
+
 def fit_with_torch(
     features: Tensor,
     targets: Tensor,
@@ -101,8 +116,9 @@ def fit_with_torch(
     max_iterations: int,
     dtype: torch.dtype,
     memory_budget_bytes: int,
-) -> list[Fit]:
-    """Fit a model for each value of C, all at once.
+    advance: Callable[[int, str], None] = lambda n_fits, note: None,
+) -> Iterator[Fit]:
+    """Fit a model for each value of C, all at once, or as many at once as memory allows.
 
     Args:
         features: [N, D], on any device.
@@ -112,32 +128,38 @@ def fit_with_torch(
         tol: excess of the mean loss over its minimum that ends a search; no less than `dtype` can reach.
         max_iterations: of each search.
         dtype: of matrix products.
-        memory_budget_bytes: within which features are kept on their principal axes; otherwise blocks of them are
-            transformed each time.
+        memory_budget_bytes: within which features are kept on their principal axes, otherwise blocks of them are
+            transformed each time; and within which searches run together.
+        advance: told how many fits have just ended, and in a few words how far the others are.
+
+    Yields:
+        The fits, in the order of `Cs`.
     """
     if not Cs:
-        return []
+        return
     rows = _Rows(features, targets, device, dtype, memory_budget_bytes)
     start, curvature = _start(rows)
-    searches = [
-        search_minimum(
-            start,
-            _make_precondition(rows, curvature, C),
-            tolerance=max(tol, REACHABLE[dtype]) * len(features),
-            noise=torch.finfo(dtype).eps * len(features),
-            max_iterations=max_iterations,
-        )
-        for C in Cs
-    ]
-    minima = run_together(
-        searches, lambda numbers, points: _losses_and_gradients(rows, [Cs[n] for n in numbers], points)
-    )
-    fits = []
-    for minimum in minima:
-        weights = minimum.point[:, :-1] @ rows.axes.T  # [R, D]
-        intercept = minimum.point[:, -1] - weights @ rows.mean
-        fits.append(Fit(weights.cpu(), intercept.cpu(), minimum.n_iterations, minimum.converged))
-    return fits
+    at_once = max(1, memory_budget_bytes // (VECTORS_PER_SEARCH * start.nbytes))
+    for first in range(0, len(Cs), at_once):
+        part = Cs[first : first + at_once]
+        searches = [
+            search_minimum(
+                start,
+                _make_precondition(rows, curvature, C),
+                tolerance=max(tol, REACHABLE[dtype]) * len(features),
+                noise=torch.finfo(dtype).eps * len(features),
+                max_iterations=max_iterations,
+            )
+            for C in part
+        ]
+        evaluate = functools.partial(_losses_and_gradients, rows, part)
+        minima = run_together(searches, evaluate, lambda n_rounds, n_ended: advance(n_ended, f"iteration {n_rounds}"))
+        del searches
+        while minima:
+            minimum = minima.pop(0)
+            weights = minimum.point[:, :-1] @ rows.axes.T  # [R, D]
+            intercept = minimum.point[:, -1] - weights @ rows.mean
+            yield Fit(weights.cpu(), intercept.cpu(), minimum.n_iterations, minimum.converged)
 
 
 class _Rows:
@@ -215,7 +237,10 @@ def _make_precondition(rows: _Rows, curvature: Tensor, C: float) -> Callable[[Te
     return precondition
 
 
-def _losses_and_gradients(rows: _Rows, Cs: Sequence[float], points: Sequence[Tensor]) -> list[tuple[float, Tensor]]:
+def _losses_and_gradients(
+    rows: _Rows, all_Cs: Sequence[float], numbers: Sequence[int], points: Sequence[Tensor]
+) -> list[tuple[float, Tensor]]:
+    Cs = [all_Cs[number] for number in numbers]
     block_loss = _softmax_loss if rows.targets.ndim == 1 else _sigmoid_loss
     losses, gradients = [], []
     for point, C in zip(points, Cs, strict=True):

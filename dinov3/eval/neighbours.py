@@ -65,8 +65,8 @@ def search(
 
     Args:
         queries: float32 [M, D].
-        features: float32 [N, D].
-        ids: int64 [N], what the rows are called in the result; in [0, 2^32).
+        features: float32 [N, D], on any device.
+        ids: int64 [N], what the rows are called in the result; in [0, 2^32); on the device of the queries.
         k: number of neighbours.
         rows_per_block: training rows per matrix product.
         dtype: of the matrix product.
@@ -77,7 +77,7 @@ def search(
     best = queries.new_empty(len(queries), 0, dtype=torch.int64)
     padded = pad_rows(queries.to(dtype))
     for block, block_ids in zip(features.split(rows_per_block), ids.split(rows_per_block), strict=True):
-        similarities = padded @ pad_rows(block.to(dtype)).T
+        similarities = padded @ pad_rows(block.to(queries.device, dtype)).T
         found = _best_of_block(similarities[: len(queries), : len(block)].float(), block_ids, k)
         best = torch.cat([best, found], dim=1)
         best = best.topk(min(k, best.shape[1])).values

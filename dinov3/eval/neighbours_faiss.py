@@ -10,6 +10,7 @@ Notable:
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ def _nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def _import_faiss() -> Any:
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # which processor features it tries is nobody's concern
     try:
         import faiss
     except ImportError as error:

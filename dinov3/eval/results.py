@@ -97,6 +97,15 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     temporary.replace(path)
 
 
+def without_nan(value: Any) -> Any:
+    """Nested values with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _format_of(path: Any) -> FileFormat:
     endings = ", ".join(member.value for member in FileFormat)
     if isinstance(path, io.TextIOBase):

@@ -1,4 +1,8 @@
-"""The model of an evaluation: from a training run, from a configuration and weights, or from the hub by name."""
+"""The model of an evaluation: from a training run, from weights in any format, or from the hub by name.
+
+Notable: only a training run needs a configuration, and its own is found; the structure of released weights, also as
+Hugging Face and timm have them, is told by their entries.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import difflib
 import inspect
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +19,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args
+from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_path
 from dinov3.distributed import runtime
 from dinov3.eval.helpers import key
 from dinov3.hub import backbones
-from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval
+from dinov3.hub.architectures import build_like, published_name
+from dinov3.hub.backbones import Weights
+from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
+from dinov3.hub.sources import locate
+from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")
 
 RANDOM_WEIGHTS = "random initialisation"
 RANDOM_SEED = 0
+MAX_DEPTH_IN_RUN = 3
 
 
 @dataclass
 class ModelConfig:
-    """Which backbone is evaluated: `config_file` and `pretrained_weights`, or `dino_hub`."""
+    """Which backbone is evaluated: `pretrained_weights`, with or without `config_file`, or `dino_hub`."""
 
     config_file: str | None = key(None, "configuration of a training; default: that of the run in pretrained_weights")
     pretrained_weights: str | None = key(
-        None, "a .pth file, a checkpoint directory or a run directory; null: random initialisation"
+        None,
+        "a run directory, a .pth or .safetensors file, a checkpoint directory, or a model directory of Hugging Face or "
+        "timm; null: random initialisation",
     )
     dino_hub: str | None = key(None, "instead of these two: a model of the hub, such as dinov3_vits16")
-    weights: str | None = key(None, "file with the weights of dino_hub; null: the published ones")
+    weights: str | None = key(None, "file or directory with the weights of dino_hub; null: the published ones")
 
     def __post_init__(self) -> None:
         if self.dino_hub and (self.config_file or self.pretrained_weights):
@@ -47,16 +59,24 @@ class ModelConfig:
             )
 
     def check(self) -> None:
-        """Refuse a configuration that names no model.
+        """Refuse what names no model, before anything is loaded.
 
         Raises:
-            ValueError: neither a configuration nor a hub name is given.
+            ValueError: neither weights nor a configuration nor a hub name is given, or there is no such name.
+            FileNotFoundError: there is nothing at a path.
         """
-        if not self.dino_hub and not self._find_config_file():
+        if not (self.dino_hub or self.config_file or self.pretrained_weights):
             raise ValueError(
-                "no model: give model.config_file=RUN/config.yaml model.pretrained_weights=RUN/teacher_checkpoint.pth, "
-                "or model.dino_hub=dinov3_vits16 model.weights=FILE"
+                "no model: give model.pretrained_weights=RUN (the directory of a training run, or one of Hugging Face "
+                "or timm), or model.dino_hub=dinov3_vits16 model.weights=FILE"
             )
+        if self.dino_hub:
+            _check_hub_name(self.dino_hub)
+        if self.config_file:
+            resolve_config_path(self.config_file)
+        for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
+            if path and "://" not in path and path not in Weights.__members__ and not _expand(path).exists():
+                raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
 
     def describe(self) -> str:
         """The weights, in a few words; links are followed, so that `teacher_checkpoint.pth` tells its iteration."""
@@ -64,17 +84,21 @@ class ModelConfig:
             return f"{self.dino_hub} with {self.weights or 'published weights'}"
         if not self.pretrained_weights:
             return f"{RANDOM_WEIGHTS} of {self.config_file}"
-        return (
-            os.path.realpath(self.pretrained_weights)
-            if os.path.exists(self.pretrained_weights)
-            else self.pretrained_weights
-        )
+        path = _expand(self.pretrained_weights)
+        if not path.exists():
+            return self.pretrained_weights
+        return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
 
-    def _find_config_file(self) -> str | None:
-        if self.config_file:
+    def find_config_file(self) -> str | None:
+        """`config_file`, or that of the training run that `pretrained_weights` is, or lies in; None without one."""
+        if self.config_file or not self.pretrained_weights:
             return self.config_file
-        beside = Path(self.pretrained_weights or "") / CONFIG_FILE
-        return str(beside) if self.pretrained_weights and beside.is_file() else None
+        path = _expand(self.pretrained_weights).absolute()
+        # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
+        for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
+            if _is_of_training(directory / CONFIG_FILE):
+                return str(directory / CONFIG_FILE)
+        return None
 
 
 def load_model_and_context(
@@ -94,12 +118,17 @@ def load_model_and_context(
         ValueError: no model is named, its name is unknown, or the weights are not its.
     """
     model_config.check()
+    config_file = model_config.find_config_file()
+    dtype = torch.float32
     if model_config.dino_hub:
-        model, dtype = _load_from_hub(model_config.dino_hub, model_config.weights), torch.float32
-    else:
-        config_file = model_config._find_config_file()
-        assert config_file is not None
+        model: nn.Module = _load_from_hub(model_config.dino_hub, model_config.weights)
+    elif config_file is not None:
         model, dtype = setup_and_build_model(config_file, model_config.pretrained_weights, output_dir=output_dir)
+        if not model_config.config_file:
+            logger.info("the structure of the model is that of %s", config_file)
+    else:
+        assert model_config.pretrained_weights is not None
+        model = load_without_config(model_config.pretrained_weights)
     logger.info("model: %s, run in %s on %s", model_config.describe(), dtype, runtime.device())
     return model, {"autocast_dtype": dtype}
 
@@ -133,7 +162,37 @@ def setup_and_build_model(
     return model, torch.bfloat16 if is_bfloat16 else torch.float32
 
 
+def load_without_config(weights: str) -> nn.Module:
+    """The backbone whose structure its weights tell; what they do not tell is as in the published models.
+
+    Args:
+        weights: a path or a URL, as `weights=` of the hub: a model directory of Hugging Face or timm, a published file.
+
+    Returns:
+        The model on this process's device, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: there is no complete backbone.
+    """
+    state = read_state_dict(locate(weights))
+    model = build_like(state)
+    check_complete(state, model, source=weights)
+    assert model is not None
+    load_backbone_(model, state, source=weights)
+    known = published_name(state)
+    logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
+    return model.to(runtime.device()).eval()
+
+
 def _load_from_hub(name: str, weights: str | None) -> nn.Module:
+    _check_hub_name(name)
+    entry = getattr(backbones, name)
+    model: nn.Module = entry(weights=weights) if weights else entry()
+    return model.to(runtime.device()).eval()
+
+
+def _check_hub_name(name: str) -> None:
     names = [
         entry for entry in vars(backbones) if entry.startswith("dinov3_") and inspect.isfunction(vars(backbones)[entry])
     ]
@@ -142,6 +201,14 @@ def _load_from_hub(name: str, weights: str | None) -> nn.Module:
         raise ValueError(
             f"model.dino_hub={name}: no such model; did you mean {nearest[0]}? There are {', '.join(names)}"
         )
-    entry = getattr(backbones, name)
-    model = entry(weights=weights) if weights else entry()
-    return model.to(runtime.device()).eval()
+
+
+def _is_of_training(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return all(re.search(rf"^{section}:", text, re.MULTILINE) for section in ("student", "crops"))
+
+
+def _expand(path: str) -> Path:
+    return Path(path).expanduser()

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from torch import nn
-
 
 class BackboneLayersSet(Enum):
     """Blocks of a backbone by name."""
@@ -27,7 +25,7 @@ BackboneLayers = BackboneLayersSet | str | Sequence[int]
 PUBLISHED_EXCEPTIONS = {24: [4, 11, 17, 23]}
 
 
-def backbone_out_indices(backbone: nn.Module | Any, layers: BackboneLayers) -> list[int]:
+def backbone_out_indices(backbone: Any, layers: BackboneLayers) -> list[int]:
     """The indices, from 0 and as given, of the blocks that are read.
 
     Args:
@@ -50,7 +48,7 @@ def backbone_out_indices(backbone: nn.Module | Any, layers: BackboneLayers) -> l
     return indices
 
 
-def backbone_widths(backbone: nn.Module | Any, indices: Sequence[int]) -> list[int]:
+def backbone_widths(backbone: Any, indices: Sequence[int]) -> list[int]:
     """Channels of the maps after these blocks: `embed_dims` of the backbone, or `embed_dim` for all."""
     widths = getattr(backbone, "embed_dims", None)
     return [int(backbone.embed_dim if widths is None else widths[index]) for index in indices]

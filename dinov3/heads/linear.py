@@ -1,4 +1,4 @@
-"""Linear heads for depth and segmentation: batch norm and a 1x1 convolution on patch maps (arXiv 2508.10104, section 6).
+"""Linear heads for depth and segmentation: batch norm and a 1x1 convolution on maps (arXiv 2508.10104, section 6).
 
 Notable:
 - Several levels are resized to the size of the first and concatenated.
@@ -33,11 +33,11 @@ class _LevelConcatenation(nn.Module):
         self.align_corners = align_corners
         self.batchnorm_layer = nn.BatchNorm2d(self.channels) if use_batchnorm else nn.Identity()
 
-    def concatenate(self, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """(map, class token) of each level to one map [B, C, h, w] of the first level's size."""
+    def concatenate(self, maps: Sequence[Level]) -> Tensor:
+        """The map of each level, or (map, class token), to one map [B, C, h, w] of the first level's size."""
         if len(maps) != self.n_levels:
             raise ValueError(f"a linear head of {self.n_levels} levels was given {len(maps)}")
-        levels = [self._with_class_token(*level) for level in maps]
+        levels = [self._with_class_token(*_parts(level)) for level in maps]
         size = levels[0].shape[-2:]
         levels = [resize_bilinear(level, size, align_corners=self.align_corners) for level in levels]
         # Also of one level a copy: the features may be inference tensors, which autograd must not keep.
@@ -53,8 +53,15 @@ class _LevelConcatenation(nn.Module):
         return torch.cat([patches, class_token[:, :, None, None].expand_as(patches)], dim=1)  # [B, 2C, h, w]
 
 
+def _parts(level: Level) -> tuple[Tensor, Tensor | None]:
+    if isinstance(level, Tensor):
+        return level, None
+    return level[0], level[1] if len(level) > 1 else None
+
+
 def _init_(convolution: nn.Conv2d) -> None:
-    nn.init.normal_(convolution.weight, std=INIT_STD)
+    if not convolution.weight.is_meta:  # where torch would import its compiler to do nothing
+        nn.init.normal_(convolution.weight, std=INIT_STD)
     nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
 
@@ -93,8 +100,7 @@ class LinearDepthHead(_LevelConcatenation):
         Raises:
             ValueError: another number of levels, or a class token is missing.
         """
-        levels = [(level[0], level[1] if len(level) > 1 else None) for level in inputs]
-        return self.conv_depth(self.batchnorm_layer(self.concatenate(levels)))
+        return self.conv_depth(self.batchnorm_layer(self.concatenate(inputs)))
 
     def predict(self, x: Sequence[Sequence[Tensor]], rescale_to: Sequence[int] = (512, 512)) -> Tensor:
         """`forward`, resized to `rescale_to` (height, width)."""
@@ -131,12 +137,8 @@ class LinearSegmentationHead(_LevelConcatenation):
         Raises:
             ValueError: another number of levels, or a class token is missing.
         """
-        return self.conv(self.batchnorm_layer(self.dropout(self._features(inputs))))
+        return self.conv(self.batchnorm_layer(self.dropout(self.concatenate(inputs))))
 
     def predict(self, inputs: Sequence[Level], rescale_to: Sequence[int] = (512, 512)) -> Tensor:
         """As `forward` without dropout, resized to `rescale_to` (height, width)."""
-        return resize_bilinear(self.conv(self.batchnorm_layer(self._features(inputs))), rescale_to)
-
-    def _features(self, inputs: Sequence[Level]) -> Tensor:
-        pairs = [(level, None) if isinstance(level, Tensor) else (level[0], level[1]) for level in inputs]
-        return self.concatenate(pairs)
+        return resize_bilinear(self.conv(self.batchnorm_layer(self.concatenate(inputs))), rescale_to)

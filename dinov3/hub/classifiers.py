@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights, WeightsLike
-from dinov3.hub.sources import BASE_URL, locate
+from dinov3.hub.head_weights import choose_weights, load_head
+from dinov3.hub.sources import BASE_URL
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
-from dinov3.utils.weight_files import WeightsError, read_file
 
 __all__ = ["ClassifierWeights", "dinov3_vit7b16_lc"]
 
@@ -115,56 +115,34 @@ def _make_linear_classifier(
     assert backbone in HASHES, f"no linear classifier was published for {backbone}, only for {', '.join(HASHES)}"
     target = f"the linear head of {backbone}_lc"
     file_hash = kwargs.pop("hash", None)
-    published = _published(weights)
-    if not pretrained and published is None:
-        raise ValueError(f"{target}: weights are given, but pretrained=False reads none; leave out one of the two")
-    if published is None and file_hash:
-        raise ValueError(f"{target}: hash chooses among published files, but weights are given")
+    chosen = choose_weights(
+        target,
+        weights,
+        ClassifierWeights,
+        available=tuple(ClassifierWeights),
+        pretrained=pretrained,
+        file_hash=file_hash,
+    )
     model = getattr(backbones, backbone)(
         pretrained=pretrained, weights=backbone_weights, check_hash=check_hash, **kwargs
     )
     like = model.cls_token
     n_classes = N_CLASSES[ClassifierWeights.IMAGENET1K.name]
-    head = nn.Linear(2 * model.embed_dim, n_classes, device=like.device, dtype=like.dtype)
+    place = "meta" if pretrained else like.device
+    head = nn.Linear(2 * model.embed_dim, n_classes, device=place, dtype=like.dtype)
     if pretrained:
-        source = head_url_of(backbone, published, file_hash=file_hash) if published else weights
-        _load_head_(head, source, target=target, check_hash=check_hash, kwargs=kwargs)
+        if isinstance(chosen, ClassifierWeights):
+            chosen = head_url_of(backbone, chosen, file_hash=file_hash)
+        load_head(
+            head,
+            chosen,
+            target=target,
+            prefix="linear_head.",
+            device=like.device,
+            check_hash=check_hash,
+            options=kwargs,
+        )
     elif not head.weight.is_meta:
         nn.init.normal_(head.weight, std=INIT_STD)
         nn.init.zeros_(head.bias)
     return _LinearClassifierWrapper(backbone=model, linear_head=head).eval()
-
-
-def _published(weights: ClassifierWeightsLike) -> ClassifierWeights | None:
-    if isinstance(weights, str) and weights.upper() in ClassifierWeights.__members__:
-        return ClassifierWeights[weights.upper()]
-    return weights if isinstance(weights, ClassifierWeights) else None
-
-
-def _load_head_(head: nn.Linear, weights: Any, *, target: str, check_hash: bool, kwargs: dict[str, Any]) -> None:
-    if isinstance(weights, Mapping):
-        state, source = weights, "the state dict"
-    elif isinstance(weights, str | os.PathLike):
-        path = locate(weights, check_hash=check_hash, progress=kwargs.get("progress", True))
-        state, source = read_file(path, mmap=kwargs.get("mmap", True)), str(path)
-    else:
-        raise TypeError(
-            f"{target}: weights must be a ClassifierWeights, a path, a URL or a state dict, got {weights!r}"
-        )
-    # The head's part of a whole classifier's state dict will do.
-    state = {str(name).removeprefix("linear_head."): t for name, t in state.items() if not name.startswith("backbone.")}
-    expected = head.state_dict()
-    found = {name: list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in state.items()}
-    if found != {name: list(t.shape) for name, t in expected.items()}:
-        raise WeightsError(_describe_mismatch(source, target, found, expected))
-    head.load_state_dict(dict(state))
-
-
-def _describe_mismatch(source: str, target: str, found: dict[str, Any], expected: dict[str, Tensor]) -> str:
-    wanted = " and ".join(f"{name} {list(tensor.shape)}" for name, tensor in expected.items())
-    listing = ", ".join(f"{name} {form}" for name, form in list(found.items())[:5]) or "nothing"
-    listing += f", ... ({len(found)} entries)" if len(found) > 5 else ""
-    text = f"{source} does not fit {target}: expected {wanted}, found {listing}."
-    if "patch_embed.proj.weight" in found:
-        text += " It is a backbone: give it as backbone_weights=, and the linear layer alone as weights=."
-    return text

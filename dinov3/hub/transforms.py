@@ -1,8 +1,9 @@
-"""Images as the published backbones expect them: which normalisation belongs to which weights.
+"""Images as the published models expect them: which normalisation belongs to which weights.
 
 Notable:
 - Two recipes were published, and they differ: resizing bytes and then converting to floats, or the other way round.
   Values differ by the rounding to 1/255: about 0.006 on average after normalisation, 0.02 at most.
+- A model with a head of its own follows the head: CHMv2 has other statistics than the satellite backbone in it.
 - A ViT does not see rows and columns beyond the last whole patch: sizes should be multiples of 16 (ConvNeXt: of 32).
 """
 
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.backbones import Weights
+from dinov3.hub.depthers import DepthWeights
 from dinov3.utils import pixel_statistics
 from dinov3.utils.suggestions import did_you_mean
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
 
+#: Of the canopy height model; its standard deviations are those of the satellite images.
+CHMV2_MEAN = (0.420, 0.411, 0.296)
 ORDERS = ("resize_uint8_then_float", "float_then_resize")
 
 
@@ -32,31 +36,36 @@ class Normalization(NamedTuple):
     std: tuple[float, float, float]
 
 
-def normalization_of(weights: Weights | str | os.PathLike[str]) -> Normalization:
+def normalization_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Normalization:
     """The statistics that images were normalised with when these weights were trained.
 
     Args:
-        weights: `Weights.LVD1689M` (those of ImageNet) or `Weights.SAT493M` (satellite images), or their names; or a
-            path or URL whose last part names one of them, as those of the published files do.
+        weights: `Weights.LVD1689M` (those of ImageNet) or `Weights.SAT493M` (satellite images), or of a depth model
+            `DepthWeights.SYNTHMIX` (ImageNet) or `DepthWeights.CHMV2` (satellite images, of its own), or their names;
+            or a path or URL whose last part names one of them, as those of the published files do.
 
     Raises:
-        ValueError: neither of the two is named.
+        ValueError: none or several are named.
     """
-    if _data_of(weights) is Weights.SAT493M:
+    data = _data_of(weights)
+    if data is DepthWeights.CHMV2:
+        return Normalization(CHMV2_MEAN, pixel_statistics.SAT_DEFAULT_STD)
+    if data is Weights.SAT493M:
         return Normalization(pixel_statistics.SAT_DEFAULT_MEAN, pixel_statistics.SAT_DEFAULT_STD)
     return Normalization(pixel_statistics.IMAGENET_DEFAULT_MEAN, pixel_statistics.IMAGENET_DEFAULT_STD)
 
 
 def make_transform(
-    resize_size: int | Sequence[int] = 256,
+    resize_size: int | Sequence[int] | None = 256,
     *,
-    weights: Weights | str | os.PathLike[str] = Weights.LVD1689M,
+    weights: Weights | DepthWeights | str | os.PathLike[str] = Weights.LVD1689M,
     order: str = "resize_uint8_then_float",
 ) -> Callable[[Any], Tensor]:
     """Turn a picture into what a published backbone takes: resized without a crop (bilinear, antialiased), normalised.
 
     Args:
-        resize_size: height and width in pixels; one number is both, and the aspect ratio changes.
+        resize_size: height and width in pixels; one number is both, and the aspect ratio changes. None: as they are,
+            for depth models, which pad.
         weights: decides on the normalisation, see `normalization_of`.
         order: `resize_uint8_then_float`, or `float_then_resize`: as Hugging Face's image processor, and as the
             reference features of the published models were made.
@@ -69,27 +78,36 @@ def make_transform(
         ValueError: an argument is not as described; so does the function for a picture that is not.
         ModuleNotFoundError: the package torchvision is missing.
     """
-    size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}")
     if order not in ORDERS:
         raise ValueError(f"order={order!r}{did_you_mean(str(order), ORDERS)}: choose one of {', '.join(ORDERS)}")
     mean, std = normalization_of(weights)
     v2 = _import_v2()
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
     to_float = v2.ToDtype(torch.float32, scale=True)
-    steps = [resize, to_float] if order == "resize_uint8_then_float" else [to_float, resize]
+    steps = [*_resize(resize_size), to_float]
+    if order == "float_then_resize":
+        steps.reverse()
     return v2.Compose([_to_rgb, *steps, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])
 
 
-def _data_of(weights: Weights | str | os.PathLike[str]) -> Weights:
-    if isinstance(weights, Weights):
+def _resize(resize_size: int | Sequence[int] | None) -> list[Any]:
+    if resize_size is None:
+        return []
+    size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}")
+    v2 = _import_v2()
+    return [v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)]
+
+
+def _data_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Weights | DepthWeights:
+    if isinstance(weights, Weights | DepthWeights):
         return weights
     name = os.fspath(weights).partition("?")[0].rstrip("/").rpartition("/")[2]
-    found = {data for data in Weights if re.search(rf"(?<![a-z0-9]){data.name}(?![a-z0-9])", name, re.IGNORECASE)}
+    known = [*Weights, *DepthWeights]
+    found = {data for data in known if re.search(rf"(?<![a-z0-9]){data.name}(?![a-z0-9])", name, re.IGNORECASE)}
     if len(found) != 1:
         raise ValueError(
-            f"weights={name!r} does not say what it was trained on: give {' or '.join(str(data) for data in Weights)} "
+            f"weights={name!r} does not say what it was trained on: give {' or '.join(map(str, known))} "
             "(the normalisation of satellite images is another one)"
         )
     return found.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinov3.data import SamplerType, make_dataset
 from dinov3.data.datasets import BadImageError
@@ -89,6 +92,29 @@ def make_nyu(root: Path, bad: bool) -> str:
     return f"NYU:split=TRAIN:root={root}"
 
 
+def make_pairs(root: Path, bad: bool, targets: str, target: bytes) -> None:
+    for number in range(N_IMAGES):
+        put(root / "images" / "train" / f"{number}.jpg", image(number, bad))
+        put(root / targets / "train" / f"{number}.png", target)
+
+
+def make_depth_folder(root: Path, bad: bool) -> str:
+    make_pairs(root, bad, "depth", gray_map(np.uint16))
+    return f"DepthFolder:root={root}:split=train:scale=256"
+
+
+def make_segmentation_folder(root: Path, bad: bool) -> str:
+    make_pairs(root, bad, "labels", gray_map(np.uint8))
+    put(root / "classes.txt", "sky\nsea\n")
+    return f"SegmentationFolder:root={root}:split=train"
+
+
+def gray_map(dtype: type) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.ones((5, 6), dtype)).save(file, "PNG")  # of the size of `png`
+    return file.getvalue()
+
+
 def make_coco_captions(root: Path, bad: bool) -> str:
     for number in range(N_IMAGES):
         put(root / "val2017/val2017" / f"{number}.jpg", image(number, bad))
@@ -131,6 +157,7 @@ def make_joined(root: Path, bad: bool) -> str:
 MAKERS: dict[str, Callable[[Path, bool], str]] = {
     "ADE20K": make_ade20k,
     "CocoCaptions": make_coco_captions,
+    "DepthFolder": make_depth_folder,
     "HFDataset": make_hf_dataset,
     "ImageFolder": make_image_folder,
     "ImageNet": make_image_net,
@@ -138,6 +165,7 @@ MAKERS: dict[str, Callable[[Path, bool], str]] = {
     "ImageNetC": make_image_net_c,
     "ImageNetReaL": make_image_net_real,
     "NYU": make_nyu,
+    "SegmentationFolder": make_segmentation_folder,
     "WebDataset": make_web_dataset,
     "WebDataset stream": make_stream,
     "joined": make_joined,
@@ -145,6 +173,7 @@ MAKERS: dict[str, Callable[[Path, bool], str]] = {
 PATHS = {
     "ADE20K": "images/training/1.jpg",
     "CocoCaptions": "val2017/val2017/1.jpg",
+    "DepthFolder": "images/train/1.jpg",
     "HFDataset": "1.png",
     "ImageFolder": "a/1.png",
     "ImageNet": "train/n1/n1_1.JPEG",
@@ -152,6 +181,7 @@ PATHS = {
     "ImageNetC": "fog/1/n1/1.JPEG",
     "ImageNetReaL": "n1/ILSVRC2012_val_00000002.JPEG",
     "NYU": "scene/rgb_1.jpg",
+    "SegmentationFolder": "images/train/1.jpg",
     "WebDataset": "0.tar/1.png",
     "WebDataset stream": "0.tar.gz/1.png",
     "joined": "a/1.png",

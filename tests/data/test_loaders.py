@@ -598,3 +598,13 @@ def test_public_names_can_be_imported_from_the_package(name: str) -> None:
 
     exported: Callable[..., Any] = getattr(dinov3.data, name)
     assert name in dinov3.data.__all__ and exported.__name__ == name
+
+
+def test_a_root_is_for_datasets_whose_string_names_none(tmp_path: Path) -> None:
+    for name in ("given:x=1", "named"):
+        (tmp_path / name / "class").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "class" / "image.png")
+    given = str(tmp_path / "given:x=1")  # not to be written into a dataset string
+    assert str(make_dataset(dataset_str="ImageFolder", root=given).root) == given
+    named = f"ImageFolder:root={tmp_path / 'named'}"
+    assert str(make_dataset(dataset_str=named, root=given).root) == str(tmp_path / "named")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dinov3.eval.data import (
     SubsetEx,
-    check_same_classes,
+    check_class_mapping,
     create_class_indices_mapping,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
+    find_class_mapping,
     get_labels,
     pad_multilabel_and_collate,
 )
@@ -132,10 +133,37 @@ def test_collated_lists_stay_integers_when_all_are_empty() -> None:
     assert index.tolist() == [4, -1] and targets.dtype == torch.int64 and targets.shape == (2, 0)
 
 
-def test_folders_of_different_names_are_not_the_same_classes() -> None:
-    first, second, third = ItemsOnly([0]), ItemsOnly([0]), ItemsOnly([0])
-    first.classes, second.classes = ["cat", "dog"], ["dog", "fox"]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"class 0 is 'cat' .*'dog'"):
-        check_same_classes(first, second)
-    check_same_classes(first, first)
-    check_same_classes(first, third)
+def named(*classes: str) -> Any:
+    dataset: Any = ItemsOnly([0])
+    dataset.classes = list(classes)
+    return dataset
+
+
+def test_class_that_was_not_trained_is_named() -> None:
+    with pytest.raises(ValueError, match=r"1 of the 2 classes of eval.test_dataset are.*'fox'.*'cat', 'dog': give"):
+        find_class_mapping(named("cat", "dog"), named("dog", "fox"), "eval.test_dataset")
+
+
+def test_part_of_the_classes_is_found_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    train = named("ant", "bee", "cat", "dog")
+    with caplog.at_level("WARNING", logger="dinov3"):
+        mapping = find_class_mapping(train, named("bee", "dog"), "eval.test_dataset")
+    assert mapping is not None and mapping.tolist() == [1, 3]
+    assert "eval.test_dataset has 2 of the 4 training classes" in caplog.text
+
+
+def test_equal_or_unnamed_classes_need_no_mapping() -> None:
+    train = named("cat", "dog")
+    assert find_class_mapping(train, named("cat", "dog"), "x") is None
+    assert find_class_mapping(train, ItemsOnly([0]), "x") is None
+    assert find_class_mapping(ItemsOnly([0]), train, "x") is None
+
+
+def test_dataset_may_tell_its_part_of_the_classes() -> None:
+    dataset = named("a", "b")
+    dataset.get_imagenet_class_mapping = lambda: np.array([4, 1])
+    mapping = find_class_mapping(ItemsOnly([0]), dataset, "x")
+    assert mapping is not None and mapping.tolist() == [4, 1]
+    check_class_mapping(mapping, 5, "x")
+    with pytest.raises(ValueError, match="x is a part of 5 or more classes, train.dataset has 4"):
+        check_class_mapping(mapping, 4, "x")

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dinov3.eval.dense.config import Dtype
+from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
 from dinov3.eval.knn import Feature, KnnEvalConfig
 from dinov3.eval.metrics import ClassificationMetricType
@@ -136,3 +138,20 @@ def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "results-knn.csv").read_text() == "10 Top 1\n80\n"
     content = json.loads((tmp_path / "new" / "results-knn.json").read_text())
     assert content["results"] == {"10 Top 1": 80.0} and content["processes"] == 1
+
+
+def parse_depth(*tokens: str) -> DepthConfig:
+    return args_dict_to_dataclass(cli_parser(["datasets.root=A", *tokens]), DepthConfig, save_config=False)[0]
+
+
+def test_sections_that_may_be_missing_are_made_by_their_keys(tmp_path: Path) -> None:
+    OmegaConf.save({"model": None, "transforms": {"train": None}}, tmp_path / "empty.yaml")
+    empty = parse_depth(f"config_file={tmp_path / 'empty.yaml'}")
+    assert empty.model is None and empty.transforms.train is None
+    given = parse_depth("model.dino_hub=dinov3_vits16", "transforms.train.random_crop=[4,6]", "model_dtype=bfloat16")
+    assert given.model is not None and given.model.dino_hub == "dinov3_vits16"
+    assert given.transforms.train is not None and given.transforms.train.random_crop == [4, 6]
+    assert given.model_dtype is Dtype.BFLOAT16
+    with pytest.raises(ValueError, match=r"did you mean transforms\.train\.random_crop"):
+        parse_depth("transforms.train.random_corp=[4,6]")
+    assert "transforms.train.rotation_angle" in format_keys(DepthConfig)

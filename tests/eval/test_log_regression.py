@@ -195,9 +195,17 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: s
         config_of(**options)
 
 
-def test_solver_is_scikit_learn_on_the_cpu_if_not_said_otherwise() -> None:
-    assert TrainConfig(dataset="").resolved_solver() is Solver.SKLEARN
-    assert config_of(Solver.TORCH).resolved_solver() is Solver.TORCH
+def test_solver_is_torch_if_not_said_otherwise() -> None:
+    assert TrainConfig(dataset="").resolved_solver() is Solver.TORCH
+    assert config_of(Solver.SKLEARN).resolved_solver() is Solver.SKLEARN
+
+
+def test_products_are_in_float64_where_that_takes_no_time() -> None:
+    config = config_of()
+    assert config.resolved_product_dtype(1000) is torch.float64
+    assert config.resolved_product_dtype(10**9) is torch.float32
+    assert config_of(product_dtype="float32").resolved_product_dtype(1000) is torch.float32
+    assert config_of(product_dtype="float64").resolved_product_dtype(10**9) is torch.float64
 
 
 def test_scikit_learn_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +358,7 @@ def test_classes_of_other_names_are_refused(tmp_path: Path, monkeypatch: pytest.
         return dataset
 
     monkeypatch.setattr(log_regression, "make_dataset", make)
-    with pytest.raises(ValueError, match="'dog' in the training set and 'fox' in the test set"):
+    with pytest.raises(ValueError, match="1 of the 2 classes of eval.test_dataset are not in.* the first is 'fox'"):
         run(make_config(tmp_path, test="test:30"))
 
 

@@ -33,7 +33,7 @@ def fit_torch(features: Tensor, targets: Tensor, Cs: list[float], **options: Any
         "dtype": torch.float32,
         "memory_budget_bytes": 2**30,
     }
-    return solvers.fit_with_torch(features, targets, Cs, **settings | options)
+    return list(solvers.fit_with_torch(features, targets, Cs, **settings | options))
 
 
 def test_gradient_is_large_at_the_start() -> None:

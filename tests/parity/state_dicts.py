@@ -11,8 +11,9 @@ Entry = tuple[str, tuple[int, ...]]
 
 def read_manifest(name: str) -> dict[str, Entry]:
     """Dtype and shape of each entry of `state_dict/<name>.txt`, e.g. `{"norm.bias": ("float32", (384,))}`."""
+    # "-" is the shape of a number, e.g. of `num_batches_tracked`.
     rows = [line.split() for line in (golden.HERE / "state_dict" / f"{name}.txt").read_text().splitlines()]
-    return {key: (dtype, tuple(int(size) for size in shape.split("x"))) for key, dtype, shape in rows}
+    return {key: (dtype, () if shape == "-" else tuple(map(int, shape.split("x")))) for key, dtype, shape in rows}
 
 
 def assert_matches_manifest(model: nn.Module, name: str) -> None:

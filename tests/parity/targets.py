@@ -20,6 +20,7 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.depth.utils.create_outputs_with_chmv2_mixlog_norm": (
         "dinov3.heads.features_to_depth.create_outputs_with_chmv2_mixlog_norm"
     ),
+    "dinov3.eval.depth.utils.align_depth_least_square": "dinov3.eval.depth.metrics.align_depth_least_square",
     "dinov3.eval.depth.schedulers": "dinov3.eval.dense.schedulers",
     "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.dense.checkpoints",
     "dinov3.eval.depth.visualization_utils": "dinov3.eval.depth.visualization",

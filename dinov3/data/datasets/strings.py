@@ -13,6 +13,7 @@ Notable:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,17 +23,20 @@ from typing import Any
 from dinov3.data.datasets import (
     ade20k,
     coco_captions,
+    depth_folder,
     hf_dataset,
     image_folder,
     image_net,
     image_net_22k,
     image_net_variants,
     nyu,
+    segmentation_folder,
     web_dataset,
 )
 from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
 from dinov3.utils import did_you_mean
 
+_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
 
 
@@ -50,6 +54,7 @@ class DatasetGrammar:
         splits: what the values of `split` name, ignoring case; None: any text.
         choices: allowed values of other keys.
         integers: keys whose values are whole numbers.
+        numbers: keys whose values are positive numbers.
     """
 
     required: tuple[str, ...]
@@ -57,6 +62,7 @@ class DatasetGrammar:
     splits: type[Enum] | None = None
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     integers: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -68,6 +74,10 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
     "CocoCaptions": (
         coco_captions.CocoCaptions,
         DatasetGrammar(required=("split", "root"), splits=coco_captions.CocoCaptionsSplit),
+    ),
+    "DepthFolder": (
+        depth_folder.DepthFolder,
+        DatasetGrammar(required=("root",), optional=("split", "images", "depth", "scale"), numbers=("scale",)),
     ),
     "HFDataset": (
         hf_dataset.HFDataset,
@@ -87,6 +97,10 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
     "ImageNetC": (image_net_variants.ImageNetC, DatasetGrammar(required=("root",))),
     "ImageNetReaL": (image_net_variants.ImageNetReaL, DatasetGrammar(required=("root", "labels"))),
     "NYU": (nyu.NYU, DatasetGrammar(required=("split", "root"), splits=nyu.NYUSplit)),
+    "SegmentationFolder": (
+        segmentation_folder.SegmentationFolder,
+        DatasetGrammar(required=("root",), optional=("split", "images", "labels")),
+    ),
     "WebDataset": (
         web_dataset.WebDataset,
         DatasetGrammar(
@@ -167,6 +181,10 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
         if not re.fullmatch(r"[1-9]\d*", value):
             raise DatasetStringError(f"dataset string {whole!r}: {key}={value!r} must be a whole number of at least 1")
         return key, int(value)
+    if key in grammar.numbers:
+        if not (_NUMBER.fullmatch(value) and 0 < float(value) < math.inf):
+            raise DatasetStringError(f"dataset string {whole!r}: {key}={value!r} must be a positive number")
+        return key, float(value)
     return key, value
 
 

@@ -1,0 +1,110 @@
+"""Anyone's images with maps of depths, as two folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from dinov3.data.datasets.decoders import DenseTargetDecoder
+from dinov3.data.datasets.pairing import PairedFolderDataset
+
+_NPY = b"\x93NUMPY"  # how every .npy file begins
+_DEEP_MODES = ("I;16", "I;16B", "I")
+
+
+class DepthFolder(PairedFolderDataset):
+    """Images with maps of the same relative path, which are delivered in metres whatever they are stored in.
+
+    A map is a `.png` of 16 bits, whose values over `scale` are metres, or a `.npy` of floats [H, W], which are metres.
+    No measurement is 0 in both, or NaN or infinite in a `.npy`; it is delivered as 0.
+
+    Args:
+        root: directory with the folders of images and maps.
+        split: a folder in both, e.g. `train`; None: all that lies in them.
+        images: folder of the images.
+        depth: folder of the maps.
+        scale: values of a `.png` per metre, e.g. 1000 for millimetres; `.npy` files have none.
+        transforms: of (image, map); or else
+        transform: of the PIL image, and
+        target_transform: of the map, float32 [H, W] in metres.
+
+    Attributes:
+        depth_in_metres: True: whoever divides maps by a constant of their own has to leave these as they are.
+
+    Raises:
+        FileNotFoundError: a directory does not exist, or holds no image.
+        ValueError: images and maps do not match one to one, or `scale` is no positive number.
+    """
+
+    depth_in_metres = True
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        split: str | None = None,
+        images: str = "images",
+        depth: str = "depth",
+        scale: float = 1000.0,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"DepthFolder: scale={scale}: expected a positive number, the values per metre")
+        self.scale = scale
+        super().__init__(
+            root=root,
+            split=split,
+            images=images,
+            targets=depth,
+            target_name="depth map",
+            extensions=(".png", ".npy"),
+            target_decoder=partial(DepthMapDecoder, scale=scale),
+            transforms=transforms,
+            transform=transform,
+            target_transform=target_transform,
+        )
+
+
+class DepthMapDecoder(DenseTargetDecoder):
+    """Encoded bytes of a map of depths, decoded to float32 [H, W] in metres, 0 where nothing was measured.
+
+    Args:
+        image_data: of a grey image of 16 bits, or of a `.npy` file of floats [H, W].
+        scale: values of an image per metre.
+    """
+
+    def __init__(self, image_data: bytes, scale: float = 1000.0) -> None:
+        super().__init__(image_data)
+        self.scale = scale
+
+    def decode(self) -> np.ndarray:  # type: ignore[override]
+        metres = self._load_array() if self.image_data.startswith(_NPY) else self._load_image()
+        metres = np.where(np.isfinite(metres), metres, np.float32(0))
+        if (metres < 0).any():
+            raise ValueError(
+                f"it has {int((metres < 0).sum())} negative depths, down to {metres.min():g} m; mark pixels without "
+                "measurement by 0"
+            )
+        return metres
+
+    def _load_image(self) -> np.ndarray:
+        stored = super().decode()
+        if stored.mode not in _DEEP_MODES:
+            raise ValueError(
+                f"expected a grey PNG of 16 bits, whose values over scale={self.scale:g} are metres, found an image "
+                f"of mode {stored.mode}"
+            )
+        return np.asarray(stored).astype(np.float32) / np.float32(self.scale)
+
+    def _load_array(self) -> np.ndarray:
+        stored = np.load(BytesIO(self.image_data), allow_pickle=False)
+        if stored.ndim != 2 or not np.issubdtype(stored.dtype, np.floating):
+            raise ValueError(f"expected floats [height, width] in metres, found {stored.dtype} {list(stored.shape)}")
+        return stored.astype(np.float32)

@@ -1,0 +1,45 @@
+"""Parts of a configuration that dense tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from dinov3.eval.helpers import key
+
+
+class Dtype(Enum):
+    """What a model runs in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The torch dtype."""
+        return torch.float32 if self is Dtype.FLOAT32 else torch.bfloat16
+
+
+@dataclass
+class SchedulerConfig:
+    """How the rate of a training changes."""
+
+    type: str = key("WarmupOneCycleLR", "WarmupOneCycleLR, WarmupMultiStepLR, or a scheduler of torch")
+    total_iter: int = key(38400, "number of steps")
+    constructor_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further arguments of the scheduler, e.g. warmup_iters"}
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = key(1e-4, "peak of the learning rate")
+    beta1: float = key(0.9, "decay of the first moment; the scheduler may change it")
+    beta2: float = key(0.999, "decay of the second moment")
+    weight_decay: float = key(0.01, "weight decay")
+    gradient_clip: float = key(35.0, "largest norm of the gradient; inf: any")

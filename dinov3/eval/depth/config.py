@@ -1,0 +1,221 @@
+"""The configuration of depth training and evaluation.
+
+configs/config-nyu.yaml                           trains a linear head on NYU Depth V2
+configs/config-nyu-synthmix-dpt-inference.yaml    evaluates the released DPT head of the 7B on it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
+from dinov3.eval.depth.loss import LossType
+from dinov3.eval.depth.masks import EvalCropType
+from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME
+from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
+from dinov3.eval.helpers import key
+from dinov3.eval.setup import ModelConfig
+from dinov3.heads.depther import DecoderConfig
+from dinov3.utils import did_you_mean
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+HUB_DEPTHERS = ("dinov3_vit7b16_dd", "dinov3_vitl16_chmv2")
+
+
+class Extension(Enum):
+    """File format of saved predictions."""
+
+    JPG = "jpg"
+    PNG = "png"
+    PTH = "pth"
+
+
+@dataclass
+class DatasetsConfig:
+    """Which images; `root` is added to the dataset strings that have none."""
+
+    root: str = key(MISSING, "directory of the datasets, e.g. that of nyu_train.txt")
+    train: str = key("", "dataset string, e.g. NYU:split=TRAIN or DepthFolder:split=train")
+    val: str = key("", "dataset string, for the validations of a training")
+    test: str = key("", "dataset string, for the evaluation at the end")
+
+
+@dataclass
+class TrainTransformConfig:
+    """Augmentation of training images."""
+
+    img_size: Any = key(
+        None, "short side, or [height, width], that images and depths are resized to; null: as they are"
+    )
+    random_crop: list[int] | None = key(None, "[height, width] of a random crop; null: none")
+    brightness_range: list[float] = key([0.9, 1.1], "factor of the colours")
+    rotation_angle: float = key(2.5, "largest angle, in degrees")
+    fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
+    eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
+
+
+@dataclass
+class EvalTransformConfig:
+    """Preprocessing of evaluated images."""
+
+    img_size: Any = key(None, "short side, or [height, width], that images are resized to; null: as they are")
+    fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
+    eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
+
+
+@dataclass
+class TransformConfig:
+    """From files to tensors."""
+
+    train: TrainTransformConfig | None = None
+    eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
+    mean: list[float] = key(IMAGENET_MEAN, "of the normalisation, by channel")
+    std: list[float] = key(IMAGENET_STD, "of the normalisation, by channel")
+    normalization_constant: float = key(1000.0, "stored depth of one metre; datasets in metres do without")
+
+
+@dataclass
+class EvalConfig:
+    """How depth is measured."""
+
+    ignored_value: float = key(0.0, "depth of pixels without measurement")
+    align_least_squares: bool = key(False, "fit scale and shift of each prediction to the ground truth first")
+    min_depth: float = key(0.001, "smallest depth that counts, metres")
+    max_depth: float = key(10.0, "largest depth that counts, metres")
+    use_tta: bool = key(True, "average with the prediction of the flipped image")
+    eval_interval: int = key(1600, "steps between validations and checkpoints")
+    unpad_predictions: bool = key(False, "cut off what the padding to whole patches added; false: as published")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_depth < self.max_depth:
+            raise ValueError(
+                f"eval.min_depth={self.min_depth} must be below eval.max_depth={self.max_depth}, from 0 on"
+            )
+        if self.eval_interval < 1:
+            raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
+
+
+@dataclass
+class ResultConfig:
+    """Saved predictions."""
+
+    save_results: bool = key(False, "save every prediction")
+    extension: Extension = key(Extension.JPG, "JPG, PNG, or PTH for tensors")
+    save_resolution: int | None = key(None, "short side of saved pictures, pixels; null: that of the ground truth")
+    overlay_alpha: float = key(1.0, "below 1, depth is laid over the image")
+    save_separate_files: bool = key(False, "also image, prediction and ground truth, each in a file")
+
+
+@dataclass
+class DepthConfig:
+    """Everything that a run is configured with."""
+
+    model: ModelConfig | None = None
+    bs: int = key(2, "images per step and process in training")
+    n_gpus: int = key(8, "not read: the launcher decides")
+    num_workers: int = key(2, "loader processes")
+    seed: int = key(321, "of the first weights, the order of the images and their augmentation")
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
+    decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
+    model_dtype: Dtype | None = key(
+        None, "FLOAT32 or BFLOAT16; null: that of the backbone's training, FLOAT32 for the hub"
+    )
+    losses: dict[LossType, float] | None = key(None, "weights, e.g. {SIGLOSS: 1.0}; or GRADIENT_LOSS, L1, ...")
+    global_loss: bool = key(
+        False, "one loss of the images of all processes, so that their number plays no role; false: as published"
+    )
+    transforms: TransformConfig = field(default_factory=TransformConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: list[str] = key(["rmse", "abs_rel", "a1"], f"of {', '.join(DEPTH_METRICS_NAME)}")
+    result_config: ResultConfig = field(default_factory=ResultConfig)
+    load_from: str | None = key(None, f"evaluate: a trained head's file, or {' or '.join(HUB_DEPTHERS)}")
+    head_weights: str | None = key(None, "file of the head of load_from=<hub model>; null: the published one")
+    backbone_weights: str | None = key(None, "file of the backbone of load_from=<hub model>; null: the published one")
+    output_dir: str = key("", "where everything goes; . on the command line")
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in DEPTH_METRICS_NAME:
+                raise ValueError(
+                    f"metrics: {name!r} is unknown{did_you_mean(name, DEPTH_METRICS_NAME)}; "
+                    f"known are {', '.join(DEPTH_METRICS_NAME)}"
+                )
+        if self.bs < 1 or self.num_workers < 0:
+            raise ValueError(f"bs={self.bs} must be at least 1, num_workers={self.num_workers} at least 0")
+
+    def check(self) -> None:
+        """Refuse what no run can be made of, before anything is loaded.
+
+        Raises:
+            ValueError: names the key.
+        """
+        is_hub_model = self.load_from in HUB_DEPTHERS
+        if (self.head_weights or self.backbone_weights) and not is_hub_model:
+            raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(HUB_DEPTHERS)}")
+        if not is_hub_model:
+            if self.model is None:
+                raise ValueError(
+                    "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
+                    f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
+                )
+            self.model.check()
+        if not self.load_from:
+            missing = [f"datasets.{name}" for name in ("train", "val") if not getattr(self.datasets, name)]
+            missing += [name for name in ("losses",) if not self.losses]
+            if missing:
+                raise ValueError(f"training needs {', '.join(missing)}: see configs/config-nyu.yaml")
+            if self.transforms.train is None:
+                raise ValueError("training needs transforms.train, e.g. transforms.train.random_crop=[416,544]")
+        if not self.datasets.test and self.load_from:
+            raise ValueError("evaluating needs datasets.test, e.g. NYU:split=TEST")
+
+
+def make_depth_train_transforms_from_config(config: DepthConfig, *, in_metres: bool = False) -> Any:
+    """The transforms of (image, depth) for training.
+
+    Args:
+        config: of the run, with its section `transforms.train`.
+        in_metres: the dataset gives metres, which `normalization_constant` must not divide.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    transforms = config.transforms
+    if transforms.train is None:
+        raise ValueError("transforms.train is missing: training needs it")
+    return make_depth_train_transforms(
+        normalization_constant=1.0 if in_metres else transforms.normalization_constant,
+        rotation_angle=transforms.train.rotation_angle,
+        img_size=transforms.train.img_size,
+        random_crop_size=transforms.train.random_crop,
+        fixed_crop=transforms.train.fixed_crop,
+        mean=transforms.mean,
+        std=transforms.std,
+        brightness_range=transforms.train.brightness_range,
+    )
+
+
+def make_depth_eval_transforms_from_config(config: DepthConfig, split: str = "val", *, in_metres: bool = False) -> Any:
+    """The transforms of (image, depth) for evaluation; flipped images are added for the split `test` alone.
+
+    Args:
+        config: of the run.
+        split: `val` or `test`.
+        in_metres: the dataset gives metres, which `normalization_constant` must not divide.
+    """
+    transforms = config.transforms
+    return make_depth_eval_transforms(
+        normalization_constant=1.0 if in_metres else transforms.normalization_constant,
+        img_size=transforms.eval.img_size,
+        mean=transforms.mean,
+        std=transforms.std,
+        fixed_crop=transforms.eval.fixed_crop,
+        tta=split == "test" and config.eval.use_tta,
+    )

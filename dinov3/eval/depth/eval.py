@@ -1,0 +1,183 @@
+"""Measuring a depth model: whole images, optionally flipped too or aligned with the ground truth, metrics by image.
+
+Notable:
+- Every process predicts equally many images, because a sharded model needs it; what pads is dropped by its index, so
+  results do not depend on the number of processes.
+- The flipped image is predicted beside the image itself, here; nothing is hooked to the user's model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinov3 import distributed
+from dinov3.eval.depth.config import IMAGENET_MEAN, IMAGENET_STD, DepthConfig, ResultConfig
+from dinov3.eval.depth.data import make_depth_dataset, make_depth_eval_loader
+from dinov3.eval.depth.masks import EvalCropType, make_valid_mask
+from dinov3.eval.depth.metrics import DEPTH_METRICS, DepthMetric, align_depth_least_square, calculate_depth_metrics
+from dinov3.eval.depth.transforms import LeftRightFlipAug
+from dinov3.eval.depth.visualization import depth_tensor_to_colorized_pil, save_predictions
+from dinov3.layers.resizing import resize_bilinear
+
+logger = logging.getLogger("dinov3")
+
+Results = dict[str, float] | dict[str, list[float]]
+
+
+@torch.no_grad()
+def evaluate_depther_with_dataloader(
+    dataloader: Iterable[Any],
+    depther: nn.Module,
+    device: torch.device | str,
+    metrics: Sequence[DepthMetric],
+    eval_range: Sequence[float],
+    result_config: ResultConfig,
+    save_dir: str = "",
+    ignored_value: float = 0.0,
+    eval_mask_type: EvalCropType | str = "NYU_EIGEN",
+    reduce_results: bool = True,
+    align_least_squares: bool = False,
+    use_tta: bool = False,
+    *,
+    unpad_predictions: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> tuple[Results, dict[str, Any], list[int]]:
+    """Measure a depth model on one image after the other.
+
+    Args:
+        dataloader: yields `(images, (index, depths))`: lists of [1, 3, H, W] and of [1, 1, h, w], the flipped ones
+            second with `use_tta`; those with a negative index are predicted and dropped.
+        depther: gives depth [B, 1, H', W'] in metres.
+        device: where it is.
+        metrics: of `DEPTH_METRICS`.
+        eval_range: smallest and largest depth that count, metres; predictions are clamped to it.
+        result_config: whether and how predictions are saved.
+        save_dir: directory of saved predictions.
+        ignored_value: depth of pixels without measurement.
+        eval_mask_type: which pixels count.
+        reduce_results: means over the images instead of lists.
+        align_least_squares: fit scale and shift of each prediction first.
+        use_tta: average the predictions of the image and of the flipped image.
+        unpad_predictions: call `depther.predict`, which cuts off what padding added, instead of the model itself.
+        mean: that images were normalised with, for saved pictures.
+        std: likewise.
+
+    Returns:
+        By metric the mean over images that have valid pixels, or the values by image (NaN for those that have none); an
+        empty dictionary; the images' indices in the dataset.
+
+    Raises:
+        ValueError: no image has a valid pixel.
+    """
+    depther.eval()
+    flip = LeftRightFlipAug(use_tta)
+    low, high = eval_range
+    rows: dict[int, list[float]] = {}
+    hidden = None if distributed.is_main_process() else True
+    for images, (index, depths) in tqdm(dataloader, "evaluation", unit="image", disable=hidden):
+        batch = torch.cat(list(images)).to(device, non_blocking=True)
+        prediction = depther.predict(batch) if unpad_predictions else depther(batch)  # type: ignore[operator]
+        if int(index) < 0:
+            continue
+        prediction = flip.inverse(prediction)
+        depth = depths[0].to(device, non_blocking=True)
+        depth = depth.masked_fill((depth >= high) | (depth <= low), ignored_value)
+        valid = make_valid_mask(depth, EvalCropType(eval_mask_type), ignored_value)
+        prediction = resize_bilinear(prediction, depth.shape[-2:])
+        has_valid_pixels = bool(valid.any())
+        if align_least_squares and has_valid_pixels:
+            prediction, _, _ = align_depth_least_square(depth, prediction, valid)
+        if result_config.save_results:
+            to_picture = depth_tensor_to_colorized_pil
+            save_predictions(
+                images[0], prediction, depth, result_config, save_dir, int(index), to_picture, mean=mean, std=std
+            )
+        rows[int(index)] = _measure(depth, prediction.clamp(low, high), valid, metrics, has_valid_pixels)
+    return _collect(rows, [metric.name for metric in metrics], reduce_results=reduce_results)
+
+
+def evaluate_depther_with_config(
+    config: DepthConfig,
+    depther: nn.Module,
+    device: torch.device | str,
+    reduce_results: bool = True,
+    *,
+    split: str = "test",
+    save_dir: str = "",
+    dataset: Any = None,
+) -> tuple[Results, dict[str, Any], list[int]]:
+    """`evaluate_depther_with_dataloader` of a split as `config` describes it, metrics in the order of `DEPTH_METRICS`.
+
+    Args:
+        config: of the run.
+        depther: as there.
+        device: as there.
+        reduce_results: as there.
+        split: `test`, or `val`, which is never flipped and of which nothing is saved.
+        save_dir: as there.
+        dataset: of the split; None: made anew.
+    """
+    dataset = make_depth_dataset(config, split) if dataset is None else dataset
+    is_test = split == "test"
+    return evaluate_depther_with_dataloader(
+        make_depth_eval_loader(dataset, config.num_workers),
+        depther,
+        device,
+        [metric for metric in DEPTH_METRICS if metric.name in config.metrics],
+        (config.eval.min_depth, config.eval.max_depth),
+        config.result_config if is_test else ResultConfig(),
+        save_dir=save_dir,
+        ignored_value=config.eval.ignored_value,
+        eval_mask_type=config.transforms.eval.eval_mask,
+        reduce_results=reduce_results,
+        align_least_squares=config.eval.align_least_squares,
+        use_tta=is_test and config.eval.use_tta,
+        unpad_predictions=config.eval.unpad_predictions,
+        mean=config.transforms.mean,
+        std=config.transforms.std,
+    )
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN."""
+    kept = [value for value in values if not math.isnan(value)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def _measure(
+    depth: Tensor, prediction: Tensor, valid: Tensor, metrics: Sequence[DepthMetric], has_valid_pixels: bool
+) -> list[float]:
+    names = [metric.name for metric in metrics]
+    if not has_valid_pixels:
+        return [math.nan] * len(names)
+    values = calculate_depth_metrics(depth, prediction, valid, list_metrics=names)
+    return [float(getattr(values, name)) for name in names]
+
+
+def _collect(
+    own_rows: dict[int, list[float]], names: Sequence[str], *, reduce_results: bool
+) -> tuple[Results, dict[str, Any], list[int]]:
+    rows = {index: row for part in distributed.all_gather_objects(own_rows) for index, row in part.items()}
+    indices = sorted(rows)
+    without = [index for index in indices if all(map(math.isnan, rows[index]))]
+    if len(without) == len(indices):
+        raise ValueError(
+            f"none of {len(indices)} depth maps has a pixel that counts: check eval.min_depth and eval.max_depth, "
+            "transforms.normalization_constant (stored depth of one metre) and transforms.eval.eval_mask"
+        )
+    if without:
+        logger.warning(
+            "%d depth maps have no pixel that counts, and no part in the means: %s", len(without), without[:10]
+        )
+    columns = {name: [rows[index][column] for index in indices] for column, name in enumerate(names)}
+    if reduce_results:
+        return {name: mean_of_finite(values) for name, values in columns.items()}, {}, indices
+    return columns, {}, indices

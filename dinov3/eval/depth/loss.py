@@ -1,0 +1,211 @@
+"""Losses of predicted depth maps against measured ones, where there are measurements.
+
+All are called `(pred, gt, valid_mask=None)` with maps [B, 1, H, W] in metres. Pixels where the mask is False are as if
+they were not there, whatever they hold; without a mask all count. The whole batch is one set of pixels.
+
+Notable:
+- A batch without valid pixels costs 0 and gives gradients of 0, and no value or gradient is ever NaN for it or for a
+  single pixel: sums over masked maps take the place of selected pixels. Nothing here waits for an accelerator.
+- `SigLoss` leaves the variance out in its first calls. How many it has had is not in `state_dict`, which stays empty;
+  `MultiLoss.loss_state` is what a checkpoint must keep for that.
+- The gradient losses compare pixels two apart, on every first, second, fourth and sixth row and column (not eighth):
+  published heads were trained so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.utils.suggestions import did_you_mean
+
+EPS = 1e-3
+MEAN_WEIGHT = 0.15
+GRADIENT_STRIDES = (1, 2, 4, 6)
+L1_COUNT_EPS = 1e-7
+
+
+class LossType(Enum):
+    """The losses by the names that configurations use."""
+
+    SIGLOSS = "sigloss"
+    GRADIENT_LOSS = "gradient_loss"
+    GRADIENT_LOG_LOSS = "gradient_log_loss"
+    L1 = "l1"
+
+    def module(self) -> DepthLoss:
+        """A new loss of this type, as trainings use it."""
+        if self is LossType.SIGLOSS:
+            return SigLoss(warm_up=True, warm_iter=100)
+        if self is LossType.GRADIENT_LOSS:
+            return GradientLoss()
+        if self is LossType.GRADIENT_LOG_LOSS:
+            return GradientLogLoss()
+        return L1Loss()
+
+
+class DepthLoss(nn.Module):
+    """A loss of depth maps; concrete ones say what it is of maps whose invalid pixels are harmless.
+
+    Attributes:
+        n_calls: how often it was called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_calls = 0
+
+    def forward(self, pred: Tensor, gt: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+        """The loss.
+
+        Args:
+            pred: predicted depth [B, 1, H, W], positive.
+            gt: measured depth, of the same shape.
+            valid_mask: bool, of the same shape; None: all pixels are valid.
+
+        Returns:
+            A float32 scalar (float64 for float64 predictions).
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        mask = torch.ones_like(gt, dtype=torch.bool) if valid_mask is None else valid_mask.bool()
+        if not pred.shape == gt.shape == mask.shape:
+            raise ValueError(
+                f"a depth loss needs maps of one shape, got pred {tuple(pred.shape)}, gt {tuple(gt.shape)}, valid_mask "
+                f"{tuple(mask.shape)}"
+            )
+        self.n_calls += 1
+        dtype = torch.promote_types(pred.dtype, torch.float32)
+        # Replaced before any logarithm: a gradient of 0 times one of infinity would be NaN.
+        pred, gt = (depth.to(dtype).masked_fill(~mask, 1.0) for depth in (pred, gt))
+        return self.masked_loss(pred, gt, mask)
+
+    def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+        """The loss of maps that are 1 where the mask is False."""
+        raise NotImplementedError
+
+
+class SigLoss(DepthLoss):
+    """Root of the variance of the logarithms' difference, plus 0.15 times its squared mean (scale-invariant loss).
+
+    Args:
+        warm_up: leave the variance out in the first calls.
+        warm_iter: in how many of them, training or not.
+    """
+
+    def __init__(self, warm_up: bool = True, warm_iter: int = 100) -> None:
+        super().__init__()
+        self.eps = EPS
+        self.warm_up = warm_up
+        self.warm_iter = warm_iter
+
+    def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+        difference = (pred + self.eps).log() - (gt + self.eps).log()
+        n_pixels = mask.sum()
+        mean = _masked_sum(difference, mask) / n_pixels.clamp(min=1)
+        result = MEAN_WEIGHT * mean.square()
+        if not (self.warm_up and self.n_calls <= self.warm_iter):
+            squares = _masked_sum((difference - mean).square(), mask)
+            result = result + squares / (n_pixels - 1).clamp(min=1)
+        # The root has no gradient at 0. `result` itself is 0 there, and its gradient is too.
+        positive = result > 0
+        return torch.where(positive, torch.where(positive, result, 1.0).sqrt(), result)
+
+
+class GradientLoss(DepthLoss):
+    """Mean difference of the depth gradients, at four resolutions."""
+
+    def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+        return _gradient_difference(pred - gt, mask)
+
+
+class GradientLogLoss(DepthLoss):
+    """Mean difference of the gradients of the depths' logarithms, at four resolutions."""
+
+    def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+        return _gradient_difference((pred + EPS).log() - (gt + EPS).log(), mask)
+
+
+class L1Loss(DepthLoss):
+    """Mean absolute difference."""
+
+    def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
+        return _masked_sum((pred - gt).abs(), mask) / (mask.sum() + L1_COUNT_EPS)
+
+
+class MultiLoss(nn.Module):
+    """A weighted sum of losses, without entries in its `state_dict`.
+
+    Args:
+        losses: weight of each type, or of its name.
+
+    Attributes:
+        dict_losses: the losses, by the names of their types.
+
+    Raises:
+        ValueError: no loss, or one that does not exist.
+    """
+
+    def __init__(self, losses: Mapping[LossType, float] | Mapping[str, float]) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError(f"losses is empty: give weights of {', '.join(LossType.__members__)}")
+        types = {_loss_type(name): float(weight) for name, weight in losses.items()}
+        self.weights = {loss_type.name: weight for loss_type, weight in types.items()}
+        self.dict_losses = nn.ModuleDict({loss_type.name: loss_type.module() for loss_type in types})
+
+    def forward(self, pred: Tensor, gt: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+        """The sum, a scalar; arguments and errors are those of `DepthLoss.forward`."""
+        terms = [self.weights[name] * loss(pred, gt, valid_mask) for name, loss in self._named_losses()]
+        return torch.stack(terms).sum()
+
+    def loss_state(self) -> dict[str, int]:
+        """How often each loss was called, by the name of its type: what a checkpoint must keep."""
+        return {name: loss.n_calls for name, loss in self._named_losses()}
+
+    def load_loss_state(self, state: Mapping[str, int]) -> None:
+        """Go on counting from a `loss_state`.
+
+        Raises:
+            ValueError: the state is of other losses.
+        """
+        if set(state) != set(self.dict_losses):
+            raise ValueError(
+                f"the loss state is of {', '.join(sorted(state)) or 'no losses'}, but the training has "
+                f"{', '.join(sorted(self.dict_losses))}: resume with the losses that it began with"
+            )
+        for name, loss in self._named_losses():
+            loss.n_calls = int(state[name])
+
+    def _named_losses(self) -> list[tuple[str, DepthLoss]]:
+        return cast("list[tuple[str, DepthLoss]]", list(self.dict_losses.items()))
+
+
+def _loss_type(name: LossType | str) -> LossType:
+    if isinstance(name, LossType):
+        return name
+    if name not in LossType.__members__:
+        known = LossType.__members__
+        raise ValueError(f"there is no loss {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}")
+    return LossType[name]
+
+
+def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, 0.0).sum()
+
+
+def _gradient_difference(difference: Tensor, mask: Tensor) -> Tensor:
+    total = difference.new_zeros(())
+    for stride in GRADIENT_STRIDES:
+        part, valid = difference[..., ::stride, ::stride], mask[..., ::stride, ::stride]
+        rows = (part[..., :-2, :] - part[..., 2:, :]).abs()
+        columns = (part[..., :, :-2] - part[..., :, 2:]).abs()
+        summed = _masked_sum(rows, valid[..., :-2, :] & valid[..., 2:, :])
+        summed = summed + _masked_sum(columns, valid[..., :, :-2] & valid[..., :, 2:])
+        total = total + summed / valid.sum().clamp(min=1)
+    return total

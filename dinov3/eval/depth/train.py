@@ -1,0 +1,170 @@
+"""Training a depth head on a frozen backbone (arXiv 2508.10104, section 6).
+
+Notable:
+- The backbone stays in evaluation mode throughout: in training mode its positions are rescaled at random.
+- Each process has a loss of its own images, as published, and their gradients are averaged. `global_loss=true` makes it
+  one loss of all images, so that the number of processes plays no role.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.distributed import runtime
+from dinov3.eval.dense.batches import collate_pairs
+from dinov3.eval.dense.command_line import training_settings
+from dinov3.eval.dense.schedulers import build_scheduler
+from dinov3.eval.dense.training import HeadTraining, Metrics, apply_gradients, train_head
+from dinov3.eval.depth.config import DepthConfig
+from dinov3.eval.depth.data import make_depth_dataset
+from dinov3.eval.depth.eval import evaluate_depther_with_config
+from dinov3.eval.depth.loss import MultiLoss
+from dinov3.eval.depth.masks import make_valid_mask
+from dinov3.eval.depth.metrics import DEPTH_METRICS
+from dinov3.eval.train_loader import make_train_loader
+from dinov3.heads.depther import Depther, make_depther_from_config
+from dinov3.layers.resizing import resize_bilinear
+
+logger = logging.getLogger("dinov3")
+
+WITHOUT_EFFECT_ON_TRAINING = (
+    "n_gpus",
+    "eval.eval_interval",
+    "num_workers",
+    "result_config",
+    "load_from",
+    "output_dir",
+    "datasets.root",
+    "datasets.test",
+    "eval.use_tta",
+    "metrics",
+)
+
+
+def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast_dtype: torch.dtype) -> Depther:
+    """Train the head that `config` describes, from the newest checkpoint of its output directory on.
+
+    Args:
+        config: of the run.
+        backbone: frozen.
+        autocast_dtype: what both run in.
+
+    Returns:
+        The model with the head after the last step, in evaluation mode, on this process's device.
+
+    Raises:
+        ValueError: a checkpoint is of another training, or the images are of different sizes in one batch.
+        RuntimeError: the loss is not finite.
+    """
+    if not config.losses:
+        raise ValueError("training needs losses, e.g. losses.SIGLOSS=1.0")
+    train_set, val_set = (make_depth_dataset(config, split) for split in ("train", "val"))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # the same first weights in every process
+        depther = make_depther_from_config(backbone, config.decoder_head, autocast_dtype=autocast_dtype)
+    depther = depther.to(runtime.device())
+    criterion = MultiLoss(config.losses)
+    optimizer = torch.optim.AdamW(
+        depther.decoder.parameters(),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    scheduler = build_scheduler(
+        config.scheduler.type,
+        optimizer,
+        config.optimizer.lr,
+        config.scheduler.total_iter,
+        config.scheduler.constructor_kwargs,
+    )
+
+    def step(batch: tuple[Tensor, Tensor], iteration: int) -> Tensor:
+        return train_step(depther, batch, criterion, optimizer, scheduler, config, iteration)
+
+    def validate() -> Metrics:
+        results, _, _ = evaluate_depther_with_config(config, depther, runtime.device(), split="val", dataset=val_set)
+        return {name: float(value) for name, value in results.items()}  # type: ignore[arg-type]
+
+    task = HeadTraining(
+        head=depther.decoder,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        make_batches=lambda first: make_train_loader(
+            train_set, config.bs, config.num_workers, first, seed=config.seed, collate_fn=collate_pairs
+        ),
+        step=step,
+        validate=validate,
+        is_better=_comparison(config.metrics[0]),
+        to_entries=depther.decoder.state_dict,
+        from_entries=lambda entries: _load(depther.decoder, entries),
+        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        more_state={"loss": (criterion.loss_state, criterion.load_loss_state)},
+    )
+    train_head(
+        task,
+        total_iter=config.scheduler.total_iter,
+        eval_interval=config.eval.eval_interval,
+        output_dir=Path(config.output_dir),
+        seed=config.seed,
+    )
+    return depther.eval()
+
+
+def train_step(
+    depther: Depther,
+    batch: tuple[Tensor, Tensor],
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    config: DepthConfig,
+    iteration: int,
+) -> Tensor:
+    """One step of the head.
+
+    Args:
+        depther: its decoder in training mode.
+        batch: images [b, 3, H, W], normalised, and depth [b, 1, h, w] in metres.
+        criterion: of (prediction, depth, valid pixels).
+        optimizer: of the decoder.
+        scheduler: stepped after it.
+        config: `optimizer.gradient_clip`, the valid pixels, and `global_loss`.
+        iteration: number of the step.
+
+    Returns:
+        The mean loss of the processes, before the step.
+    """
+    images, depth = (tensor.to(runtime.device(), non_blocking=True) for tensor in batch)
+    mask_type = config.transforms.train.eval_mask if config.transforms.train else "FULL"
+    valid = make_valid_mask(depth, mask_type, config.eval.ignored_value)
+    if not valid.any():
+        logger.warning("step %d: no pixel of this process's %d depth maps is valid", iteration, len(depth))
+    depth = depth.masked_fill(~valid, config.eval.ignored_value)
+    prediction = resize_bilinear(depther(images), depth.shape[-2:])
+    if config.global_loss:
+        prediction = distributed.all_gather_with_grad(prediction)
+        depth, valid = (torch.cat(distributed.gather_all_tensors(tensor)) for tensor in (depth, valid))
+    loss = criterion(prediction, depth, valid)
+    mean_loss = apply_gradients(loss, optimizer, clip=config.optimizer.gradient_clip, iteration=iteration)
+    scheduler.step()
+    return mean_loss
+
+
+def _comparison(name: str) -> Any:
+    metric = next(metric for metric in DEPTH_METRICS if metric.name == name)
+    sign = -1 if metric.is_lower_better else 1
+
+    def is_better(metrics: Metrics, others: Metrics) -> bool:
+        return math.isnan(others[name]) or sign * metrics[name] > sign * others[name]
+
+    return is_better
+
+
+def _load(decoder: nn.Module, entries: Any) -> None:
+    decoder.load_state_dict(entries)

@@ -1,0 +1,101 @@
+"""How far long work has come: a bar with the time left on a terminal, elsewhere a line in the log every half minute.
+
+Notable: the main process shows its own share of the work; the others show nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sized
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from dinov3 import distributed
+
+logger = logging.getLogger("dinov3")
+
+Item = TypeVar("Item")
+
+LOG_PERIOD = 30.0  # seconds
+
+
+class Progress:
+    """A count that is shown while it grows. A context manager; the bar ends with it.
+
+    Args:
+        description: what is being done.
+        total: count at the end; None if it is not known.
+        unit: what is counted.
+        initial: count at the beginning.
+    """
+
+    def __init__(self, description: str, total: int | None, *, unit: str = "batch", initial: int = 0) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.initial = self.done = initial
+        self._note = ""
+        self._started = self._logged = time.monotonic()
+        self._bar = tqdm(
+            desc=description,
+            total=total,
+            unit=unit,
+            initial=initial,
+            disable=None if distributed.is_main_process() else True,  # None: shown on terminals alone
+            dynamic_ncols=True,
+            miniters=0,  # a new note is shown although the count stands still
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count on.
+
+        Args:
+            count: may be 0, to show a new note alone.
+            note: shown from now on behind the count; None: as before.
+        """
+        self.done += count
+        if note is not None:
+            self._note = note
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        if self._bar.disable and distributed.is_main_process() and time.monotonic() - self._logged >= LOG_PERIOD:
+            self._logged = time.monotonic()
+            logger.info("%s", self)
+
+    def __str__(self) -> str:
+        of = "" if self.total is None else f" of {self.total}"
+        parts = [f"{self.description}: {self.unit} {self.done}{of}", self._note, self._time_left()]
+        return ", ".join(part for part in parts if part)
+
+    def _time_left(self) -> str:
+        if self.total is None or self.done == self.initial:
+            return ""
+        seconds = (time.monotonic() - self._started) * (self.total - self.done) / (self.done - self.initial)
+        return f"about {timedelta(seconds=round(seconds))} left"
+
+
+def track(
+    items: Iterable[Item], description: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
+) -> Iterator[Item]:
+    """Yield the items, counting those that have been worked on.
+
+    Args:
+        items: any number.
+        description: see `Progress`.
+        total: likewise; None: the length of `items`, if they have one.
+        unit: likewise.
+        initial: likewise.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(description, total, unit=unit, initial=initial) as progress:
+        for item in items:
+            yield item
+            progress.advance()

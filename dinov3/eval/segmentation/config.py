@@ -1,0 +1,191 @@
+"""The configuration of training and evaluating semantic segmentation.
+
+configs/config-ade20k-linear-training.yaml    trains a linear head on ADE20K
+configs/config-ade20k-m2f-inference.yaml      evaluates the released Mask2Former head of the 7B on it
+configs/config-folder-linear-training.yaml    trains a linear head on a SegmentationFolder
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
+from dinov3.eval.helpers import key
+from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
+from dinov3.eval.setup import ModelConfig
+from dinov3.heads.backbone_layers import BackboneLayersSet
+from dinov3.utils import did_you_mean
+
+PIXEL_RANGE = 255
+MEAN = [PIXEL_RANGE * mean for mean in (0.485, 0.456, 0.406)]
+STD = [PIXEL_RANGE * std for std in (0.229, 0.224, 0.225)]
+HUB_SEGMENTORS = ("dinov3_vit7b16_ms",)
+MODES = ("slide", "whole")
+
+ModelDtype = Dtype
+
+
+@dataclass
+class SegmentationSchedulerConfig(SchedulerConfig):
+    """How the rate of a training changes."""
+
+    total_iter: int = key(40000, "number of steps")
+
+
+@dataclass
+class SegmentationOptimizerConfig(OptimizerConfig):
+    """AdamW."""
+
+    lr: float = key(1e-3, "peak of the learning rate")
+
+
+@dataclass
+class DatasetsConfig:
+    """Which images; `root` is added to the dataset strings that have none."""
+
+    root: str = key(MISSING, "directory of the datasets, e.g. that of ADE20K_object150_train.txt")
+    train: str = key("", "dataset string, e.g. ADE20K:split=TRAIN or SegmentationFolder:split=train")
+    val: str = key("", "dataset string, for validations and for the evaluation")
+
+
+@dataclass
+class DecoderConfig:
+    """The head."""
+
+    type: str = key("m2f", "linear, or m2f: Mask2Former")
+    backbone_out_layers: Any = key(
+        BackboneLayersSet.LAST, "LAST, FOUR_LAST, FOUR_EVEN_INTERVALS, or a list of blocks that the head reads"
+    )
+    use_batchnorm: bool = key(True, "normalise the channels first; of a linear head")
+    use_cls_token: bool = key(False, "append the class token to the channels; of a linear head")
+    use_backbone_norm: bool = key(True, "apply the backbone's final norm; of a linear head")
+    num_classes: int = key(150, "number of classes")
+    hidden_dim: int = key(2048, "width of a m2f head")
+    dropout: float = key(0.1, "share of the channels that training drops; of a linear head")
+
+
+@dataclass
+class TrainTransformConfig:
+    """Augmentation of training images."""
+
+    img_size: Any = key(None, "short side, or [height, width], of images and labels; null: as they are")
+    random_img_size_ratio_range: list[float] | None = key(
+        None, "random factor of img_size, e.g. [0.5, 2.0]; null: none"
+    )
+    crop_size: list[int] | None = key(None, "[height, width] of a random crop, padded if need be; null: none")
+    flip_prob: float = key(0.0, "probability of a horizontal flip")
+
+
+@dataclass
+class EvalTransformConfig:
+    """Preprocessing of evaluated images."""
+
+    img_size: Any = key(None, "short side, or [height, width], of images; null: eval.crop_size")
+    tta_ratios: list[float] = key([1.0], "factors of img_size with eval.use_tta")
+
+
+@dataclass
+class TransformConfig:
+    """From files to tensors."""
+
+    train: TrainTransformConfig = field(default_factory=TrainTransformConfig)
+    eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
+    mean: list[float] = key(MEAN, "of the normalisation, by channel, of pixels from 0 to 255")
+    std: list[float] = key(STD, "of the normalisation, by channel, of pixels from 0 to 255")
+
+
+@dataclass
+class TrainConfig:
+    """The loss."""
+
+    diceloss_weight: float = key(0.0, "factor of the dice loss")
+    celoss_weight: float = key(1.0, "factor of the cross entropy")
+
+
+@dataclass
+class EvalConfig:
+    """How segmentation is measured."""
+
+    compute_metric_per_image: bool = key(False, "means over the metrics of images; false: of the areas of all images")
+    reduce_zero_label: bool = key(True, "label 0 is ignored and the classes begin at 1, in training too")
+    mode: str = key("slide", "slide: windows of crop_size; whole: the image resized to crop_size x crop_size")
+    crop_size: int = key(512, "side of the square windows, pixels")
+    stride: int = key(341, "pixels between windows")
+    eval_interval: int = key(40000, "steps between validations and checkpoints")
+    use_tta: bool = key(False, "average over transforms.eval.tta_ratios and flips")
+    max_windows_per_batch: int | None = key(
+        None, "the most windows in one call of the model, which bounds its memory; null: 1 on the CPU, else 8"
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"eval.mode={self.mode!r}{did_you_mean(self.mode, MODES)}: expected {' or '.join(MODES)}")
+        if not 1 <= self.stride <= self.crop_size:
+            raise ValueError(
+                f"eval.stride={self.stride} must be from 1 to eval.crop_size={self.crop_size}, or pixels between "
+                "windows would be in none"
+            )
+        if self.eval_interval < 1:
+            raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
+
+
+@dataclass
+class SegmentationConfig:
+    """Everything that a run is configured with."""
+
+    model: ModelConfig | None = None
+    bs: int = key(2, "images per step and process in training")
+    n_gpus: int = key(8, "not read: the launcher decides")
+    num_workers: int = key(6, "loader processes")
+    model_dtype: Dtype = key(Dtype.FLOAT32, "FLOAT32 or BFLOAT16")
+    seed: int = key(100, "of the first weights, the order of the images and their augmentation")
+    datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
+    metric_to_save: str = key("mIoU", f"by which the best head is chosen: one of {', '.join(SEGMENTATION_METRICS)}")
+    decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
+    scheduler: SegmentationSchedulerConfig = field(default_factory=SegmentationSchedulerConfig)
+    optimizer: SegmentationOptimizerConfig = field(default_factory=SegmentationOptimizerConfig)
+    transforms: TransformConfig = field(default_factory=TransformConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save_predictions: bool = key(False, "write every predicted map, as index masks and as pictures")
+    output_dir: str | None = key(None, "where everything goes; . on the command line")
+    load_from: str | None = key(None, "evaluate: a trained head's file")
+
+    def __post_init__(self) -> None:
+        if self.metric_to_save not in SEGMENTATION_METRICS:
+            raise ValueError(
+                f"metric_to_save={self.metric_to_save!r}{did_you_mean(self.metric_to_save, SEGMENTATION_METRICS)}: "
+                f"expected one of {', '.join(SEGMENTATION_METRICS)}"
+            )
+        if self.bs < 1 or self.num_workers < 0:
+            raise ValueError(f"bs={self.bs} must be at least 1, num_workers={self.num_workers} at least 0")
+        if self.decoder_head.num_classes < 1:
+            raise ValueError(f"decoder_head.num_classes={self.decoder_head.num_classes}: expected 1 or more")
+
+    def check(self) -> None:
+        """Refuse what no run can be made of, before anything is loaded.
+
+        Raises:
+            NotImplementedError: the run needs a Mask2Former head.
+            ValueError: names the key.
+        """
+        if self.load_from in HUB_SEGMENTORS or self.decoder_head.type == "m2f":
+            raise NotImplementedError(
+                f"load_from={self.load_from}, decoder_head.type={self.decoder_head.type}: there is no Mask2Former head "
+                "yet; linear heads are trained with decoder_head.type=linear and evaluated with load_from=FILE as well"
+            )
+        if self.model is None:
+            raise ValueError(
+                "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
+                "model.pretrained_weights of a training"
+            )
+        self.model.check()
+        if not self.datasets.val:
+            raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
+        if not self.load_from and not self.datasets.train:
+            raise ValueError(
+                "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"
+            )

@@ -1,0 +1,185 @@
+"""Measuring a segmentation model: windows over every image, softmax, mean over sizes and flips, areas of classes.
+
+Notable:
+- Areas are whole numbers, by image, so the metrics depend neither on the number of processes nor on the images that
+  pad their shares.
+- Several sizes and flips of an image are averaged as probabilities, windows of one of them as logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dinov3 import distributed
+from dinov3.eval.dense.pictures import segmentation_picture
+from dinov3.eval.segmentation.config import SegmentationConfig
+from dinov3.eval.segmentation.data import class_names_of, make_segmentation_dataset, make_segmentation_eval_loader
+from dinov3.eval.segmentation.inference import make_inference
+from dinov3.eval.segmentation.metrics import (
+    SEGMENTATION_METRICS,
+    calculate_intersect_and_union,
+    calculate_segmentation_metrics,
+)
+
+logger = logging.getLogger("dinov3")
+
+ALL_METRICS = ["mIoU", "dice", "fscore"]
+N_DECIMALS = 2
+
+
+@torch.no_grad()
+def evaluate_segmentation_model(
+    segmentation_model: Any,
+    test_dataloader: Iterable[Any],
+    device: torch.device | str,
+    eval_res: int,
+    eval_stride: int,
+    decoder_head_type: str,
+    num_classes: int,
+    autocast_dtype: torch.dtype,
+    *,
+    inference_mode: str = "slide",
+    reduce_zero_label: bool = True,
+    metric_per_image: bool = False,
+    max_windows_per_batch: int | None = None,
+    class_names: Sequence[str] | None = None,
+    save_dir: str | Path | None = None,
+) -> dict[str, float]:
+    """Measure a model on one image after the other.
+
+    Args:
+        segmentation_model: has `predict`, as `make_inference` asks; what wraps one as `.module` will do.
+        test_dataloader: yields `(images, (index, label [1, 1, h, w]))`: a list of [1, 3, H, W], whose second half is
+            the first one flipped; items with a negative index are predicted and dropped.
+        device: where the model is.
+        eval_res: side of the square windows, pixels.
+        eval_stride: pixels between windows.
+        decoder_head_type: `linear` or `m2f`.
+        num_classes: K.
+        autocast_dtype: of the images.
+        inference_mode: `slide`, or `whole`: images resized to `eval_res` x `eval_res`.
+        reduce_zero_label: label 0 is ignored, and label k means class k - 1.
+        metric_per_image: means over the metrics of images instead of the metrics of all areas.
+        max_windows_per_batch: bounds the memory of windows.
+        class_names: for the table of classes in the log.
+        save_dir: directory for predicted maps; None: none are saved.
+
+    Returns:
+        The metrics of `SEGMENTATION_METRICS` in percent, two decimals.
+
+    Raises:
+        ValueError: no pixel of any image has a label that counts.
+    """
+    model = getattr(segmentation_model, "module", segmentation_model)
+    rows: dict[int, Tensor] = {}
+    hidden = None if distributed.is_main_process() else True
+    for images, (index, label) in tqdm(test_dataloader, "evaluation", unit="image", disable=hidden):
+        probabilities = torch.zeros(())
+        for number, image in enumerate(images):
+            probabilities = probabilities.to(device) + make_inference(
+                image.to(device, autocast_dtype, non_blocking=True),
+                model,
+                inference_mode=inference_mode,
+                decoder_head_type=decoder_head_type,
+                rescale_to=label.shape[-2:],
+                n_output_channels=num_classes,
+                crop_size=(eval_res, eval_res),
+                stride=(eval_stride, eval_stride),
+                apply_horizontal_flip=number >= (len(images) + 1) // 2,
+                output_activation=functools.partial(torch.softmax, dim=1),
+                whole_size=(eval_res, eval_res),
+                max_windows_per_batch=max_windows_per_batch,
+            )
+        if int(index) < 0:
+            continue
+        prediction = probabilities.argmax(dim=1)  # [1, h, w]; of sums the same as of means
+        areas = calculate_intersect_and_union(
+            prediction, label[0].to(device), num_classes, reduce_zero_label=reduce_zero_label
+        )
+        rows[int(index)] = areas.cpu()
+        if save_dir is not None:
+            _save_prediction(prediction[0], Path(save_dir), int(index), num_classes, class_names, reduce_zero_label)
+    return _collect(rows, metric_per_image=metric_per_image, class_names=class_names)
+
+
+def evaluate_segmentation_with_config(
+    config: SegmentationConfig,
+    segmentation_model: Any,
+    device: torch.device | str,
+    *,
+    dataset: Any = None,
+    use_tta: bool = False,
+    save_dir: str | Path | None = None,
+) -> dict[str, float]:
+    """`evaluate_segmentation_model` on the validation images as `config` describes it.
+
+    Args:
+        config: of the run.
+        segmentation_model: as there.
+        device: as there.
+        dataset: with the transforms; None: made anew.
+        use_tta: average over sizes and flips; of a given dataset, its transforms decide.
+        save_dir: as there.
+    """
+    dataset = make_segmentation_dataset(config, "val", use_tta=use_tta) if dataset is None else dataset
+    return evaluate_segmentation_model(
+        segmentation_model,
+        make_segmentation_eval_loader(dataset, config.num_workers),
+        device,
+        config.eval.crop_size,
+        config.eval.stride,
+        config.decoder_head.type,
+        config.decoder_head.num_classes,
+        config.model_dtype.autocast_dtype,
+        inference_mode=config.eval.mode,
+        reduce_zero_label=config.eval.reduce_zero_label,
+        metric_per_image=config.eval.compute_metric_per_image,
+        max_windows_per_batch=config.eval.max_windows_per_batch,
+        class_names=class_names_of(dataset),
+        save_dir=save_dir,
+    )
+
+
+def _collect(
+    own_rows: dict[int, Tensor], *, metric_per_image: bool, class_names: Sequence[str] | None
+) -> dict[str, float]:
+    rows = {index: areas for part in distributed.all_gather_objects(own_rows) for index, areas in part.items()}
+    areas = [rows[index] for index in sorted(rows)]
+    if not any(int(one[3].sum()) for one in areas):
+        raise ValueError(
+            f"none of {len(areas)} images has a labelled pixel that counts: check the labels (255 is ignored, 0 "
+            "too with eval.reduce_zero_label=true) and decoder_head.num_classes"
+        )
+    if metric_per_image:
+        by_image = [calculate_segmentation_metrics([one], metrics=ALL_METRICS) for one in areas if int(one[3].sum())]
+        metrics = {name: float(np.nanmean([one[name] for one in by_image])) for name in SEGMENTATION_METRICS}
+    else:
+        metrics = calculate_segmentation_metrics(areas, metrics=ALL_METRICS, class_names=class_names)
+    return {name: round(100 * float(metrics[name]), N_DECIMALS) for name in SEGMENTATION_METRICS}
+
+
+def _save_prediction(
+    prediction: Tensor,
+    directory: Path,
+    index: int,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    reduce_zero_label: bool,
+) -> None:
+    # Masks count as the labels of the dataset do.
+    directory.mkdir(parents=True, exist_ok=True)
+    labels = prediction.cpu().numpy()
+    names = class_names or [f"class {number}" for number in range(num_classes)]
+    segmentation_picture(labels, class_names=names).save(directory / f"{index:06d}_picture.png")
+    mask = labels + 1 if reduce_zero_label else labels
+    Image.fromarray(mask.astype(np.uint8 if num_classes < 256 else np.uint16)).save(directory / f"{index:06d}.png")

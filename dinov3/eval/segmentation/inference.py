@@ -1,0 +1,263 @@
+"""Segmenting an image of any size with a model of a fixed one: the whole image resized, or windows that slide over it.
+
+    logits = make_inference(
+        images, model, inference_mode="slide", rescale_to=(height, width), n_output_channels=150,
+        crop_size=(896, 896), stride=(596, 596), output_activation=functools.partial(torch.softmax, dim=1),
+    )  # [B, 150, height, width]
+
+Notable:
+- A model is anything with `predict(images, rescale_to=(height, width))`. That of a linear head returns logits
+  [N, K, h, w]; that of a Mask2Former head (`"m2f"`) a dict with `pred_masks` [N, Q, h, w] and `pred_logits`
+  [N, Q, K + 1].
+- Windows that overlap are averaged as predicted (of a linear head: logits). The activation comes last.
+- Sums are float32, on the device of the images, and take in each window where it lies. A window alone is added in the
+  published order, so the result is the same to the bit; several in one call may differ by what the model rounds.
+- The last windows of a row or column are moved back into the image, so all have one size and fit into one call.
+- Only torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3.layers.resizing import resize_bilinear
+
+INFERENCE_MODES = ("whole", "slide")
+DECODER_HEAD_TYPES = ("linear", "m2f")
+WHOLE_SIZE = (512, 512)
+
+MAX_WINDOWS = 8
+MAX_PREDICTION_BYTES = 2**30
+
+Size = tuple[int, int]
+#: Image of the batch, and the first row and column of a window in it.
+Place = tuple[int, int, int]
+
+
+@torch.no_grad()
+def make_inference(
+    x: Tensor,
+    segmentation_model: Any,
+    inference_mode: str = "whole",
+    decoder_head_type: str = "linear",
+    rescale_to: Sequence[int] = (512, 512),
+    n_output_channels: int = 256,
+    crop_size: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
+    apply_horizontal_flip: bool = False,
+    num_max_forward: int = 1,
+    output_activation: Callable[[Tensor], Tensor] | None = None,
+    *,
+    whole_size: Sequence[int] | None = WHOLE_SIZE,
+    max_windows_per_batch: int | None = None,
+) -> Tensor:
+    """Class maps of images.
+
+    Args:
+        x: images [B, C, H, W] as the model takes them.
+        segmentation_model: has `predict(images, rescale_to=(height, width))`, see above.
+        inference_mode: `"whole"`: one prediction for the image at `whole_size`; `"slide"`: the mean over windows.
+        decoder_head_type: what `predict` returns: `"linear"` or `"m2f"`. Queries of the latter become class maps: the
+            sum over queries of the softmax of their classes ("no object" then left out) times the sigmoid of their
+            masks.
+        rescale_to: (height, width) of the result, in pixels.
+        n_output_channels: K, the number of classes; used for windows only.
+        crop_size: (height, width) of windows, required for them. Larger than the image in both directions: both become
+            the image's shorter side; in one: windows are as high or wide as the image there.
+        stride: (rows, columns) from window to window, required for them.
+        apply_horizontal_flip: mirror the result, where `x` was mirrored.
+        num_max_forward: as of `slide_inference`.
+        output_activation: applied last, e.g. a softmax over dimension 1.
+        whole_size: (height, width) that the whole image is resized to, bilinearly without antialiasing, whatever its
+            aspect ratio; None: the image as it is.
+        max_windows_per_batch: as of `slide_inference`.
+
+    Returns:
+        float32 [B, K, *rescale_to] on the device of the predictions, without gradients; whatever type
+        `output_activation` gives.
+
+    Raises:
+        ValueError: an argument is out of range, windows leave pixels out, or predictions are not as described.
+    """
+    _check_images(x)
+    _check_choice("inference_mode", inference_mode, INFERENCE_MODES)
+    _check_choice("decoder_head_type", decoder_head_type, DECODER_HEAD_TYPES)
+    size = _pair("rescale_to", rescale_to)
+    if inference_mode == "whole":
+        images = x if whole_size is None else resize_bilinear(x, _pair("whole_size", whole_size))
+        maps = _predict(segmentation_model, images, size, decoder_head_type).float()
+    else:
+        if crop_size is None or stride is None:
+            missing = "crop_size" if crop_size is None else "stride"
+            raise ValueError(
+                f"{missing}=None: inference_mode='slide' needs (height, width) of windows and their stride"
+            )
+        sums = slide_inference(
+            x,
+            segmentation_model,
+            decoder_head_type,
+            n_output_channels,
+            crop_size,
+            stride,
+            num_max_forward,
+            max_windows_per_batch=max_windows_per_batch,
+        )
+        maps = resize_bilinear(sums, size)
+    if apply_horizontal_flip:
+        maps = maps.flip(-1)
+    return maps if output_activation is None else output_activation(maps)
+
+
+@torch.no_grad()
+def slide_inference(
+    inputs: Tensor,
+    segmentation_model: Any,
+    decoder_head_type: str = "linear",
+    n_output_channels: int = 256,
+    crop_size: Sequence[int] = (512, 512),
+    stride: Sequence[int] = (341, 341),
+    num_max_forward: int = 1,
+    *,
+    max_windows_per_batch: int | None = None,
+) -> Tensor:
+    """Class maps of images, averaged over windows that slide over them.
+
+    Args:
+        inputs: images [B, C, H, W] as the model takes them.
+        segmentation_model: as of `make_inference`.
+        decoder_head_type: `"linear"` or `"m2f"`.
+        n_output_channels: K, the number of classes.
+        crop_size: (height, width) of windows.
+        stride: (rows, columns) from window to window.
+        num_max_forward: the least number of calls of `predict`. Processes that share a sharded model must call it
+            equally often, so each is given the largest number of windows that one of them has: windows are spread over
+            that many calls, and those that are still missing are made with zeros.
+        max_windows_per_batch: the most windows in one call, which bounds the memory of its activations and predictions.
+            None: one on the CPU, where more gain nothing; else up to 8, with predictions [., K, h, w] of 1 GiB at most.
+
+    Returns:
+        float32 [B, K, H, W] on the device of the images, without gradients.
+
+    Raises:
+        ValueError: an argument is out of range, windows leave pixels out, or predictions are not as described.
+    """
+    _check_images(inputs)
+    _check_choice("decoder_head_type", decoder_head_type, DECODER_HEAD_TYPES)
+    image_size = (inputs.shape[-2], inputs.shape[-1])
+    crop = _fit_crop(_pair("crop_size", crop_size), image_size)
+    step = _pair("stride", stride)
+    size = (min(crop[0], image_size[0]), min(crop[1], image_size[1]))
+    tops, lefts = (_window_starts(*lengths) for lengths in zip(image_size, crop, step, strict=True))
+    counts = _window_counts(image_size, size, (tops, lefts), step).to(inputs.device)
+
+    places = [(image, top, left) for image in range(len(inputs)) for top in tops for left in lefts]
+    limit = _window_limit(max_windows_per_batch, 4 * n_output_channels * size[0] * size[1], inputs.device)
+    batches = _split(places, limit, num_max_forward)
+    sums = inputs.new_zeros(len(inputs), n_output_channels, *image_size, dtype=torch.float32)
+    for batch in batches:
+        _add_windows_(sums, inputs, batch, size, segmentation_model, decoder_head_type)
+    for _ in range(num_max_forward - len(batches)):
+        segmentation_model.predict(inputs.new_zeros(1, inputs.shape[1], *crop), rescale_to=crop)
+    return sums.div_(counts)
+
+
+def _fit_crop(crop: Size, image_size: Size) -> Size:
+    if crop[0] > image_size[0] and crop[1] > image_size[1]:
+        return min(image_size), min(image_size)
+    return crop
+
+
+def _window_starts(image_length: int, crop_length: int, step: int) -> list[int]:
+    n_windows = max(image_length - crop_length + step - 1, 0) // step + 1
+    ends = [min(index * step + crop_length, image_length) for index in range(n_windows)]
+    return [max(end - crop_length, 0) for end in ends]
+
+
+def _window_counts(image_size: Size, size: Size, starts: tuple[list[int], list[int]], step: Size) -> Tensor:
+    # Windows are a product of rows and columns, and so is their number over a pixel.
+    counts = []
+    for image_length, length, starts_of_axis in zip(image_size, size, starts, strict=True):
+        count = torch.zeros(image_length, dtype=torch.int64)
+        for start in starts_of_axis:
+            count[start : start + length] += 1
+        counts.append(count)
+    if min(int(count.min()) for count in counts) == 0:
+        raise ValueError(
+            f"stride={step} leaves pixels of an image of {image_size} without a window of crop_size={size}: "
+            "give a stride of at most the crop size"
+        )
+    return counts[0][:, None] * counts[1]  # [H, W]
+
+
+def _window_limit(max_windows: int | None, bytes_per_prediction: int, device: torch.device) -> int:
+    if max_windows is None:
+        return 1 if device.type == "cpu" else max(1, min(MAX_WINDOWS, MAX_PREDICTION_BYTES // bytes_per_prediction))
+    if max_windows < 1:
+        raise ValueError(f"max_windows_per_batch={max_windows}: at least one window is predicted at a time")
+    return max_windows
+
+
+def _split(places: list[Place], limit: int, n_calls: int) -> list[list[Place]]:
+    per_call = max(1, min(limit, -(-len(places) // max(n_calls, 1))))
+    return [places[first : first + per_call] for first in range(0, len(places), per_call)]
+
+
+def _add_windows_(
+    sums: Tensor, inputs: Tensor, places: list[Place], size: Size, model: Any, decoder_head_type: str
+) -> None:
+    windows = [
+        (image, slice(None), slice(top, top + size[0]), slice(left, left + size[1])) for image, top, left in places
+    ]
+    maps = _predict(model, torch.stack([inputs[window] for window in windows]), size, decoder_head_type)
+    if maps.shape[1] != sums.shape[1]:
+        raise ValueError(
+            f"n_output_channels={sums.shape[1]}, but the model predicts {maps.shape[1]} classes: "
+            f"give n_output_channels={maps.shape[1]}"
+        )
+    for window, window_map in zip(windows, maps.to(sums.device), strict=True):
+        sums[window] += window_map
+
+
+def _predict(model: Any, images: Tensor, size: Size, decoder_head_type: str) -> Tensor:
+    # [N, K, *size]
+    prediction = model.predict(images, rescale_to=size)
+    if isinstance(prediction, Mapping) != (decoder_head_type == "m2f"):
+        expected = "a dict with pred_masks and pred_logits" if decoder_head_type == "m2f" else "a tensor"
+        got = type(prediction).__name__
+        raise ValueError(f"decoder_head_type={decoder_head_type!r}: expected {expected} from predict, got {got}")
+    maps = _combine_queries(prediction) if decoder_head_type == "m2f" else prediction
+    if maps.ndim != 4 or len(maps) != len(images) or maps.shape[-2:] != size:
+        raise ValueError(
+            f"predict(images, rescale_to={size}) of {len(images)} images returned maps of shape {list(maps.shape)}, "
+            f"expected [{len(images)}, classes, {size[0]}, {size[1]}]"
+        )
+    return maps
+
+
+def _combine_queries(prediction: Mapping[str, Tensor]) -> Tensor:
+    masks, logits = prediction["pred_masks"], prediction["pred_logits"]
+    # Under autocast the product would be in half precision.
+    with torch.autocast(masks.device.type, enabled=False):
+        classes = logits.float().softmax(dim=-1)[..., :-1]  # [N, Q, K]
+        return torch.einsum("nqk,nqhw->nkhw", classes, masks.float().sigmoid())
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"expected images [batch, channels, height, width], got shape {list(images.shape)}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
+
+
+def _pair(name: str, value: Sequence[int]) -> Size:
+    numbers = list(value) if isinstance(value, Sequence) else []
+    if len(numbers) != 2 or min(numbers) < 1:
+        raise ValueError(f"{name}={value!r}: expected (height, width) in pixels, both at least 1")
+    return int(numbers[0]), int(numbers[1])

@@ -1,0 +1,172 @@
+"""Intersection over union and its relatives, from areas that are counted per image and summed over a dataset.
+
+Notable:
+- Areas are whole numbers, summed as int64: in float32 pixels are lost above 2^24 of a class.
+- A class whose quotient is 0/0 drops out of the mean of that metric. Absent from labels and predictions, it drops out
+  of all. Predicted but never labelled, its IoU, Dice and precision are 0 and count, its accuracy and recall drop out;
+  labelled but never predicted, its IoU, Dice, accuracy and recall are 0 and count, its precision drops out.
+- The F-score drops out in both cases, and also where a class is labelled and predicted, but never at one pixel: then
+  precision and recall are 0, and their harmonic mean is 0/0. So the mean F-score (beta 1) is never below the mean Dice.
+  As published.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinov3.eval.segmentation.labels import preprocess_nonzero_labels
+from dinov3.utils.suggestions import did_you_mean
+
+__all__ = [
+    "SEGMENTATION_METRICS",
+    "calculate_intersect_and_union",
+    "calculate_segmentation_metrics",
+    "preprocess_nonzero_labels",
+    "total_area_to_metrics",
+]
+
+logger = logging.getLogger("dinov3")
+
+#: What can be computed, in the order of reports.
+SEGMENTATION_METRICS = ["mIoU", "acc", "aAcc", "dice", "fscore", "precision", "recall"]
+METRIC_GROUPS = {"mIoU": ("mIoU", "acc"), "dice": ("dice", "acc"), "fscore": ("fscore", "precision", "recall")}
+
+
+def calculate_intersect_and_union(
+    pred_label: Tensor,
+    label: Tensor,
+    num_classes: int,
+    ignore_index: int = 255,
+    reduce_zero_label: bool = False,
+) -> Tensor:
+    """Areas of each class in an image, over the pixels that are labelled.
+
+    Args:
+        pred_label: predicted classes, integers of any shape.
+        label: true classes, integers of the same shape.
+        num_classes: K. Ids outside 0 to K - 1 belong to no class and are not counted; their pixels still are, for the
+            other of prediction and label.
+        ignore_index: label of pixels that are left out.
+        reduce_zero_label: labels are 1 to K, and 0 is left out: `preprocess_nonzero_labels` first.
+
+    Returns:
+        int64 [4, K], in pixels: intersection, union, prediction, label.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if pred_label.shape != label.shape:
+        raise ValueError(f"a prediction of shape {list(pred_label.shape)} for labels of shape {list(label.shape)}")
+    if reduce_zero_label:
+        label = preprocess_nonzero_labels(label, ignore_index)
+    # Wide enough for any ignore_index and number of classes.
+    pred_label, label = pred_label.long(), label.long()
+    labelled = label != ignore_index
+    pred_label, label = pred_label[labelled], label[labelled]
+    intersection, predicted, true = (
+        _count_ids(ids, num_classes) for ids in (pred_label[pred_label == label], pred_label, label)
+    )
+    return torch.stack([intersection, predicted + true - intersection, predicted, true])
+
+
+def total_area_to_metrics(
+    total_area_intersect: Tensor,
+    total_area_union: Tensor,
+    total_area_pred_label: Tensor,
+    total_area_label: Tensor,
+    metrics: Sequence[str] = ("mIoU",),
+    beta: float = 1,
+) -> dict[str, Tensor]:
+    """Metrics of each class.
+
+    Args:
+        total_area_intersect: [K], pixels of each class where prediction and label agree.
+        total_area_union: [K], where either says so.
+        total_area_pred_label: [K], where the prediction says so.
+        total_area_label: [K], where the label says so.
+        metrics: `"mIoU"` gives `mIoU` and `acc`; `"dice"` gives `dice` and `acc`; `"fscore"` gives `fscore`,
+            `precision` and `recall`.
+        beta: weight of recall in the F-score, relative to precision.
+
+    Returns:
+        float64 [K] in [0, 1] by name, NaN where it is 0/0, and always `aAcc`: the share of all labelled pixels that are
+        right, a scalar.
+
+    Raises:
+        KeyError: another metric.
+    """
+    for name in metrics:
+        if name not in METRIC_GROUPS:
+            raise KeyError(f"metric {name!r}{did_you_mean(str(name), METRIC_GROUPS)}: {', '.join(METRIC_GROUPS)}")
+    intersect, union, predicted, true = (
+        torch.as_tensor(areas).double()
+        for areas in (total_area_intersect, total_area_union, total_area_pred_label, total_area_label)
+    )
+    precision, recall = intersect / predicted, intersect / true
+    values = {
+        "mIoU": intersect / union,
+        "acc": recall,
+        "dice": 2 * intersect / (predicted + true),
+        "fscore": (1 + beta**2) * precision * recall / (beta**2 * precision + recall),
+        "precision": precision,
+        "recall": recall,
+    }
+    wanted = [name for metric in metrics for name in METRIC_GROUPS[metric]]
+    return {"aAcc": intersect.sum() / true.sum()} | {name: values[name] for name in wanted}
+
+
+def calculate_segmentation_metrics(
+    pre_eval_results: Sequence[Tensor] | Tensor,
+    metrics: Sequence[str] = ("mIoU",),
+    beta: float = 1,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Metrics of a dataset: areas summed over all images, then means over classes; also logged, class by class.
+
+    Args:
+        pre_eval_results: areas [4, K] of each image, as of `calculate_intersect_and_union`.
+        metrics: as of `total_area_to_metrics`.
+        beta: as of `total_area_to_metrics`.
+        class_names: of the K classes, for the table that is logged; None: their numbers.
+
+    Returns:
+        Values in [0, 1] by name, those asked for in the order of `SEGMENTATION_METRICS`. NaN if no class has a value.
+
+    Raises:
+        KeyError: another metric.
+        ValueError: there are no images, or another number of names than of classes.
+    """
+    if len(pre_eval_results) == 0:
+        raise ValueError("no areas to compute metrics of: the dataset gave no images")
+    areas = torch.stack([torch.as_tensor(area) for area in pre_eval_results])  # [N, 4, K]
+    total = areas.sum(dim=0, dtype=torch.float64 if areas.is_floating_point() else torch.int64)
+    intersect, union, predicted, true = total
+    by_class = total_area_to_metrics(intersect, union, predicted, true, metrics, beta)
+    names = [str(index) for index in range(total.shape[1])] if class_names is None else list(class_names)
+    if len(names) != total.shape[1]:
+        raise ValueError(f"{len(names)} class names for areas of {total.shape[1]} classes")
+    ordered = {name: by_class[name] for name in SEGMENTATION_METRICS if name in by_class}
+    means = {name: float(values.nanmean()) for name, values in ordered.items()}
+    logger.info("per class, in percent:\n%s", _table(names, ordered))
+    logger.info("over all classes: %s", ", ".join(f"{name} {100 * value:.2f}" for name, value in means.items()))
+    return means
+
+
+def _count_ids(ids: Tensor, num_classes: int) -> Tensor:
+    return ids[(ids >= 0) & (ids < num_classes)].bincount(minlength=num_classes)
+
+
+def _table(class_names: Sequence[str], metrics: dict[str, Tensor]) -> str:
+    columns = {name: values.tolist() for name, values in metrics.items() if values.ndim == 1}
+    width = max(len("class"), *map(len, class_names))
+    lines = ["  ".join([f"{'class':<{width}}", *(f"{name:>9}" for name in columns)])]
+    lines += [
+        "  ".join([f"{class_name:<{width}}", *(f"{100 * values[row]:>9.2f}" for values in columns.values())])
+        for row, class_name in enumerate(class_names)
+    ]
+    return "\n".join(lines)

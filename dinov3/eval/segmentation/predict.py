@@ -1,0 +1,137 @@
+"""Segmentation of every image in a folder: index masks, and pictures with a legend."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinov3.distributed import runtime
+from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
+from dinov3.eval.dense.command_line import read_config
+from dinov3.eval.dense.pictures import segmentation_picture
+from dinov3.eval.dense.predicting import Files, find_head, make_parser, predict_images
+from dinov3.eval.segmentation.config import SegmentationConfig
+from dinov3.eval.segmentation.data import CLASSES_FILENAME, make_eval_transforms
+from dinov3.eval.segmentation.inference import make_inference
+from dinov3.eval.segmentation.run import CONFIG_FILENAME, load_segmentor
+from dinov3.eval.setup import load_model_and_context
+from dinov3.heads.segmentation import FeatureDecoder
+from dinov3.utils.command_line import run_command_line
+
+PICTURE, MASK = "_segmentation.png", "_labels.png"
+
+EPILOG = f"""\
+For every image NAME of the folder, OUT gets
+  NAME{MASK}          one class index per pixel, from 0 on (16 bits from 256 classes on)
+  NAME{PICTURE}    the image with its classes in colours, and their names
+
+examples:
+  python -m dinov3.eval.segmentation.predict --images photos --weights outputs/segmentation --out maps
+"""
+
+
+class SegmentationPredictor:
+    """A segmentation model with the preprocessing of its evaluation.
+
+    Args:
+        config: of the run.
+        model: in evaluation mode.
+    """
+
+    def __init__(self, config: SegmentationConfig, model: FeatureDecoder) -> None:
+        self._config = config
+        self._model = model
+        self._transforms = make_eval_transforms(config, use_tta=False)
+
+    def __call__(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        """An RGB image to class indices, int64 [height, width] of it."""
+        (pixels, *_), _ = self._transforms(image, Image.new("L", image.size))
+        evaluation = self._config.eval
+        logits = make_inference(
+            pixels[None].to(runtime.device(), self._config.model_dtype.autocast_dtype),
+            self._model,
+            inference_mode=evaluation.mode,
+            rescale_to=(image.height, image.width),
+            n_output_channels=self._config.decoder_head.num_classes,
+            crop_size=(evaluation.crop_size, evaluation.crop_size),
+            stride=(evaluation.stride, evaluation.stride),
+            output_activation=functools.partial(torch.argmax, dim=1),
+            whole_size=(evaluation.crop_size, evaluation.crop_size),
+            max_windows_per_batch=evaluation.max_windows_per_batch,
+        )
+        return logits[0].cpu().numpy()
+
+
+def load_predictor(arguments: argparse.Namespace) -> tuple[SegmentationPredictor, list[str]]:
+    """The model that the command line names, and the names of its classes.
+
+    Raises:
+        ValueError, FileNotFoundError: it names none, or weights that are not its.
+    """
+    weights, config_file = find_head(Path(arguments.weights), CONFIG_FILENAME, preferred=(BEST_NAME, FINAL_NAME))
+    config = read_config(config_file, SegmentationConfig)
+    config.load_from = str(weights)
+    config.check()
+    assert config.model is not None
+    if arguments.backbone_weights:
+        is_hub_model = bool(config.model.dino_hub)
+        setattr(config.model, "weights" if is_hub_model else "pretrained_weights", arguments.backbone_weights)
+    if arguments.size:
+        config.transforms.eval.img_size = arguments.size
+    names = _class_names(weights.parent / CLASSES_FILENAME, config.decoder_head.num_classes)
+    backbone, _ = load_model_and_context(config.model, "")
+    model = load_segmentor(backbone, config)
+    if arguments.dtype:
+        model.autocast_dtype = arguments.dtype
+    print(f"head {weights} on {config.model.describe()}, run in {model.autocast_dtype} on {runtime.device()}")
+    return SegmentationPredictor(config, model), names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predict from the command line.
+
+    Args:
+        argv: arguments after the program's name; None takes them from the command line.
+
+    Returns:
+        0.
+    """
+    parser = make_parser("segmentation.predict", __doc__ or "", EPILOG)
+    parser.add_argument("--weights", required=True, help="a trained head, or the output directory of its training")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    with runtime.preferring(None if arguments.device == "auto" else arguments.device):
+        predictor, names = load_predictor(arguments)
+
+        def predict(image: Image.Image) -> Files:
+            labels = predictor(image)
+            mask = Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.uint16))
+            return {MASK: mask, PICTURE: segmentation_picture(labels, class_names=names, image=image)}
+
+        n_images = predict_images(
+            arguments.images,
+            arguments.out,
+            predict,
+            done_suffix=PICTURE,
+            on_bad_image=arguments.on_bad_image,
+            overwrite=arguments.overwrite,
+        )
+    print(f"segmentation of {n_images} images in {arguments.out}")
+    return 0
+
+
+def _class_names(path: Path, num_classes: int) -> list[str]:
+    if not path.is_file():
+        return [f"class {number}" for number in range(num_classes)]
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    run_command_line(main)
