@@ -69,4 +69,4 @@ def synchronize_batch_norms_(module: nn.Module) -> nn.Module:
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
+    return _SumOverProcesses.apply(tensor)

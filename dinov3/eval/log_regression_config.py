@@ -18,8 +18,8 @@ from dinov3.utils import as_torch_dtype
 
 DTYPES = ("float32", "float64")
 AUTO_DTYPE = "auto"
-#: Multiply-adds of a pass over the features below which float64 costs no time: calls of functions take longer.
-SMALL_PASS = 2**20
+#: Multiply-adds of a pass over the features below which float64 costs little time, because calls of functions take most.
+SMALL_PASS = 2**18
 
 
 class Solver(Enum):
@@ -52,7 +52,7 @@ class TrainConfig:
     train_dtype: str = key("float64", "of SKLEARN: float64 or float32")
     product_dtype: str = key(
         AUTO_DTYPE,
-        "of TORCH's matrix products; its sums are float64. auto: float64 where that takes no time, else float32",
+        "of TORCH's matrix products; its sums are float64. auto: float64 for small problems, else float32",
     )
     memory_budget_mb: float = key(
         4096, "for TORCH's copy of the features, and for its searches; above it: blocks of features, fewer C at once"

@@ -78,7 +78,7 @@ def ramp(height: int, width: int, *, along: str) -> Tensor:
 
 
 @pytest.mark.parametrize("strategy", list(PatchSizeAdaptationStrategy))
-@pytest.mark.parametrize(("make", "tolerance"), [(linear_that_averages, 1e-3), (dpt_that_passes_on, 1.5)])
+@pytest.mark.parametrize(("make", "tolerance"), [(linear_that_averages, 1e-3), (dpt_that_passes_on, 1.0)])
 @pytest.mark.parametrize("along", ["rows", "columns"])
 def test_prediction_lines_up_with_the_image(make: Any, tolerance: float, along: str, strategy: Any) -> None:
     # 100 pixels are 7 patches, an odd number, with 6 pixels of padding on either side.
@@ -87,7 +87,8 @@ def test_prediction_lines_up_with_the_image(make: Any, tolerance: float, along: 
     image = ramp(100, 100, along=along)
     depth = depther.predict(image)
     assert depth.shape == (1, 1, 100, 100)
-    # Away from the border, where patches average zeros of the padding.
+    # Away from the border, where patches average zeros of the padding. A DPT head squeezes by up to 1.2 pixels itself,
+    # because it upsamples with aligned corners.
     inside = (..., slice(24, 76), slice(24, 76))
     torch.testing.assert_close(depth[inside], image[:, :1][inside], rtol=0, atol=tolerance)
     if strategy is PatchSizeAdaptationStrategy.CENTER_PADDING:

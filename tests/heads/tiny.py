@@ -93,13 +93,12 @@ def images(height: int = 64, width: int = 96, batch: int = 1) -> Tensor:
 
 
 def make_published_depthers_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hub's depthers have backbones of as many blocks as published, but narrow, and narrow heads."""
+    """Let the hub's depthers have small backbones, and narrow heads on other blocks."""
     both = {"LVD1689M": "a955f4ea", "SAT493M": "a6675841"}
-    for name, depth, ffn_layer, untied in (
-        ("dinov3_vit7b16", 40, "swiglu64", frozenset(both)),
-        ("dinov3_vitl16", 24, "mlp", frozenset({"SAT493M"})),
-    ):
-        monkeypatch.setitem(PUBLISHED_VITS, name, PublishedViT(16, depth, 1, 2, ffn_layer, both, untied=untied))
+    for name, ffn_layer, untied in (("dinov3_vit7b16", "swiglu64", both), ("dinov3_vitl16", "mlp", ["SAT493M"])):
+        small = PublishedViT(16, 8, 1, 2, ffn_layer, both, untied=frozenset(untied))
+        monkeypatch.setitem(PUBLISHED_VITS, name, small)
     for entry, kind in (("dinov3_vit7b16_dd", "dd"), ("dinov3_vitl16_chmv2", "chmv2")):
         config = depthers.PUBLISHED[entry].config
-        monkeypatch.setitem(config, "head_kwargs", CONFIGS[kind]["head_kwargs"])
+        for key in ("head_kwargs", "backbone_out_layers"):
+            monkeypatch.setitem(config, key, CONFIGS[kind][key])

@@ -107,7 +107,7 @@ def segmentation_picture(
         raise ValueError(f"labels: expected integers, class indices, not {labels.dtype}")
     if not 0 <= overlay_alpha <= 1:
         raise ValueError(f"overlay_alpha={overlay_alpha}: expected 0 (the photo) to 1 (the colours)")
-    labels, n_classes = _enlarge(labels), len(class_names)
+    labels, n_classes = _enlarge(labels).astype(np.int64), len(class_names)
     has_class = (labels >= 0) & (labels < n_classes)
     colours = class_colors(n_classes)
     areas = np.bincount(labels[has_class].ravel(), minlength=n_classes)

@@ -9,6 +9,7 @@ Notable:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.listing import list_images
+from dinov3.eval.setup import ModelConfig
 from dinov3.hub.command_line import parse_dtype, positive, written_whole
 
 ON_BAD_IMAGE = ("skip", "raise")
@@ -148,6 +150,13 @@ def find_head(weights: Path, config_filename: str, *, preferred: tuple[str, ...]
             "backbone; training writes it"
         )
     return weights, config
+
+
+def move_backbone(model: ModelConfig | None, weights: str | None) -> ModelConfig | None:
+    """The backbone of a training, with its weights elsewhere if they are given."""
+    if model is None or weights is None:
+        return model
+    return dataclasses.replace(model, **{"weights" if model.dino_hub else "pretrained_weights": weights})
 
 
 def _named(out: Path, stem: Path, suffix: str) -> Path:

@@ -156,6 +156,23 @@ class DepthConfig:
         Raises:
             ValueError: names the key.
         """
+        self.check_model()
+        if not self.load_from:
+            missing = [f"datasets.{name}" for name in ("train", "val") if not getattr(self.datasets, name)]
+            missing += [name for name in ("losses",) if not self.losses]
+            if missing:
+                raise ValueError(f"training needs {', '.join(missing)}: see configs/config-nyu.yaml")
+            if self.transforms.train is None:
+                raise ValueError("training needs transforms.train, e.g. transforms.train.random_crop=[416,544]")
+        elif not self.datasets.test:
+            raise ValueError("evaluating needs datasets.test, e.g. NYU:split=TEST")
+
+    def check_model(self) -> None:
+        """Refuse a configuration that names no model, or weights that go with none.
+
+        Raises:
+            ValueError: names the key.
+        """
         is_hub_model = self.load_from in HUB_DEPTHERS
         if (self.head_weights or self.backbone_weights) and not is_hub_model:
             raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(HUB_DEPTHERS)}")
@@ -166,15 +183,6 @@ class DepthConfig:
                     f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
                 )
             self.model.check()
-        if not self.load_from:
-            missing = [f"datasets.{name}" for name in ("train", "val") if not getattr(self.datasets, name)]
-            missing += [name for name in ("losses",) if not self.losses]
-            if missing:
-                raise ValueError(f"training needs {', '.join(missing)}: see configs/config-nyu.yaml")
-            if self.transforms.train is None:
-                raise ValueError("training needs transforms.train, e.g. transforms.train.random_crop=[416,544]")
-        if not self.datasets.test and self.load_from:
-            raise ValueError("evaluating needs datasets.test, e.g. NYU:split=TEST")
 
 
 def make_depth_train_transforms_from_config(config: DepthConfig, *, in_metres: bool = False) -> Any:

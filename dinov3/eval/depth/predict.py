@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ from dinov3.distributed import runtime
 from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.eval.dense.command_line import read_config
 from dinov3.eval.dense.pictures import depth_picture
-from dinov3.eval.dense.predicting import Files, find_head, make_parser, predict_images
+from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
 from dinov3.eval.depth.config import HUB_DEPTHERS, DepthConfig, make_depth_eval_transforms_from_config
 from dinov3.eval.depth.run import CONFIG_FILENAME, load_depther
 from dinov3.heads.depther import Depther
 from dinov3.utils.command_line import run_command_line
+
+logger = logging.getLogger("dinov3")
 
 PICTURE, ARRAY = "_depth.png", "_depth.npy"
 #: Short side that a released model was evaluated at; the other takes images as they are.
@@ -43,7 +46,7 @@ class DepthPredictor:
     """A depth model with the preprocessing of its evaluation.
 
     Args:
-        config: of the run: `transforms`, `eval.use_tta` is not looked at.
+        config: of the run; images are never flipped or cropped.
         depther: the model, in evaluation mode.
     """
 
@@ -63,32 +66,43 @@ class DepthPredictor:
         return depth[0, 0].float().cpu().numpy()
 
 
-def load_predictor(arguments: argparse.Namespace) -> DepthPredictor:
-    """The model that the command line names.
+def load_depth_predictor(
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    backbone_weights: str | None = None,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> DepthPredictor:
+    """A depth model that takes photos, on this process's device.
+
+    Args:
+        weights: a trained head, or the output directory of its training; or the head of `model`.
+        model: `dinov3_vit7b16_dd` or `dinov3_vitl16_chmv2`; without `weights`, with the published ones.
+        backbone_weights: of the backbone, if not where training had them, or not the published ones.
+        size: short side that images are resized to, pixels; None: as evaluated.
+        dtype: that it runs in; None: as trained.
 
     Raises:
-        ValueError, FileNotFoundError: it names none, or weights that are not its.
+        ValueError, FileNotFoundError: no model is named, or weights that are not its.
     """
-    if arguments.model:
-        config = DepthConfig(
-            load_from=arguments.model, head_weights=arguments.weights, backbone_weights=arguments.backbone_weights
-        )
-        config.transforms.eval.img_size = HUB_SIZES.get(arguments.model)
-    elif arguments.weights:
-        weights, config_file = find_head(Path(arguments.weights), CONFIG_FILENAME, preferred=(FINAL_NAME, BEST_NAME))
+    if model:
+        given = None if weights is None else os.fspath(weights)
+        config = DepthConfig(load_from=model, head_weights=given, backbone_weights=backbone_weights)
+        config.transforms.eval.img_size = HUB_SIZES.get(model)
+        config.check_model()
+    elif weights:
+        file, config_file = find_head(Path(weights), CONFIG_FILENAME, preferred=(FINAL_NAME, BEST_NAME))
         config = read_config(config_file, DepthConfig)
-        config.load_from = str(weights)
-        if config.model is not None and arguments.backbone_weights:
-            is_hub_model = bool(config.model.dino_hub)
-            setattr(config.model, "weights" if is_hub_model else "pretrained_weights", arguments.backbone_weights)
+        config.load_from = str(file)
+        config.model = move_backbone(config.model, backbone_weights)
     else:
         raise ValueError(f"no model: give --weights of a trained head, or --model {' or '.join(HUB_DEPTHERS)}")
-    if arguments.size:
-        config.transforms.eval.img_size = arguments.size
-    depther, dtype, description = load_depther(config)
-    if arguments.dtype:
-        depther.autocast_dtype = dtype = arguments.dtype
-    print(f"{description}, run in {dtype} on {runtime.device()}")
+    if size:
+        config.transforms.eval.img_size = size
+    depther, trained_dtype, description = load_depther(config)
+    depther.autocast_dtype = dtype or trained_dtype
+    logger.info("%s, run in %s on %s", description, depther.autocast_dtype, runtime.device())
     return DepthPredictor(config, depther)
 
 
@@ -112,8 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="metres of the colours' ends (default: of each image)",
     )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with runtime.preferring(None if arguments.device == "auto" else arguments.device):
-        predictor = load_predictor(arguments)
+        predictor = load_depth_predictor(
+            arguments.weights,
+            model=arguments.model,
+            backbone_weights=arguments.backbone_weights,
+            size=arguments.size,
+            dtype=arguments.dtype,
+        )
 
         def predict(image: Image.Image) -> Files:
             depth = predictor(image)

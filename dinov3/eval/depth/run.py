@@ -27,7 +27,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -81,7 +81,7 @@ def run_depth(config: DepthConfig) -> dict[str, float]:
         dataset=dataset,
     )
     name = getattr(config.datasets, split).partition(":")[0]
-    values = {metric: list(column) for metric, column in by_image.items()}  # type: ignore[call-overload]
+    values = cast(dict[str, list[float]], by_image)
     results = {f"{name}_{metric}": mean_of_finite(column) for metric, column in values.items()}
     if distributed.is_main_process():
         content = json.dumps(without_nan({"index": indices, **values}), indent=4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from dinov3.distributed import runtime
 from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.eval.dense.command_line import read_config
 from dinov3.eval.dense.pictures import segmentation_picture
-from dinov3.eval.dense.predicting import Files, find_head, make_parser, predict_images
+from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import CLASSES_FILENAME, make_eval_transforms
 from dinov3.eval.segmentation.inference import make_inference
@@ -25,6 +26,8 @@ from dinov3.eval.segmentation.run import CONFIG_FILENAME, load_segmentor
 from dinov3.eval.setup import load_model_and_context
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.utils.command_line import run_command_line
+
+logger = logging.getLogger("dinov3")
 
 PICTURE, MASK = "_segmentation.png", "_labels.png"
 
@@ -44,9 +47,11 @@ class SegmentationPredictor:
     Args:
         config: of the run.
         model: in evaluation mode.
+        class_names: by class index.
     """
 
-    def __init__(self, config: SegmentationConfig, model: FeatureDecoder) -> None:
+    def __init__(self, config: SegmentationConfig, model: FeatureDecoder, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
         self._config = config
         self._model = model
         self._transforms = make_eval_transforms(config, use_tta=False)
@@ -55,8 +60,8 @@ class SegmentationPredictor:
         """An RGB image to class indices, int64 [height, width] of it."""
         (pixels, *_), _ = self._transforms(image, Image.new("L", image.size))
         evaluation = self._config.eval
-        logits = make_inference(
-            pixels[None].to(runtime.device(), self._config.model_dtype.autocast_dtype),
+        labels = make_inference(
+            pixels[None].to(runtime.device()),
             self._model,
             inference_mode=evaluation.mode,
             rescale_to=(image.height, image.width),
@@ -67,32 +72,42 @@ class SegmentationPredictor:
             whole_size=(evaluation.crop_size, evaluation.crop_size),
             max_windows_per_batch=evaluation.max_windows_per_batch,
         )
-        return logits[0].cpu().numpy()
+        return labels[0].cpu().numpy()
 
 
-def load_predictor(arguments: argparse.Namespace) -> tuple[SegmentationPredictor, list[str]]:
-    """The model that the command line names, and the names of its classes.
+def load_segmentation_predictor(
+    weights: str | os.PathLike[str],
+    *,
+    backbone_weights: str | None = None,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> SegmentationPredictor:
+    """A segmentation model that takes photos, on this process's device.
+
+    Args:
+        weights: a trained head, or the output directory of its training.
+        backbone_weights: of the backbone, if not where training had them.
+        size: short side that images are resized to, pixels; None: as evaluated.
+        dtype: that it runs in; None: as trained.
 
     Raises:
-        ValueError, FileNotFoundError: it names none, or weights that are not its.
+        ValueError, FileNotFoundError: there are no such weights, or they are those of another head.
     """
-    weights, config_file = find_head(Path(arguments.weights), CONFIG_FILENAME, preferred=(BEST_NAME, FINAL_NAME))
+    file, config_file = find_head(Path(weights), CONFIG_FILENAME, preferred=(BEST_NAME, FINAL_NAME))
     config = read_config(config_file, SegmentationConfig)
-    config.load_from = str(weights)
+    config.load_from = str(file)
+    config.model = move_backbone(config.model, backbone_weights)
     config.check()
     assert config.model is not None
-    if arguments.backbone_weights:
-        is_hub_model = bool(config.model.dino_hub)
-        setattr(config.model, "weights" if is_hub_model else "pretrained_weights", arguments.backbone_weights)
-    if arguments.size:
-        config.transforms.eval.img_size = arguments.size
-    names = _class_names(weights.parent / CLASSES_FILENAME, config.decoder_head.num_classes)
+    if size:
+        config.transforms.eval.img_size = size
+    names = _class_names(file.parent / CLASSES_FILENAME, config.decoder_head.num_classes)
     backbone, _ = load_model_and_context(config.model, "")
     model = load_segmentor(backbone, config)
-    if arguments.dtype:
-        model.autocast_dtype = arguments.dtype
-    print(f"head {weights} on {config.model.describe()}, run in {model.autocast_dtype} on {runtime.device()}")
-    return SegmentationPredictor(config, model), names
+    model.autocast_dtype = dtype or model.autocast_dtype
+    described = config.model.describe()
+    logger.info("head %s on %s, run in %s on %s", file, described, model.autocast_dtype, runtime.device())
+    return SegmentationPredictor(config, model, names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,8 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("segmentation.predict", __doc__ or "", EPILOG)
     parser.add_argument("--weights", required=True, help="a trained head, or the output directory of its training")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with runtime.preferring(None if arguments.device == "auto" else arguments.device):
-        predictor, names = load_predictor(arguments)
+        predictor = load_segmentation_predictor(
+            arguments.weights,
+            backbone_weights=arguments.backbone_weights,
+            size=arguments.size,
+            dtype=arguments.dtype,
+        )
+        names = predictor.class_names
 
         def predict(image: Image.Image) -> Files:
             labels = predictor(image)

@@ -1,0 +1,54 @@
+"""The entries of a head among what a file holds, and into the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dinov3.heads.weights import WeightsError, head_entries, load_head_
+
+HEAD = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD,
+        {"model": HEAD, "iteration": 3},
+        {f"module.{name}": entry for name, entry in HEAD.items()},
+        {"model": {f"module.module.{name}": entry for name, entry in HEAD.items()}},
+        {f"decoder.{name}": entry for name, entry in HEAD.items()} | {"encoder.backbone.weight": torch.zeros(1)},
+        {f"module.decoder.module.{name}": entry for name, entry in HEAD.items()} | {"module.encoder.weight": 0},
+    ],
+)
+def test_entries_of_every_kind_of_file(content: Any) -> None:
+    entries = head_entries(content)
+    assert entries.keys() == HEAD.keys() and all(entries[name] is HEAD[name] for name in HEAD)
+
+
+def test_prefix_is_that_of_the_model() -> None:
+    whole = {f"linear_head.{name}": entry for name, entry in HEAD.items()} | {"backbone.weight": torch.zeros(1)}
+    assert head_entries(whole, "linear_head.").keys() == HEAD.keys()
+    assert head_entries(whole).keys() == whole.keys()
+
+
+def test_a_head_on_the_meta_device_takes_the_tensors_over() -> None:
+    head = load_head_(nn.Linear(3, 2, device="meta"), HEAD, source="here", target="a head")
+    assert head.weight.data_ptr() == HEAD["weight"].data_ptr() and head.weight.requires_grad
+
+
+def test_values_are_converted_and_frozen_parameters_stay_frozen() -> None:
+    head = nn.Linear(3, 2, dtype=torch.bfloat16).requires_grad_(False)
+    load_head_(head, HEAD, source="here", target="a head")
+    assert head.weight.dtype == torch.bfloat16 and head.weight.eq(1).all() and not head.weight.requires_grad
+
+
+def test_entries_that_do_not_fit() -> None:
+    with pytest.raises(
+        WeightsError,
+        match=r"^here does not fit a head: expected weight \[2, 4\] and bias \[2\], found weight \[2, 3\], b",
+    ):
+        load_head_(nn.Linear(4, 2), HEAD, source="here", target="a head")
