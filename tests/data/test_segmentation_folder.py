@@ -223,3 +223,18 @@ def test_a_truncated_mask_is_named(root: Path) -> None:
 def test_an_index_out_of_range_is_an_error(root: Path) -> None:
     with pytest.raises(IndexError, match="index 1 is out of range for 1 samples"):
         folder(root, split="val")[1]
+
+
+def test_folders_of_the_same_classes_can_be_joined(tmp_path: Path) -> None:
+    for name, value, classes in (("a", 0, "x\ny\n"), ("b", 1, "x\ny\n"), ("c", 0, "y\nx\n")):
+        for part in ("images", "labels"):
+            (tmp_path / name / part).mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(tmp_path / name / "images" / "one.png")
+        Image.new("L", (6, 4), value).save(tmp_path / name / "labels" / "one.png")
+        (tmp_path / name / "classes.txt").write_text(classes)
+    a, b, c = (f"SegmentationFolder:root={tmp_path / name}" for name in "abc")
+    joined = make_dataset(dataset_str=f"{a}+{b}", transforms=lambda image, label: np.asarray(label))
+    assert joined.class_names == ["x", "y"]
+    assert [int(joined[index].max()) for index in (0, 1, -1)] == [0, 1, 1]
+    with pytest.raises(ValueError, match="name different classes"):
+        make_dataset(dataset_str=f"{a}+{c}")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.paired import PairedImageDataset
 
 
 class ConcatenatedDataset(ExtendedVisionDataset):
     """The samples of several datasets in order.
 
     Targets are kept if all datasets have the same classes; otherwise a class index would mean different things, and
-    every target is None.
+    every target is None. Maps of depth or labels are always kept.
 
     Args:
         datasets: at least one dataset, without transforms of their own, and none that streams.
@@ -23,10 +25,11 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         target_transform: of the target.
 
     Raises:
-        ValueError: a dataset streams.
+        ValueError: a dataset streams, or datasets with maps of labels name different classes.
 
     Attributes:
         classes: of the datasets if they agree, else None.
+        class_names: of datasets with maps of labels; None if they name none.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
         self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None
+        self._has_maps = all(isinstance(dataset, PairedImageDataset) for dataset in self.datasets)
+        self.class_names: list[str] | None = self._common_class_names() if self._has_maps else None
 
     def get_image_data(self, index: int) -> bytes:
         dataset, inner = self._find(index)
@@ -73,10 +78,29 @@ class ConcatenatedDataset(ExtendedVisionDataset):
 
     def load_target(self, index: int) -> Any:
         dataset, inner = self._find(index)
-        return None if self.classes is None else dataset.load_target(inner)
+        return dataset.load_target(inner) if self._has_maps or self.classes is not None else None
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if not self._has_maps:
+            return super().__getitem__(index)
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{type(self).__name__}: index {index} is out of range for {len(self)} samples")
+        dataset, inner = self._find(index % len(self))
+        image, target = dataset[inner]  # which may compare the two
+        return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def _common_class_names(self) -> list[str] | None:
+        named = [getattr(dataset, "class_names", None) for dataset in self.datasets]
+        for names in named:
+            if names != named[0]:
+                raise ValueError(
+                    f"datasets joined by + name different classes, {named[0]} and {names}: one index would mean both"
+                )
+        return named[0]
 
     def _find(self, index: int) -> tuple[Any, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
