@@ -427,7 +427,10 @@ def _advance(scheduler: Any, n_steps: int) -> None:
 
 
 def _tokens_of_first_image(feature_model: nn.Module, dataset: Any) -> Tokens:
-    return feature_model(dataset[0][0][None].to(model_device(feature_model)))
+    tokens: Tokens = feature_model(dataset[0][0][None].to(model_device(feature_model)))
+    if not all(bool(part.isfinite().all()) for block in tokens for part in block):
+        raise ValueError("the model gives NaN or infinite features, its weights are not usable")
+    return tokens
 
 
 def _image_batches(

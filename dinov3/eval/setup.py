@@ -25,6 +25,7 @@ from dinov3.eval.helpers import key
 from dinov3.hub import backbones
 from dinov3.hub.architectures import build_like, published_name
 from dinov3.hub.backbones import Weights
+from dinov3.hub.formats import Converted
 from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
 from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
@@ -180,8 +181,14 @@ def load_without_config(weights: str) -> nn.Module:
     check_complete(state, model, source=weights)
     assert model is not None
     load_backbone_(model, state, source=weights)
-    known = published_name(state)
+    known, is_foreign = published_name(state), isinstance(state, Converted) and state.layout is not None
     logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
+    if known is None and not is_foreign:
+        logger.warning(
+            "%s is no published model: what its weights do not tell, such as the epsilon of its norms, is taken to be as "
+            "in those; if you have the configuration of its training, give model.config_file",
+            weights,
+        )
     return model.to(runtime.device()).eval()
 
 

@@ -470,7 +470,9 @@ def test_classes_with_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return dataset
 
     monkeypatch.setattr(linear, "make_dataset", make)
-    with pytest.raises(ValueError, match="1 of the 2 classes of TOY_VAL are not in the training set, the first is 'eel'"):
+    with pytest.raises(
+        ValueError, match="1 of the 2 classes of TOY_VAL are not in the training set, the first is 'eel'"
+    ):
         toy.run(toy.make_config(tmp_path))
 
 

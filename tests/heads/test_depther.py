@@ -180,6 +180,14 @@ def test_without_gradients_logits_never_exist_at_once(monkeypatch: pytest.Monkey
     assert rows[4:] == [64]
 
 
+@pytest.mark.parametrize("kind", ["dd", "chmv2"])
+def test_an_exported_depther_gives_the_same(kind: str) -> None:
+    depther = tiny_depther(kind)
+    with torch.no_grad():
+        exported = torch.export.export(depther, (images(70, 100),)).module()
+        torch.testing.assert_close(exported(images(70, 100)), depther(images(70, 100)), rtol=1e-5, atol=1e-5)
+
+
 # Modes and gradients.
 
 

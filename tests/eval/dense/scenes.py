@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
+
+from dinov3.configs import get_default_config
+from dinov3.models import build_model_from_cfg
 
 HEIGHT, WIDTH = 48, 64
 
@@ -87,3 +93,12 @@ def write_backbone(path: Path) -> Path:
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
+
+
+def write_run(directory: Path) -> None:
+    """What is left of a training: its configuration, and a teacher with random weights."""
+    config = OmegaConf.merge(get_default_config(), OmegaConf.load(write_backbone(directory / "config.yaml")))
+    OmegaConf.save(config, directory / "config.yaml")
+    backbone, _ = build_model_from_cfg(config, only_teacher=True)
+    backbone.to_empty(device="cpu").init_weights()
+    torch.save({"teacher": nn.ModuleDict({"backbone": backbone}).state_dict()}, directory / "teacher_checkpoint.pth")

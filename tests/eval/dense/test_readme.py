@@ -1,0 +1,89 @@
+"""The README's examples of depth and segmentation, word for word, with small stand-ins for weights and backbones."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov3.hub import depthers
+from tests.eval.dense import scenes
+from tests.heads.tiny import make_published_depthers_small
+
+REPOSITORY = Path(__file__).parents[3]
+SHORTER = "scheduler.total_iter=12 scheduler.constructor_kwargs.warmup_iters=2 num_workers=0"
+
+
+def blocks(language: str) -> list[str]:
+    """The code of the README's section."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Depth and segmentation") : text.index("## Load what you trained")]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def write_photo(directory: Path) -> None:
+    scenes.scene(3)[0].resize((100, 75)).save(directory / "photo.jpg")
+
+
+def test_depth_of_the_released_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_published_depthers_small(monkeypatch)
+    twin = depthers.dinov3_vit7b16_dd(pretrained=False)
+    torch.save(twin.encoder.backbone.state_dict(), tmp_path / "dinov3_vit7b16.pth")
+    torch.save(twin.decoder.state_dict(), tmp_path / "dinov3_vit7b16_dpt.pth")
+    write_photo(tmp_path)
+
+    def load(directory: str, entry: str, source: str, **options: Any) -> Any:
+        assert (directory, source) == (".", "local")  # of the clone, where hubconf.py lies
+        return getattr(depthers, entry)(**options)
+
+    monkeypatch.setattr(torch.hub, "load", load)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(blocks("python")[0], names)
+    assert names["depth"].shape == (1, 1, 75, 100)
+    assert bool(names["depth"].isfinite().all()) and names["depth"].min() > 0
+
+
+@pytest.mark.slow
+def test_heads_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "outputs" / "demo" / "run"
+    run.mkdir(parents=True)
+    (tmp_path / "dinov3").symlink_to(REPOSITORY / "dinov3")
+    scenes.write_run(run)
+    write_photo(tmp_path)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "DINOV3_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    (script,) = blocks("bash")
+    shortened = "\n".join(f"{line} {SHORTER}" if "run.py" in line else line for line in script.splitlines())
+    completed = subprocess.run(
+        ["bash", "-ec", shortened], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == 0, f"{completed.stdout[-2000:]}\n{completed.stderr[-4000:]}"
+    outputs = tmp_path / "outputs"
+    assert (outputs / "depth" / "results-depth.csv").is_file()
+    assert (outputs / "segmentation" / "results-semantic-segmentation.csv").is_file()
+    n_images = {
+        task: len(list((outputs / "dense" / task / "images" / "val").iterdir())) for task in ("depth", "segmentation")
+    }
+    assert len(list((outputs / "depth_pictures").glob("*_depth.png"))) == n_images["depth"]
+    masks = list((outputs / "segmentation_pictures").glob("*_labels.png"))
+    assert len(masks) == n_images["segmentation"]
+    assert all(np.asarray(Image.open(mask)).max() <= 3 for mask in masks)
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(blocks("python")[1], names)
+    assert names["depth"].shape == names["labels"].shape == (75, 100)
+    assert (names["depth"].dtype, names["labels"].dtype) == (np.float32, np.int64)

@@ -1,0 +1,226 @@
+"""Features that are too large for memory lie in a file, which is said, and all comes out as it does in memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.eval import knn, log_regression
+from dinov3.eval.data import SubsetEx, extract_features_for_dataset_dict
+from dinov3.eval.feature_cache import FeaturesConfig, extract_cached
+from dinov3.eval.features import (
+    FeatureRows,
+    Spill,
+    extract_rows,
+    gather_rows,
+    join_rows,
+    make_enumerated_loader,
+    new_matrix,
+    take_rows,
+    usable_workers,
+)
+from dinov3.eval.knn_module import KnnModule
+from tests.multiprocess import run_ranks
+
+from . import real_data, toy
+
+CPU = torch.device("cpu")
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is a map of a file."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split()
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            return inode != "0"
+    return False
+
+
+@pytest.fixture
+def spill(tmp_path: Path) -> Spill:
+    """Takes everything above 1000 bytes: 20 rows of 12."""
+    return Spill(tmp_path / "spill", 1000)
+
+
+def extract(dataset: Any, spill: Spill | None) -> FeatureRows:
+    return extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), spill=spill)
+
+
+def test_matrix_is_in_memory_up_to_the_budget(spill: Spill) -> None:
+    assert not is_mapped(new_matrix(20, 12, CPU, spill)) and not is_mapped(new_matrix(2000, 12, CPU, None))
+    mapped = new_matrix(21, 12, CPU, spill)
+    assert is_mapped(mapped) and mapped.shape == (21, 12)
+    mapped.fill_(3.0)
+    assert float(mapped.sum()) == 21 * 12 * 3
+    assert not list(spill.directory.iterdir())  # its file has no name: nothing stays behind
+
+
+def test_extraction_says_so_and_gives_the_same_rows(spill: Spill, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = toy.Vectors("train", 90)
+    want = extract(dataset, None)
+    with caplog.at_level("WARNING", logger="dinov3"):
+        rows = extract(dataset, spill)
+    assert is_mapped(rows.features) and not is_mapped(want.features)
+    for found, expected in zip(rows, want, strict=True):
+        assert torch.equal(found, expected)
+    assert "more than features.memory_budget_mb=" in caplog.text and f"a file in {spill.directory}" in caplog.text
+    assert caplog.text.count("memory_budget_mb") == 1
+
+
+def test_batches_without_a_foreseen_number_are_taken(spill: Spill) -> None:
+    dataset = toy.Vectors("train", 90)
+    for chosen in (None, spill):
+        batches = (batch for batch in make_enumerated_loader(dataset, 16, 0))
+        rows = extract_rows(nn.Identity(), batches, spill=chosen)
+        assert torch.equal(rows.features, extract(dataset, None).features)
+
+
+def test_parts_and_sums_of_large_matrices_are_mapped_too(spill: Spill) -> None:
+    features = torch.randn(60, 12)
+    places = torch.arange(0, 60, 2)
+    taken, joined = take_rows(features, places, spill), join_rows([features, features[:5]], spill)
+    assert is_mapped(taken) and torch.equal(taken, features[places])
+    assert is_mapped(joined) and torch.equal(joined, torch.cat([features, features[:5]]))
+
+
+def test_full_disk_is_told_with_what_to_do(spill: Spill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10))  # type: ignore
+    with pytest.raises(
+        OSError, match=r"features of 0\.0 GB are larger than .*memory_budget_mb.*0\.0 GB free.*cache_dir"
+    ):
+        extract(toy.Vectors("train", 90), spill)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and images of faces and other things."""
+    root = tmp_path_factory.mktemp("large")
+    real_data.write_run(root / "run")
+    real_data.write_faces(root / "faces")
+    return root
+
+
+def arguments(module: Any, faces: Path, out: Path) -> list[str]:
+    return [
+        f"model.pretrained_weights={faces}/run",
+        *real_data.size_settings(),
+        *(f"{key}=ImageFolder:root={faces}/faces/{part}" for key, part in SETS.items()),
+        f"output_dir={out}",
+        f"features.cache_dir={out}/cache",
+        "save_results=true",
+        *(["train.max_train_iters=5"] if module is log_regression else []),
+    ]
+
+
+SETS = {"train.dataset": "train", "eval.test_dataset": "test"}
+
+
+@pytest.mark.parametrize("more", [[], ["few_shot.enable=true", "few_shot.k_or_percent=20"]], ids=["all", "few-shot"])
+@pytest.mark.parametrize("module", [knn, log_regression])
+def test_evaluations_give_the_same_files(
+    module: Any, more: list[str], faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for name, budget in (("memory", []), ("file", ["features.memory_budget_mb=0.01"]), ("both", ["--no-cache"])):
+        settings = [
+            *budget,
+            *(["features.memory_budget_mb=0.01", "train.memory_budget_mb=0.01"] if name == "both" else []),
+        ]
+        capsys.readouterr()
+        assert module.main([*arguments(module, faces, tmp_path / name), *more, *settings]) == 0
+        assert ("they lie in a file" in capsys.readouterr().out) is (name != "memory")
+        files = sorted(path for path in (tmp_path / name).iterdir() if path.suffix in (".csv", ".npy"))
+        outputs.append(files)
+    for other in outputs[1:]:
+        assert [path.name for path in other] == [path.name for path in outputs[0]]
+        for path, want in zip(other, outputs[0], strict=True):
+            if path.suffix == ".csv":
+                assert path.read_text() == want.read_text()
+            else:
+                np.testing.assert_allclose(np.load(path), np.load(want), atol=1e-6)
+    assert not (tmp_path / "both" / "cache").exists() or not list((tmp_path / "both" / "cache").iterdir())
+
+
+def test_entries_of_the_cache_are_mapped(faces: Path, tmp_path: Path) -> None:
+    dataset = knn.make_dataset(
+        dataset_str=f"ImageFolder:root={faces}/faces/test", transform=knn.make_transform(knn.TransformConfig(16, 16))
+    )
+    config = FeaturesConfig(cache_dir=str(tmp_path), memory_budget_mb=0.001)
+    model = MeanColour()
+    want = extract_cached(model, dataset, batch_size=16, num_workers=0, cache=None)
+    for _ in range(2):  # stored, then found
+        rows = extract_cached(
+            model, dataset, batch_size=16, num_workers=0, cache=config.make_cache(), spill=config.make_spill()
+        )
+        assert is_mapped(rows.features) and torch.equal(rows.features, want.features)
+        rows.features[0] = 7.0  # changes no file
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert np.load(entry / "features.npy").max() < 7
+
+
+class MeanColour(nn.Module):
+    """A row of every image, in some colours."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(dim=2).flatten(1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_search_takes_features_from_where_they_are(backend: str, spill: Spill) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, queries = torch.randn(300, 12, generator=generator), torch.randn(40, 12, generator=generator)
+    mapped = join_rows([features], spill)
+    options: dict[str, Any] = {
+        "train_labels": torch.arange(300) % 7,
+        "device": "cpu",
+        "ks": [1, 20],
+        "T": 0.07,
+        "num_classes": 7,
+        "memory_budget_mb": 0.1,
+        "backend": backend,
+    }
+    streamed = KnnModule(train_features=mapped, stream=True, **options)
+    assert is_mapped(streamed.features)
+    want = KnnModule(train_features=features, **options)(queries)
+    for k, scores in streamed(queries).items():
+        assert torch.equal(scores, want[k])
+
+
+def gather_in_ranks(rank: int, world_size: int, directory: Path) -> list[tuple[Tensor, Tensor, bool]]:
+    dataset = toy.Vectors("train", 91)
+    spill = Spill(directory, 1000)
+    found = []
+    for chosen in (None, spill):
+        rows = gather_rows(extract(dataset, chosen), chosen)
+        assert torch.equal(rows.positions, torch.arange(91))
+        found.append((rows.features.clone(), rows.targets, is_mapped(rows.features)))
+    tries = {0: SubsetEx(dataset, [3, 5, 90]), 1: SubsetEx(dataset, list(range(40)))}
+    data = extract_features_for_dataset_dict(nn.Identity(), tries, 16, 0, True, spill=spill)
+    for name, subset in tries.items():
+        assert torch.equal(data[name]["train_features"], dataset.samples[list(subset.indices)])
+    assert distributed.get_world_size() == world_size
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_processes_gather_what_does_not_fit(tmp_path: Path) -> None:
+    want = toy.Vectors("train", 91)
+    for results in run_ranks(gather_in_ranks, 2, tmp_path):
+        for (features, targets, mapped), is_large in zip(results, (False, True), strict=True):
+            assert torch.equal(features, want.samples) and targets.tolist() == want.labels.tolist()
+            assert mapped is is_large
+
+
+def test_loader_processes_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    assert [usable_workers(wanted) for wanted in (0, 2, 3, 8)] == [0, 2, 3, 3]

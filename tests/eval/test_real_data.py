@@ -1,0 +1,145 @@
+"""Each evaluation on real labelled images, from its command line, by one process and by two: the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinov3.eval import report, results
+
+from . import real_data
+
+#: Dataset strings of training and test images, by name.
+DATASETS = {
+    "digits": ("ImageFolder:root={root}/digits/train", "ImageFolder:root={root}/digits/test"),
+    "faces": ("ImageFolder:root={root}/faces:split=train", "ImageFolder:root={root}/faces:split=test"),
+    "imagenet": (
+        "ImageNet:split=TRAIN:root={root}/imagenet:extra={root}/imagenet/extra",
+        "ImageNet:split=VAL:root={root}/imagenet:extra={root}/imagenet/extra",
+    ),
+}
+FEW_SHOT = ["few_shot.enable=true", "few_shot.k_or_percent=8", "few_shot.n_tries=2"]
+#: By the name of an evaluation: its dataset, its command, and what it asks for besides.
+EVALUATIONS: dict[str, tuple[str, str, list[str]]] = {
+    "digits-knn": ("digits", "knn", []),
+    "digits-logreg": ("digits", "log_regression", []),
+    "digits-linear": ("digits", "linear", ["train.augment=false"]),
+    "faces-knn": ("faces", "knn", ["eval.feature=PATCH_MEAN", "train.ks=[1,5,1000]"]),
+    "faces-sklearn": ("faces", "log_regression", ["train.solver=SKLEARN"]),
+    "faces-torch": ("faces", "log_regression", ["train.solver=TORCH"]),
+    "faces-linear": ("faces", "linear", ["train.augment=true", "train.epochs=1"]),
+    "imagenet-knn": ("imagenet", "knn", [*FEW_SHOT, "eval.test_metric_type=MEAN_PER_CLASS_ACCURACY"]),
+    "imagenet-logreg": ("imagenet", "log_regression", [*FEW_SHOT, "train.max_train_iters=50"]),
+    "imagenet-linear": ("imagenet", "linear", ["train.augment=true", "train.n_last_blocks_list=[1,2]"]),
+}
+GLOBAL_BATCH = 64
+#: Top-1 in percent that features of the random backbone reach at least.
+REACHED = {"digits-knn": 60, "digits-logreg": 75, "faces-knn": 80, "faces-torch": 85, "imagenet-knn": 35}
+
+
+def commands(root: Path, n_processes: int) -> list[list[str]]:
+    out = root / f"by{n_processes}"
+    made = []
+    for name, (dataset, command, more) in EVALUATIONS.items():
+        train, test = (text.format(root=root) for text in DATASETS[dataset])
+        argv = [
+            f"model.pretrained_weights={root}/run",
+            *real_data.size_settings(),
+            f"train.dataset={train}",
+            f"features.cache_dir={root}/cache{n_processes}",
+            f"output_dir={out}/{name}",
+            "save_results=true",
+        ]
+        if command == "linear":
+            # Twice the processes, half the images of each: the same batch of all.
+            argv += [f"train.val_dataset={test}", f"eval.test_datasets=[{test}]", "eval.test_metric_types=[AUROC]"]
+            argv += [f"train.batch_size={GLOBAL_BATCH // n_processes}", "train.epochs=2", "train.epoch_length=null"]
+            argv += ["train.learning_rates=[0.01,0.05,0.2]", "train.checkpoint_retention_policy=LAST"]
+        else:
+            argv += [f"eval.test_dataset={test}"]
+        made.append([f"dinov3.eval.{command}", *argv, *more])
+    return made
+
+
+def run(root: Path, n_processes: int) -> None:
+    file = root / f"commands{n_processes}.json"
+    file.write_text(json.dumps(commands(root, n_processes)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if n_processes > 1 else []), "-m", "tests.eval.real_data", str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images, the run, and the results of all evaluations, by one process and by two."""
+    root = tmp_path_factory.mktemp("real")
+    real_data.write_digits(root / "digits", 400)
+    real_data.write_faces(root / "faces")
+    real_data.write_imagenet(root / "imagenet", 240)
+    real_data.write_run(root / "run")
+    for n_processes in (1, 2):
+        run(root, n_processes)
+    return root
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    found = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path for name, path in found.items() if not name.startswith("logs/")}
+
+
+def results_of(path: Path) -> Any:
+    content = json.loads(path.read_text())
+    return {
+        name: content[name] for name in ("results", "sweep", "chosen_C", "validation", "datasets") if name in content
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_two_processes_give_every_number_of_one(name: str, root: Path) -> None:
+    one, two = (files_of(root / by / name) for by in ("by1", "by2"))
+    assert one.keys() == two.keys()
+    n_compared = 0
+    for file, path in one.items():
+        if path.suffix == ".npy":
+            np.testing.assert_allclose(np.load(path), np.load(two[file]), rtol=1e-3, atol=1e-4)
+        elif file.startswith("results-") and path.suffix == ".json":
+            assert results_of(path) == results_of(two[file])
+        elif path.suffix in (".csv", ".json", ".jsonl"):
+            assert path.read_text() == two[file].read_text()
+        else:
+            continue
+        n_compared += 1
+    assert n_compared >= 4
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REACHED)
+def test_features_of_real_images_tell_their_classes_apart(name: str, root: Path) -> None:
+    (path,) = (root / "by1" / name).glob("results-*.csv")
+    row = results.load(path).rows()[0]
+    best = max(value for key, value in row.items() if key.lower().endswith(("top 1", "top-1", "top-1_mean")))
+    assert best >= REACHED[name], row
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_all_of_them_are_in_one_report(root: Path) -> None:
+    rows = report.collect([root / "by1", root / "by2"])
+    assert len(rows) == 2 * len(EVALUATIONS)
+    assert all(row.values and "training_9" in row.model for row in rows)
