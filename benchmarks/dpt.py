@@ -1,14 +1,14 @@
-"""From the levels of a backbone to depth: our DPT head and bins, beside their definition taken word for word, on the CPU.
+"""From the levels of a backbone to depth: our DPT head and bins, beside their definition taken at its word, on the CPU.
 
     python benchmarks/dpt.py [--heads chmv2 dd] [--sizes 224 384] [--rounds 3] [--cpu-time --threads 1]
     python benchmarks/dpt.py --memory [--sizes 512]
 
 Both have the same random weights, and see the same random levels of one image. The definition repeats class tokens and
-concatenates them, upsamples before the 1x1 convolutions, keeps channels first, and turns all logits at once into shifted
-values, weights and weighted bins. Three parts: `depth`, from levels to metres without gradients; `head`, from levels to
-logits; `bins`, from given logits of the same size to metres. Rounds interleave the two, in an order that alternates;
-ratios are medians of the rounds' own ratios. With `--memory`: what `depth` adds to the process at its peak, each case in
-a process of its own.
+concatenates them, upsamples before the 1x1 convolutions, keeps channels first, and turns all logits at once into
+shifted values, weights and weighted bins. Three parts: `depth`, from levels to metres without gradients; `head`, from
+levels to logits; `bins`, from given logits of the same size to metres. Rounds interleave the two, in an order that
+alternates; ratios are medians of the rounds' own ratios. With `--memory`: what `depth` adds to the process at its peak,
+each case in a process of its own.
 """
 
 from __future__ import annotations
@@ -74,21 +74,24 @@ def compare(args: argparse.Namespace) -> None:
     for name in args.heads:
         head, bins = make_head(name), make_bins(name)
         for size in args.sizes:
-            levels = make_levels(name, size)
-            logits = head(levels)
-            parts: dict[str, dict[str, Callable[[], Tensor]]] = {
-                "depth": {
-                    "ours": lambda: head(levels, mapping=bins),
-                    "definition": lambda: bins_by_definition(bins, head_by_definition(head, levels)),
-                },
-                "head": {"ours": lambda: head(levels), "definition": lambda: head_by_definition(head, levels)},
-                "bins": {"ours": lambda: bins(logits), "definition": lambda: bins_by_definition(bins, logits)},
-            }
+            parts = make_parts(head, bins, make_levels(name, size))
             for part, ways in parts.items():
                 seconds, difference = measure(ways, args.rounds, clock, to_depth=bins if part == "head" else None)
                 ratios = [b / a for a, b in zip(seconds["ours"], seconds["definition"], strict=True)]
                 row = [name, str(size), part, *(f"{statistics.median(values):.2f}" for values in seconds.values())]
                 print(f"| {' | '.join(row)} | {statistics.median(ratios):.2f} | {difference:.0e} |", flush=True)
+
+
+def make_parts(head: Any, bins: FeaturesToDepth, levels: Levels) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    logits = head(levels)
+    return {
+        "depth": {
+            "ours": lambda: head(levels, mapping=bins),
+            "definition": lambda: bins_by_definition(bins, head_by_definition(head, levels)),
+        },
+        "head": {"ours": lambda: head(levels), "definition": lambda: head_by_definition(head, levels)},
+        "bins": {"ours": lambda: bins(logits), "definition": lambda: bins_by_definition(bins, logits)},
+    }
 
 
 def measure(

@@ -19,6 +19,8 @@ from torch import Tensor
 DEVICE_VARIABLE = "DINOV3_DEVICE"
 
 _chosen_device: torch.device | None = None
+#: What the variable has from `preferring`, so that errors do not name a variable that the user has not set.
+_preferred_name: str | None = None
 
 
 def device() -> torch.device:
@@ -29,7 +31,13 @@ def device() -> torch.device:
     """
     if _chosen_device is not None:
         return _chosen_device
-    return _resolve(os.environ.get(DEVICE_VARIABLE, "auto"))
+    name = os.environ.get(DEVICE_VARIABLE, "auto")
+    try:
+        return _resolve(name)
+    except ValueError as error:
+        if name == _preferred_name:
+            raise
+        raise ValueError(f"{DEVICE_VARIABLE}={name}: {error}") from error
 
 
 def set_device(name: str | torch.device | None = None) -> torch.device:
@@ -60,12 +68,14 @@ def preferring(name: str | None) -> Iterator[None]:
     Args:
         name: a torch device or `"auto"`; None leaves the variable as it is.
     """
-    before = os.environ.get(DEVICE_VARIABLE)
+    global _preferred_name
+    before, preferred_before = os.environ.get(DEVICE_VARIABLE), _preferred_name
     if name is not None:
-        os.environ[DEVICE_VARIABLE] = name
+        os.environ[DEVICE_VARIABLE] = _preferred_name = name
     try:
         yield
     finally:
+        _preferred_name = preferred_before
         if before is not None:
             os.environ[DEVICE_VARIABLE] = before
         elif name is not None:
@@ -110,7 +120,7 @@ def _resolve(name: str) -> torch.device:
     try:
         chosen = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{DEVICE_VARIABLE}: {name!r} is not a device; use auto, cpu, cuda or cuda:<index>") from error
+        raise ValueError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:<index>") from error
     if chosen.type == "cuda":
         return _resolve_cuda(chosen)
     if chosen.type == "mps" and not torch.backends.mps.is_available():

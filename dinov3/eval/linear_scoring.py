@@ -165,7 +165,7 @@ def format_grid(scores: Mapping[str, float], config: TrainConfig, best: str) -> 
     names = iter(_names_of_grid(config))
     columns = {n: [next(names) for _ in config.learning_rates] for n in config.n_last_blocks_list}
     heads = [f"{n} block{'s' * (n > 1)}" for n in columns]
-    lines = [f"{'rate':>10}{'of 256':>10}" + "".join(f"{head:>11} " for head in heads)]
+    lines = [f"{'rate':>10}{'of 256':>10}" + "".join(f"{head:>11} " for head in heads).rstrip()]
     for place, rate in enumerate(config.learning_rates):
         line = f"{scale_lr(rate, config.batch_size):>10.3g}{rate:>10.3g}"
         for column in columns.values():

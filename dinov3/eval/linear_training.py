@@ -49,7 +49,7 @@ logger = logging.getLogger("dinov3")
 CHECKPOINT_FILE = "checkpoint.pth"
 FINAL, BEST = "final", "best"
 LOG_PERIOD = 10  # steps
-MANY_PASSES = 10  # in an epoch
+MANY_PASSES = 50  # in an epoch
 NO_ACCURACY = -1.0  # best accuracy before the first validation
 
 

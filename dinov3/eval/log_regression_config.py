@@ -18,7 +18,7 @@ from dinov3.utils import as_torch_dtype
 
 DTYPES = ("float32", "float64")
 AUTO_DTYPE = "auto"
-#: Multiply-adds of a pass over the features below which float64 costs little time, because calls of functions take most.
+#: Multiply-adds of a pass over the features below which float64 costs little: there, calls of functions take most time.
 SMALL_PASS = 2**18
 
 

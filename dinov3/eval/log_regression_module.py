@@ -152,10 +152,11 @@ def _fits(
         dtype = as_torch_dtype(config.train_dtype)
         _tell_copy(features, dtype, config.memory_budget_mb)
         for C in Cs:
-            yield fit_with_sklearn(
+            fit = fit_with_sklearn(
                 features, targets, C, tol=config.tol, max_iterations=config.max_train_iters, dtype=dtype
             )
             progress.advance()
+            yield fit
         return
     n_outputs = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
     yield from fit_with_torch(

@@ -67,7 +67,7 @@ class Progress:
         self._bar.update(count)
         if self._bar.disable and distributed.is_main_process() and time.monotonic() - self._logged >= LOG_PERIOD:
             self._logged = time.monotonic()
-            logger.info("%s", self)
+            logger.info("%s", str(self))  # as it is now
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"

@@ -185,8 +185,8 @@ def load_without_config(weights: str) -> nn.Module:
     logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
     if known is None and not is_foreign:
         logger.warning(
-            "%s is no published model: what its weights do not tell, such as the epsilon of its norms, is taken to be as "
-            "in those; if you have the configuration of its training, give model.config_file",
+            "%s is no published model: what its weights do not tell, such as the epsilon of its norms, is taken to be "
+            "as in those; if you have the configuration of its training, give model.config_file",
             weights,
         )
     return model.to(runtime.device()).eval()

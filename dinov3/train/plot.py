@@ -84,7 +84,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: it is written by a training run after its first iterations")
+        students = sorted(str(found.parent) for found in path.parent.glob(f"*/{METRICS_FILE}"))
+        hint = f"; give the directory of a student: {', '.join(students)}" if students else ""
+        raise FileNotFoundError(f"{path} not found: it is written by a training run after its first iterations{hint}")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     records = []
     for number, line in enumerate(lines, start=1):

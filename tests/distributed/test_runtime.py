@@ -41,11 +41,19 @@ def test_chosen_device_wins_over_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert runtime.device() == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "gpu"])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", pytest.param("gpu", id="no mark")])
 def test_wrong_device_is_named_with_what_is_possible(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("DINOV3_DEVICE", name)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"DINOV3_DEVICE={name}: .*{name}.*"):
         runtime.device()
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_wrong_device_of_a_flag_is_not_blamed_on_the_variable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("DINOV3_DEVICE", "cpu")
+    with runtime.preferring(name), pytest.raises(ValueError, match=f"^(device )?'{name}'"):
+        runtime.device()
+    assert runtime.device() == torch.device("cpu")
 
 
 def test_cuda_device_is_that_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear, linear_training
 from dinov3.eval.linear_heads import LinearInputs, classifier_names
-from dinov3.eval.linear_scoring import as_file_name, select_best
+from dinov3.eval.linear_scoring import as_file_name, format_grid, select_best, tell_if_at_end
 from dinov3.eval.linear_training import make_batches, read_checkpoint
 from dinov3.eval.metrics import ClassificationMetricType
 from dinov3.eval.utils import ModelWithIntermediateLayers
@@ -511,6 +511,35 @@ def test_few_passes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
     assert warned(train__epoch_length=4)
     assert not warned(train__epoch_length=None)
+
+
+def test_many_passes_over_few_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="dinov3"):
+        linear_training.resolve_epoch_length(toy.make_config("", train__epoch_length=1250).train, 90)
+    assert "1250 steps of 16 images are 222 passes over the training images" in caplog.text
+
+
+def test_grid_is_printed_with_the_chosen_classifier_marked() -> None:
+    config = toy.make_config("", train__learning_rates=[0.1, 1.0, 10.0]).train
+    names = classifier_names([(n, rate * 16 / 256) for n in (1, 2) for rate in (0.1, 1.0, 10.0)])
+    scores = dict(zip(names, (10.0, 20.5, 30.0, 5.0, 99.25), strict=False))  # the last one diverged
+    assert format_grid(scores, config, names[4]).splitlines() == [
+        "      rate    of 256    1 block    2 blocks",
+        "   0.00625       0.1      10.00        5.00",
+        "    0.0625         1      20.50       99.25*",
+        "     0.625        10      30.00    diverged",
+    ]
+
+
+@pytest.mark.parametrize("place, told", [(0, "smallest"), (1, None), (2, "largest"), (3, "smallest"), (5, "largest")])
+def test_best_rate_at_an_end_of_the_grid_is_told(
+    place: int, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = toy.make_config("", train__learning_rates=[0.1, 1.0, 10.0]).train
+    names = classifier_names([(n, rate * 16 / 256) for n in (1, 2) for rate in (0.1, 1.0, 10.0)])
+    with caplog.at_level("WARNING", logger="dinov3"):
+        tell_if_at_end(names[place], config)
+    assert (f"the {told} of train.learning_rates is best" in caplog.text) if told else not caplog.records
 
 
 def test_one_classifier_of_a_checkpoint(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal in place of standard error. To be called in the test: pytest sets its own before."""
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
     return shown
@@ -37,7 +37,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_terminal_shows_a_bar_with_the_time_left(terminal: Terminal) -> None:
+def test_terminal_shows_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
     assert list(track(range(3), "features")) == [0, 1, 2]
     last = terminal.getvalue().split("\r")[-1]
     assert last.startswith("features: 100%") and "3/3" in last and "<00:00" in last
@@ -70,8 +71,9 @@ def test_end_that_is_not_known_has_no_time_left(clock: list[float]) -> None:
 
 
 def test_other_processes_show_nothing(
-    terminal: Terminal, clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    terminal = use_terminal(monkeypatch)
     monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     with caplog.at_level("INFO", logger="dinov3"), Progress("search", 2) as bar:
         clock[0] = 100.0
@@ -79,7 +81,9 @@ def test_other_processes_show_nothing(
     assert terminal.getvalue() == "" and not caplog.records
 
 
-def test_bar_ends_when_the_work_fails(terminal: Terminal) -> None:
+def test_bar_ends_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+
     def work() -> None:
         for _ in track(range(3), "features"):
             raise KeyboardInterrupt
@@ -103,16 +107,16 @@ def sweep(solver: Solver) -> Any:
 
 
 @pytest.mark.parametrize("solver", [Solver.TORCH, Solver.SKLEARN])
-def test_sweep_counts_the_values_of_C(solver: Solver, terminal: Terminal) -> None:
+def test_sweep_counts_the_values_of_C(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
     assert len(sweep(solver).Cs) == 45
     last = terminal.getvalue().split("\r")[-1]
     assert last.startswith("sweep of C: 100%") and "45/45" in last
     assert ("iteration" in last) is (solver is Solver.TORCH)
 
 
-def test_every_part_of_an_evaluation_shows_progress(
-    terminal: Terminal, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_part_of_an_evaluation_shows_progress(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
     toy.use_vectors(monkeypatch)
     linear_toy.use_images(monkeypatch)
     toy.run(toy.make_config(tmp_path / "knn"))

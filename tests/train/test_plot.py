@@ -167,3 +167,13 @@ def test_scheduled_weights_of_losses_are_drawn() -> None:
     (axes,) = figure.axes
     assert axes.get_title() == "weights of losses"
     assert {line.get_label(): line.get_ydata()[0] for line in axes.lines} == {"DINO, local crops": 1.0, "Gram": 2.0}
+
+
+def test_directory_of_several_students_names_theirs(tmp_path: Path) -> None:
+    for student in ("vits16", "vitb16"):
+        (tmp_path / student).mkdir()
+        write_metrics(tmp_path / student, [FULL | {"iteration": 0}])
+    with pytest.raises(
+        FileNotFoundError, match=rf"give the directory of a student: {tmp_path}/vitb16, {tmp_path}/vits16"
+    ):
+        plot_losses(tmp_path)
