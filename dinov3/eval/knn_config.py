@@ -30,7 +30,7 @@ class TrainConfig:
     batch_size: int = key(256, "images per step and process")
     num_workers: int = key(5, "loader processes")
     ks: list[int] = key([10, 20, 100, 200], "numbers of neighbours; more than there are images counts as all")
-    temperature: float = key(0.07, "of the softmax over similarities; .inf: all neighbours count alike")
+    temperature: float = key(0.07, "of the softmax over similarities; inf: all neighbours count alike")
     skip_first_nn: bool = key(False, "drop the best neighbour: the training images are also the test images")
     similarity_dtype: str = key("float32", "of the similarity product; bfloat16 imitates the published figures")
     backend: str = key("auto", "of the search: torch, faiss, or auto: faiss if it is installed, on the CPU in float32")

@@ -2,9 +2,13 @@
 
     python -m dinov3.eval.report DIR... [--output-dir OUT]
 
-Each DIR, with all below it, is searched for the result files of k-NN, logistic regression and linear probing. A
-directory that has some is a row of `report.md`; `report.png` shows the same as bars. Rows and columns come in the order
+Each DIR, with all below it, is searched for the result files of k-NN, logistic regression and linear probing. The
+results of a model become a row of `report.md`; `report.png` shows the same as bars. Rows and columns come in the order
 of the directories given; the best value of a column is bold.
+
+Notable: a column is an evaluation on a dataset, so figures that do not compare do not stand below each other. Results
+in one directory, or in neighbouring ones, such as RUN/knn and RUN/linear, are one row if they are of the same model. A
+further result in the same column, such as RUN/linear-2, is a row of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dinov3.eval import knn, linear, log_regression, results
+from dinov3.eval.metrics import ClassificationMetricType
 from dinov3.eval.results import write_atomically
 from dinov3.utils.command_line import run_command_line
 
@@ -32,26 +37,54 @@ EVALUATIONS: dict[str, tuple[str, list[str]]] = {
     log_regression.RESULTS_FILENAME: ("logistic regression", log_regression.MAIN_METRICS),
     linear.RESULTS_FILENAME: ("linear", linear.MAIN_METRICS),
 }
-_DATASET_METRIC = re.compile(r"(?P<dataset>.*)_accuracy(?P<rest>_mean)?")
-BAR_HEIGHT, PANEL_WIDTH, MARGIN = 0.22, 7.0, 1.2  # inches
+DEFAULT_METRIC = ClassificationMetricType.MEAN_ACCURACY
+LOWER_IS_BETTER = {metric.value for metric in ClassificationMetricType if metric.is_lower_better}
+_NEIGHBOURS = re.compile(r"(?P<k>[0-9]+) Top 1")
+_DATASET_METRIC = re.compile(r"(?P<dataset>.*?)_accuracy(_mean)?")
+_TEACHER = re.compile(r"(?:.*/)?(?P<run>[^/]+)/(eval/training_|ckpt/)(?P<iteration>[0-9]+)(/[^/]+)?")
+BAR_HEIGHT, WIDTH, MARGIN, LEGEND_LINE = 0.2, 9.0, 0.8, 0.2  # inches
+COLOURS = "tab10", "tab20"
 DPI = 120
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is compared.
+
+    Attributes:
+        dataset: the test images, in short; empty if they are not known.
+        evaluation: how they are classified.
+        metric: what is measured; empty for the share of images that are classified right.
+    """
+
+    dataset: str
+    evaluation: str
+    metric: str = ""
+
+    @property
+    def is_lower_better(self) -> bool:
+        """Whether the smallest value is the best."""
+        return self.metric in LOWER_IS_BETTER
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.dataset, self.evaluation, self.metric) if part)
 
 
 @dataclass
 class Row:
-    """The results in one directory.
+    """The results of a model.
 
     Attributes:
-        name: of the directory, as short as is unique among the rows.
-        model: what was evaluated, if it is known.
+        name: of the directory, below the one that all rows have in common.
+        model: what was evaluated, in short, if it is known.
         values: main metrics in percent, by column.
         spreads: standard deviations over tries, by column.
     """
 
     name: str
     model: str
-    values: dict[str, float]
-    spreads: dict[str, float]
+    values: dict[Column, float]
+    spreads: dict[Column, float]
 
 
 def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
@@ -61,7 +94,7 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
         directories: searched in this order.
 
     Returns:
-        One row per directory that holds result files.
+        One row per model and directory, see the module.
 
     Raises:
         FileNotFoundError: a directory is not there, or has no result file.
@@ -75,38 +108,61 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
         if not holders:
             raise FileNotFoundError(f"{directory}: no {', '.join(EVALUATIONS)} in it or below it")
         found |= dict.fromkeys(path.resolve() for path in holders)
-    names = _short_names(list(found))
-    return [_read_row(path, name) for path, name in zip(found, names, strict=True)]
+    joined: list[tuple[Path, Row]] = []
+    for directory in found:
+        row = _read_row(directory)
+        neighbour = _find_neighbour(joined, directory, row)
+        if neighbour is None:
+            joined.append((directory, row))
+        else:
+            _, other = joined[neighbour]
+            other.values |= row.values
+            other.spreads |= row.spreads
+            joined[neighbour] = directory.parent, other  # under the name that they have in common
+    for (_, row), name in zip(joined, _short_names([path for path, _ in joined]), strict=True):
+        row.name = name
+    return [row for _, row in joined]
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     columns = _columns(rows)
-    lines = [["run", "model", *columns], ["---", "---", *["---:"] * len(columns)]]
-    best = {column: max(row.values[column] for row in rows if column in row.values) for column in columns}
+    lines = [["run", "model", *map(str, columns)], ["---", "---", *["---:"] * len(columns)]]
+    best = {column: _best(rows, column) for column in columns}
     for row in rows:
         lines.append([row.name, row.model or "-", *(_format_value(row, column, best[column]) for column in columns)])
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
 def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a PNG with one group of horizontal bars per column, one bar per row."""
+    """Write a PNG with one group of horizontal bars per column, one bar per row that has it."""
     columns = _columns(rows)
-    height = MARGIN + BAR_HEIGHT * (len(rows) + 1) * len(columns)
-    figure = Figure(figsize=(PANEL_WIDTH, height), layout="constrained")
+    n_places = sum(1 + sum(column in row.values for row in rows) for column in columns)
+    height = MARGIN + BAR_HEIGHT * n_places + LEGEND_LINE * len(rows)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, row in enumerate(rows):
-        places = [place * (len(rows) + 1) + number for place, column in enumerate(columns) if column in row.values]
-        values = [row.values[column] for column in columns if column in row.values]
-        spreads = [row.spreads.get(column, 0) for column in columns if column in row.values]
-        bars = axes.barh(places, values, height=0.9, xerr=spreads if any(spreads) else None, label=row.name)
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    axes.set_yticks([place * (len(rows) + 1) + (len(rows) - 1) / 2 for place in range(len(columns))], columns)
-    axes.invert_yaxis()
+    colours = _colours(len(rows))
+    bars: dict[str, Any] = {}
+    place, ticks = 0, []
+    for column in columns:
+        having = [(number, row) for number, row in enumerate(rows) if column in row.values]
+        ticks.append(place + (len(having) - 1) / 2)
+        for number, row in having:
+            spread = row.spreads.get(column)
+            bar = axes.barh(place, row.values[column], height=0.9, xerr=spread, color=colours[number])
+            axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
+            bars.setdefault(row.name, bar)
+            place += 1
+        place += 1
+    axes.set_yticks(ticks, [_tick(column) for column in columns], fontsize=8)
+    axes.set_ylim(place - 1, -1)
     axes.set_xlabel("%")
     axes.margins(x=0.1)
-    figure.legend(loc="outside upper left", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    names = [row.name for row in rows if row.name in bars]
+    figure.legend([bars[name] for name in names], names, loc="outside upper left", fontsize=8, frameon=False)
     target = Path(path)
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     figure.savefig(temporary, dpi=DPI, format="png")
@@ -130,21 +186,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read_row(directory: Path, name: str) -> Row:
-    row = Row(name, "", {}, {})
+def _find_neighbour(joined: Sequence[tuple[Path, Row]], directory: Path, row: Row) -> int | None:
+    # The row that this directory goes on: of the same model, in a directory beside this one.
+    for number, (path, other) in enumerate(joined):
+        is_beside = path == directory.parent or path.parent == directory.parent
+        if is_beside and row.model and row.model == other.model:
+            return None if row.values.keys() & other.values.keys() else number
+    return None
+
+
+def _read_row(directory: Path) -> Row:
+    row = Row("", "", {}, {})
     for filename, (title, patterns) in EVALUATIONS.items():
         path = directory / filename
         if not path.is_file():
             continue
-        for key, value in _read_results(path).items():
+        origin = _read_origin(path.with_suffix(".json"))
+        values = _read_results(path)
+        for key, value in values.items():
             if not any(re.fullmatch(pattern, key) for pattern in patterns) or not isinstance(value, int | float):
                 continue
-            column = f"{title}, {_short_metric(key)}"
+            column = _column(title, key, origin)
             row.values[column] = float(value)
-            spread = _read_results(path).get(_spread_key(key))
+            spread = values.get(_spread_key(key))
             if isinstance(spread, int | float) and _spread_key(key) != key:
                 row.spreads[column] = float(spread)
-        row.model = row.model or _read_model(path.with_suffix(".json"))
+        row.model = row.model or _short_model(str(origin.get("model", "")))
     return row
 
 
@@ -158,45 +225,103 @@ def _read_results(path: Path) -> dict[str, Any]:
     return rows[0]
 
 
-def _read_model(path: Path) -> str:
+def _read_origin(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        return ""
+        return {}
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("model", ""))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
+    if match := _DATASET_METRIC.fullmatch(key):
+        dataset, metric = _of_linear(match["dataset"], origin)
+        return Column(_short_dataset(dataset), title, _short_metric(metric))
+    config = origin.get("config", {})
+    metric = config.get("eval", {}).get("test_metric_type") or config.get("train", {}).get("val_metric_type")
+    dataset = _short_dataset(str(config.get("eval", {}).get("test_dataset", "")))
+    match = _NEIGHBOURS.fullmatch(key)
+    return Column(dataset, f"{match['k']}-NN" if match else title, _short_metric(str(metric or DEFAULT_METRIC.name)))
+
+
+def _of_linear(name: str, origin: Mapping[str, Any]) -> tuple[str, str]:
+    # The dataset's string and the name of its metric, which is a part of the name of a second one on the same dataset.
+    config = origin.get("config", {})
+    train, test = config.get("train", {}), config.get("eval", {})
+    default = str(train.get("val_metric_type", DEFAULT_METRIC.name))
+    datasets, metrics = list(test.get("test_datasets", [])), list(test.get("test_metric_types", [])) or [default]
+    metrics *= len(datasets) if len(metrics) == 1 else 1
+    for dataset, metric in [(train.get("val_dataset"), default), *zip(datasets, metrics, strict=False)]:
+        if name in (dataset, f"{dataset}_{ClassificationMetricType[metric].value}"):
+            return str(dataset), metric
+    return name, DEFAULT_METRIC.name
+
+
+def _short_metric(name: str) -> str:
+    return "" if name == DEFAULT_METRIC.name else ClassificationMetricType[name].value
+
+
+def _short_dataset(text: str) -> str:
+    # The kind and split of a dataset; of folders, the end of their path.
+    kind, *settings = text.split(":")
+    given = dict(setting.partition("=")[::2] for setting in settings)
+    if kind == "ImageFolder":
+        return "/".join([*Path(given.get("root", "")).parts[-2:], *([given["split"]] if "split" in given else [])])
+    return f"{kind} {given['split']}" if "split" in given else kind
+
+
+def _short_model(text: str) -> str:
+    if match := _TEACHER.fullmatch(text):
+        return f"{match['run']}, iteration {match['iteration']}"
+    return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
 
 
 def _spread_key(key: str) -> str:
     return f"{key.removesuffix('_mean')}_std" if key.endswith("_mean") else f"{key} std"
 
 
-def _short_metric(key: str) -> str:
-    # A dataset's string without its directories.
-    match = _DATASET_METRIC.fullmatch(key)
-    if match is None:
-        return key.removesuffix("_mean")
-    return re.sub(r"=[^:+]*/([^:+/]+)/*", r"=\1", match["dataset"])
-
-
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
+    common = os.path.commonpath([path.parent for path in paths])
+    return [os.path.relpath(path, common) for path in paths]
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row.values))
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    # Datasets and evaluations in the order of their first appearance, numbers of neighbours ascending.
+    found = list(dict.fromkeys(column for row in rows for column in row.values))
+    datasets = list(dict.fromkeys(column.dataset for column in found))
+    return sorted(found, key=lambda column: (datasets.index(column.dataset), column.metric, *_rank(column.evaluation)))
 
 
-def _format_value(row: Row, column: str, best: float) -> str:
+def _rank(evaluation: str) -> tuple[int, int]:
+    count = evaluation.removesuffix("-NN")
+    return (0, int(count)) if count.isdecimal() else (1, [title for title, _ in EVALUATIONS.values()].index(evaluation))
+
+
+def _best(rows: Sequence[Row], column: Column) -> float:
+    values = [row.values[column] for row in rows if column in row.values]
+    return min(values) if column.is_lower_better else max(values)
+
+
+def _format_value(row: Row, column: Column, best: float) -> str:
     if column not in row.values:
         return "-"
     text = f"{row.values[column]:.2f}"
     text = f"**{text}**" if row.values[column] == best else text
     return f"{text} ± {row.spreads[column]:.2f}" if column in row.spreads else text
+
+
+def _tick(column: Column) -> str:
+    rest = ", ".join(part for part in (column.evaluation, column.metric) if part)
+    return f"{column.dataset}\n{rest}" if column.dataset else rest
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps[COLOURS[count > 10]].colors  # type: ignore[attr-defined]
+    return [palette[number % len(palette)] for number in range(count)]
 
 
 if __name__ == "__main__":

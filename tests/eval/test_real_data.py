@@ -11,8 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
+from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.eval import report, results
+from dinov3.hub.runs import dinov3_from_run
 
 from . import real_data
 
@@ -29,6 +34,7 @@ FEW_SHOT = ["few_shot.enable=true", "few_shot.k_or_percent=8", "few_shot.n_tries
 #: By the name of an evaluation: its dataset, its command, and what it asks for besides.
 EVALUATIONS: dict[str, tuple[str, str, list[str]]] = {
     "digits-knn": ("digits", "knn", []),
+    "digits-uniform": ("digits", "knn", ["train.temperature=inf"]),
     "digits-logreg": ("digits", "log_regression", []),
     "digits-linear": ("digits", "linear", ["train.augment=false"]),
     "faces-knn": ("faces", "knn", ["eval.feature=PATCH_MEAN", "train.ks=[1,5,1000]"]),
@@ -135,6 +141,43 @@ def test_features_of_real_images_tell_their_classes_apart(name: str, root: Path)
     row = results.load(path).rows()[0]
     best = max(value for key, value in row.items() if key.lower().endswith(("top 1", "top-1", "top-1_mean")))
     assert best >= REACHED[name], row
+
+
+def features_of(root: Path, part: str) -> tuple[Any, Any]:
+    """Class tokens of the digits, float64, and their labels, computed without any code of the evaluations."""
+    size = real_data.SIDE
+    dataset = make_dataset(
+        dataset_str=f"ImageFolder:root={root}/digits/{part}",
+        transform=make_classification_eval_transform(resize_size=size, crop_size=size),
+    )
+    with torch.no_grad():
+        features = dinov3_from_run(root / "run")(torch.stack([dataset[index][0] for index in range(len(dataset))]))
+    return features.double().numpy(), dataset.get_targets()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-knn", "digits-uniform"])
+@pytest.mark.parametrize("k", [10, 20, 100])
+def test_neighbours_predict_what_scikit_learn_predicts(name: str, k: int, root: Path) -> None:
+    def weigh(distances: Any) -> Any:
+        return np.exp((1 - distances) / 0.07)
+
+    weights = weigh if name == "digits-knn" else "uniform"
+    classifier = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
+    want = classifier.fit(*features_of(root, "train")).predict(features_of(root, "test")[0])
+    assert (np.load(root / "by1" / name / f"preds_k_{k}.npy").argmax(axis=1) == want).all()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_logistic_regression_predicts_what_scikit_learn_predicts(root: Path) -> None:
+    content = json.loads((root / "by1" / "digits-logreg" / "results-log-regression.json").read_text())
+    model = LogisticRegression(C=content["chosen_C"]["try 0"], tol=1e-12, max_iter=20_000)
+    want = model.fit(*features_of(root, "train")).predict(features_of(root, "test")[0])
+    assert content["solver"] == "torch"
+    found = np.load(root / "by1" / "digits-logreg" / "preds.npy").argmax(axis=1)
+    assert (found == want).mean() >= 0.99
 
 
 @pytest.mark.distributed

@@ -13,39 +13,91 @@ from dinov3.eval import report
 from dinov3.eval.helpers import write_results
 
 
-def write(directory: Path, evaluation: str, results: dict[str, Any], model: str = "") -> None:
-    write_results(results, directory, f"results-{evaluation}.csv", {"model": model} if model else None)
+def write(directory: Path, evaluation: str, results: dict[str, Any], model: str = "", **config: Any) -> None:
+    write_results(
+        results, directory, f"results-{evaluation}.csv", {"model": model, "config": config} if model else None
+    )
+
+
+DIGITS = {"test_dataset": "ImageFolder:root=/data/digits:split=test"}
+FACES = {"test_dataset": "ImageFolder:root=/data/faces/test", "test_metric_type": "MEAN_PER_CLASS_ACCURACY"}
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    write(tmp_path / "small" / "knn", "knn", {"10 Top 1": 70.0, "10 Top 5": 90.0, "10 Top 1 std": 0.5}, "ViT-S")
-    val = "ImageFolder:root=/data/digits/val_accuracy"
-    write(tmp_path / "large", "knn", {"10 Top 1": 81.25, "20 Top 1": 82.5}, "ViT-L")
-    write(tmp_path / "large", "linear", {val: 85.5, "best_classifier": "classifier_1"}, "ViT-L")
-    write(tmp_path / "large", "log-regression", {"top-1_mean": 84.0, "top-1_std": 1.5, "top-5_mean": 99.0})
+    write(
+        tmp_path / "small" / "knn",
+        "knn",
+        {"10 Top 1": 70.0, "10 Top 5": 90.0, "10 Top 1 std": 0.5},
+        "ViT-S",
+        eval=DIGITS,
+    )
+    val = "ImageFolder:root=/data/digits:split=test"
+    write(tmp_path / "large", "knn", {"10 Top 1": 81.25, "20 Top 1": 82.5}, "ViT-L", eval=DIGITS)
+    write(tmp_path / "large", "linear", {f"{val}_accuracy": 85.5, "best_classifier": "classifier_1"}, "ViT-L")
+    write(tmp_path / "large", "log-regression", {"top-1_mean": 84.0, "top-1_std": 1.5, "top-5_mean": 99.0}, "ViT-L")
     return tmp_path
 
 
 def test_table_has_the_main_metrics_of_all_runs(runs: Path) -> None:
     table = report.format_table(report.collect([runs / "small", runs / "large"]))
     assert table.splitlines() == [
-        "| run | model | k-NN, 10 Top 1 | k-NN, 20 Top 1 | logistic regression, top-1 | linear, ImageFolder:root=val |",
+        "| run | model | data/digits/test, 10-NN | data/digits/test, 20-NN | data/digits/test, linear "
+        "| logistic regression |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| knn | ViT-S | 70.00 ± 0.50 | - | - | - |",
-        "| large | ViT-L | **81.25** | **82.50** | **84.00** ± 1.50 | **85.50** |",
+        "| small/knn | ViT-S | 70.00 ± 0.50 | - | - | - |",
+        "| large | ViT-L | **81.25** | **82.50** | **85.50** | **84.00** ± 1.50 |",
     ]
 
 
 def test_rows_come_in_the_order_given_and_once(runs: Path) -> None:
     rows = report.collect([runs / "large", runs])
-    assert [row.name for row in rows] == ["large", "knn"]
+    assert [row.name for row in rows] == ["large", "small/knn"]
 
 
 def test_names_are_as_long_as_needed(tmp_path: Path) -> None:
     for seed in (0, 1):
         write(tmp_path / f"seed{seed}" / "eval", "knn", {"10 Top 1": 1.5})
     assert [row.name for row in report.collect([tmp_path])] == ["seed0/eval", "seed1/eval"]
+    assert [row.name for row in report.collect([tmp_path / "seed1"])] == ["eval"]
+
+
+def test_neighbouring_directories_of_a_model_are_one_row(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        write(tmp_path / run / "knn", "knn", {"10 Top 1": 1.5}, f"/{run}/eval/training_7/teacher.pth", eval=DIGITS)
+        write(tmp_path / run / "logreg", "log-regression", {"top-1": 2.5}, f"/{run}/eval/training_7/teacher.pth")
+    write(tmp_path / "b" / "logreg-2", "log-regression", {"top-1": 3.5}, "/b/eval/training_7/teacher.pth")
+    write(tmp_path / "b" / "other", "knn", {"10 Top 1": 4.5}, "/b/eval/training_9/teacher.pth", eval=FACES)
+    rows = {row.name: row for row in report.collect([tmp_path])}
+    assert list(rows) == ["a", "b", "b/logreg-2", "b/other"]
+    assert [len(row.values) for row in rows.values()] == [2, 2, 1, 1]
+    assert [row.model for row in rows.values()] == ["a, iteration 7", *["b, iteration 7"] * 2, "b, iteration 9"]
+
+
+def test_other_datasets_and_metrics_are_other_columns(tmp_path: Path) -> None:
+    train = {"val_dataset": "ImageNet:split=VAL:root=/i:extra=/e", "val_metric_type": "MEAN_ACCURACY"}
+    tests = {
+        "test_datasets": ["ImageNet:split=VAL:root=/i:extra=/e", "ImageNetC:root=/c"],
+        "test_metric_types": ["MEAN_PER_CLASS_ACCURACY", "IMAGENET_C_METRIC"],
+    }
+    for name, corruption in (("x", 40.0), ("y", 50.0)):
+        scores = {
+            "ImageNetC:root=/c_accuracy": corruption,
+            "ImageNet:split=VAL:root=/i:extra=/e_mean_per_class_accuracy_accuracy": 2.0,
+            "ImageNet:split=VAL:root=/i:extra=/e_accuracy": 3.0,
+        }
+        write(tmp_path / name, "linear", scores, name, train=train, eval=tests)
+        write(tmp_path / name, "knn", {"1 Top 1": 4.0}, name, eval=FACES)
+    lines = report.format_table(report.collect([tmp_path])).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[3:-1]] == [
+        "faces/test, 1-NN, mean_per_class_accuracy",
+        "ImageNetC, linear, imagenet_c_metric",
+        "ImageNet VAL, linear",
+        "ImageNet VAL, linear, mean_per_class_accuracy",
+    ]
+    # Of corruption errors the smaller is the better.
+    assert lines[2] == "| x | x | **4.00** | **40.00** | **3.00** | **2.00** |"
+    assert lines[3] == "| y | y | **4.00** | 50.00 | **3.00** | **2.00** |"
 
 
 def test_command_writes_table_and_chart(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

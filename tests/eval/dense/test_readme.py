@@ -36,8 +36,8 @@ def write_photo(directory: Path) -> None:
 def test_depth_of_the_released_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_published_depthers_small(monkeypatch)
     twin = depthers.dinov3_vit7b16_dd(pretrained=False)
-    torch.save(twin.encoder.backbone.state_dict(), tmp_path / "dinov3_vit7b16.pth")
-    torch.save(twin.decoder.state_dict(), tmp_path / "dinov3_vit7b16_dpt.pth")
+    torch.save(twin.encoder.backbone.state_dict(), tmp_path / "vit7b16.pth")
+    torch.save(twin.decoder.state_dict(), tmp_path / "dpt_head.pth")
     write_photo(tmp_path)
 
     def load(directory: str, entry: str, source: str, **options: Any) -> Any:
