@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from dinov3.eval.helpers import key
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov3")
 
 
 @dataclass
 class TransformConfig:
-    """Short side after resizing, and the side of the central crop, in pixels."""
+    """Short side after resizing, and the side of the central crop, in pixels; and how pixels are normalised."""
 
     resize_size: int = key(256, "short side after resizing, pixels")
     crop_size: int = key(224, "side of the central crop, pixels")
+    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the channels, for values from 0 to 1; that of ImageNet")
+    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "standard deviation of the channels, likewise")
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= self.resize_size:
@@ -25,6 +28,10 @@ class TransformConfig:
                 f"transform.resize_size={self.resize_size}, transform.crop_size={self.crop_size}: expected a crop of 1 "
                 "pixel or more, and not larger than the resized image, or the rest of it would be black"
             )
+
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or min(values) < 0 or max(values) > 1 or (name == "std" and min(values) == 0):
+                raise ValueError(f"transform.{name}={list(values)}: expected three numbers between 0 and 1")
 
     def check_patches(self, model: nn.Module) -> None:
         """Refuse crops that are smaller than a patch of the model; warns where some pixels belong to no patch.

@@ -59,7 +59,7 @@ from dinov3.eval.neighbours_faiss import choose_backend
 from dinov3.eval.progress import track
 from dinov3.eval.provenance import provenance
 from dinov3.eval.results import write_atomically
-from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.setup import load_model_and_context, tell_other_normalization
 from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
 from dinov3.run.init import job_context
 from dinov3.utils import as_torch_dtype
@@ -118,7 +118,9 @@ def make_transform(config: TransformConfig) -> Any:
     """Resize the short side, crop the centre, normalise; warns where that crops more or less than customary."""
     if abs(config.resize_size - config.crop_size * 256 / 224) > 1:
         logger.warning("transform: resize to %d and crop %d; customary is 8:7", config.resize_size, config.crop_size)
-    return make_classification_eval_transform(resize_size=config.resize_size, crop_size=config.crop_size)
+    return make_classification_eval_transform(
+        resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
+    )
 
 
 def make_test_data_loader(dataset: Any, *, batch_size: int, num_workers: int) -> Any:
@@ -202,6 +204,7 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
     started = time.perf_counter()
     config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
+    tell_other_normalization(config.model, model, config.transform)
     results, datasets = _evaluate_model(model, context["autocast_dtype"], config)
     seconds = time.perf_counter() - started
     origin = provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds)

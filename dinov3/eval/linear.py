@@ -95,7 +95,7 @@ from dinov3.eval.metrics import (
     check_targets,
 )
 from dinov3.eval.provenance import provenance
-from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.setup import load_model_and_context, tell_other_normalization
 from dinov3.eval.utils import ModelWithIntermediateLayers, average_metrics, save_results
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
@@ -174,7 +174,10 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         transform = make_classification_eval_transform(
-            resize_size=self.transform_config.resize_size, crop_size=self.transform_config.crop_size
+            resize_size=self.transform_config.resize_size,
+            crop_size=self.transform_config.crop_size,
+            mean=self.transform_config.mean,
+            std=self.transform_config.std,
         )
         target_transform = get_target_transform(self.dataset_str)
         self.dataset = make_dataset(
@@ -343,6 +346,7 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float | str]:
     started = time.perf_counter()
     config, output_dir = args_dict_to_dataclass(eval_args, LinearEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
+    tell_other_normalization(config.model, model, config.transform)
     results, datasets, grids = _evaluate_model(model, context["autocast_dtype"], config)
     seconds = time.perf_counter() - started
     origin = {
@@ -408,12 +412,13 @@ def _evaluate_model(
 
 def _make_train_dataset(config: LinearEvalConfig) -> tuple[Any, int]:
     size, crop = config.transform.resize_size, config.transform.crop_size
+    mean, std = config.transform.mean, config.transform.std
     if abs(size - crop * 256 / 224) > 1:
         logger.warning("transform: resize to %d and crop %d; customary is 8:7", size, crop)
     if config.train.augment:
-        transform = make_classification_train_transform(crop_size=crop)
+        transform = make_classification_train_transform(crop_size=crop, mean=mean, std=std)
     else:
-        transform = make_classification_eval_transform(resize_size=size, crop_size=crop)
+        transform = make_classification_eval_transform(resize_size=size, crop_size=crop, mean=mean, std=std)
     dataset = make_dataset(
         dataset_str=config.train.dataset,
         transform=transform,

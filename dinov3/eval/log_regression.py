@@ -72,7 +72,7 @@ from dinov3.eval.metrics import (
     scalar_results,
 )
 from dinov3.eval.provenance import provenance
-from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.setup import load_model_and_context, tell_other_normalization
 from dinov3.eval.utils import average_metrics, evaluate, save_results
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
@@ -113,7 +113,9 @@ def make_transform(config: TransformConfig) -> Any:
     """Resize the short side, crop the centre, normalise; warns where that crops, which is not customary here."""
     if config.resize_size != config.crop_size:
         logger.warning("transform: resize to %d and crop %d; customary is 1:1", config.resize_size, config.crop_size)
-    return make_classification_eval_transform(resize_size=config.resize_size, crop_size=config.crop_size)
+    return make_classification_eval_transform(
+        resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
+    )
 
 
 def make_train_val_datasets(config: LogregEvalConfig, transform: Any) -> tuple[Any, Any]:
@@ -196,6 +198,7 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
     started = time.perf_counter()
     config, output_dir = args_dict_to_dataclass(eval_args, LogregEvalConfig)
     model, context = load_model_and_context(config.model, output_dir)
+    tell_other_normalization(config.model, model, config.transform)
     results, datasets, sweeps = _evaluate_model(model, context["autocast_dtype"], config)
     seconds = time.perf_counter() - started
     origin = {

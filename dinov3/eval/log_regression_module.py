@@ -31,7 +31,7 @@ logger = logging.getLogger("dinov3")
 C_POWER_RANGE = torch.linspace(-6, 5, 45)
 C_VALUES: list[float] = (10**C_POWER_RANGE).tolist()
 ROWS_PER_CHECK = 16384
-SCORES_PER_BATCH = 2**22
+SCORES_PER_BATCH = 2**20
 
 
 class LogRegModule(nn.Module):

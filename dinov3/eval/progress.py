@@ -6,6 +6,8 @@ Notable: the main process shows its own share of the work; the others show nothi
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from datetime import timedelta
@@ -20,6 +22,7 @@ logger = logging.getLogger("dinov3")
 Item = TypeVar("Item")
 
 LOG_PERIOD = 30.0  # seconds
+DEFAULT_SIZE = {"ncols": 100, "nrows": 20}
 
 
 class Progress:
@@ -43,7 +46,7 @@ class Progress:
             unit=unit,
             initial=initial,
             disable=None if distributed.is_main_process() else True,  # None: shown on terminals alone
-            dynamic_ncols=True,
+            **_size_if_unknown(),
             miniters=0,  # a new note is shown although the count stands still
         )
 
@@ -99,3 +102,12 @@ def track(
         for item in items:
             yield item
             progress.advance()
+
+
+def _size_if_unknown() -> dict[str, int]:
+    # Terminals without a size, as containers have them, would show nothing.
+    try:
+        is_known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        is_known = True
+    return {} if is_known else DEFAULT_SIZE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import os
 import re
@@ -16,15 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_path
 from dinov3.distributed import runtime
+from dinov3.eval.config import TransformConfig
 from dinov3.eval.helpers import key
 from dinov3.hub import backbones
 from dinov3.hub.architectures import build_like, published_name
 from dinov3.hub.backbones import Weights
+from dinov3.hub.command_line import ModelChoice, find_normalization
 from dinov3.hub.formats import Converted
 from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
@@ -132,6 +137,46 @@ def load_model_and_context(
         model = load_without_config(model_config.pretrained_weights)
     logger.info("model: %s, run in %s on %s", model_config.describe(), dtype, runtime.device())
     return model, {"autocast_dtype": dtype}
+
+
+def tell_other_normalization(model_config: ModelConfig, model: nn.Module, transform: TransformConfig) -> None:
+    """Warn where images are not normalised as those that a model was trained on, as far as that is known.
+
+    Args:
+        model_config: which model.
+        model: the same, loaded.
+        transform: of the images.
+    """
+    known = _normalization_of(model_config, model)
+    if known is None:
+        return
+    wanted = [list(map(float, values)) for values in known]
+    if not np.allclose(wanted, [transform.mean, transform.std], atol=1e-3):
+        logger.warning(
+            "%s was trained on images that were normalised otherwise: give transform.mean=[%s] transform.std=[%s]",
+            model_config.describe(),
+            *(",".join(f"{value:.6g}" for value in values) for values in wanted),
+        )
+
+
+def _normalization_of(model_config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
+    if model_config.dino_hub:
+        return find_normalization(ModelChoice(model_config.dino_hub, model_config.weights), model)[1]
+    if config_file := model_config.find_config_file():
+        cfg: Any = OmegaConf.load(resolve_config_path(config_file))
+        crops = cfg.get("crops", {})
+        return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
+    directory = _expand(str(model_config.pretrained_weights))
+    for name, section, mean, std in (
+        ("preprocessor_config.json", None, "image_mean", "image_std"),
+        ("config.json", "pretrained_cfg", "mean", "std"),
+    ):
+        if (directory / name).is_file():
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            content = content if section is None else content.get(section, {})
+            if mean in content and std in content:
+                return content[mean], content[std]
+    return None
 
 
 def setup_and_build_model(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dinov3.heads.backbone_layers import BackboneLayers, BackboneLayersSet, backbone_out_indices, backbone_widths
 from dinov3.heads.linear import LinearSegmentationHead
+from dinov3.heads.precision import autocast_to
 from dinov3.layers.patch_multiple import CenterPadding, cut_margins
 from dinov3.layers.resizing import resize_bilinear
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
@@ -120,9 +121,7 @@ class FeatureDecoder(nn.Module):
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast_ctx is not None:
             return self.autocast_ctx()
-        if not torch.amp.is_autocast_available(device.type):
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
+        return autocast_to(device.type, self.autocast_dtype)
 
 
 def build_segmentation_decoder(

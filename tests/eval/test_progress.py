@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import pytest
@@ -133,3 +134,11 @@ def test_every_part_of_an_evaluation_shows_progress(tmp_path: Any, monkeypatch: 
     ):
         assert f"{part.rstrip(':')}: 100%" in shown, part
     assert "of the first classifier" in shown
+
+
+def test_terminal_without_a_size_shows_the_bar_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+    monkeypatch.setattr(terminal, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda file: os.terminal_size((0, 0)))
+    assert len(list(track(range(3), "features"))) == 3
+    assert "3/3" in terminal.getvalue()

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov3.eval import knn, linear, log_regression
-from dinov3.eval.setup import ModelConfig, load_model_and_context
+from dinov3.eval.config import TransformConfig
+from dinov3.eval.setup import ModelConfig, load_model_and_context, tell_other_normalization
 from dinov3.hub.backbones import dinov3_vits16
 from dinov3.hub.convert import convert
 from dinov3.hub.runs import dinov3_from_run
@@ -152,3 +153,41 @@ def test_weights_of_something_else_are_refused(name: str, tmp_path: Path) -> Non
         torch.save({"layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match="neither a distributed checkpoint|complete DINOv3 backbone.*It is a ResNet"):
         features(pretrained_weights=str(path))
+
+
+def told(caplog: pytest.LogCaptureFixture, transform: TransformConfig | None = None, **model: Any) -> str:
+    caplog.clear()
+    config = ModelConfig(**model)
+    with caplog.at_level("WARNING", logger="dinov3"):
+        tell_other_normalization(config, torch.nn.Identity(), transform or TransformConfig())
+    return caplog.text
+
+
+def test_images_of_another_normalisation_are_told(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert told(caplog, pretrained_weights=str(run)) == ""
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.crops.rgb_mean, cfg.crops.rgb_std = [0.5, 0.25, 0.125], [0.1, 0.2, 0.3]
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    OmegaConf.save(cfg, tmp_path / "run" / "config.yaml")
+    text = told(caplog, pretrained_weights=str(tmp_path / "run"))
+    assert "give transform.mean=[0.5,0.25,0.125] transform.std=[0.1,0.2,0.3]" in text
+    same = TransformConfig(mean=[0.5, 0.25, 0.125], std=[0.1, 0.2, 0.3])
+    assert told(caplog, same, pretrained_weights=str(tmp_path / "run")) == ""
+
+
+@pytest.mark.parametrize("library", ["huggingface", "timm"])
+def test_normalisation_of_satellite_images_is_told(
+    library: Any, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = with_published_norms(run, tmp_path / "run")
+    for data in ("lvd1689m", "sat493m"):
+        convert(published, tmp_path / data, to=library, data=data)  # type: ignore[arg-type]
+        text = told(caplog, pretrained_weights=str(tmp_path / data))
+        assert ("transform.mean=[0.43,0.411,0.296]" in text) is (data == "sat493m")
+    assert "transform.mean=[0.43,0.411,0.296]" in told(caplog, dino_hub="dinov3_vit7b16", weights="SAT493M")
+
+
+@pytest.mark.parametrize("settings", [{"mean": [0.5]}, {"std": [0.0, 0.1, 0.1]}, {"mean": [123.0, 117.0, 104.0]}])
+def test_normalisation_that_cannot_be_is_refused(settings: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match=f"transform.{next(iter(settings))}=.*three numbers between 0 and 1"):
+        TransformConfig(**settings)  # type: ignore[arg-type]
