@@ -29,6 +29,7 @@ from dinov3.eval.segmentation.metrics import (
     SEGMENTATION_METRICS,
     calculate_intersect_and_union,
     calculate_segmentation_metrics,
+    total_area_to_metrics,
 )
 
 logger = logging.getLogger("dinov3")
@@ -161,8 +162,9 @@ def _collect(
             "too with eval.reduce_zero_label=true) and decoder_head.num_classes"
         )
     if metric_per_image:
-        by_image = [calculate_segmentation_metrics([one], metrics=ALL_METRICS) for one in areas if int(one[3].sum())]
-        metrics = {name: float(np.nanmean([one[name] for one in by_image])) for name in SEGMENTATION_METRICS}
+        by_image = [total_area_to_metrics(*one, metrics=ALL_METRICS) for one in areas if int(one[3].sum())]
+        means = {name: [float(one[name].nanmean()) for one in by_image] for name in SEGMENTATION_METRICS}
+        metrics = {name: float(np.nanmean(values)) for name, values in means.items()}
     else:
         metrics = calculate_segmentation_metrics(areas, metrics=ALL_METRICS, class_names=class_names)
     return {name: round(100 * float(metrics[name]), N_DECIMALS) for name in SEGMENTATION_METRICS}
