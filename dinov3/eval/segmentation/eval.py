@@ -162,7 +162,11 @@ def _collect(
             "too with eval.reduce_zero_label=true) and decoder_head.num_classes"
         )
     if metric_per_image:
-        by_image = [total_area_to_metrics(*one, metrics=ALL_METRICS) for one in areas if int(one[3].sum())]
+        by_image = [
+            total_area_to_metrics(one[0], one[1], one[2], one[3], metrics=ALL_METRICS)
+            for one in areas
+            if int(one[3].sum())
+        ]
         means = {name: [float(one[name].nanmean()) for one in by_image] for name in SEGMENTATION_METRICS}
         metrics = {name: float(np.nanmean(values)) for name, values in means.items()}
     else:
