@@ -485,7 +485,7 @@ def test_launcher_writes_and_prints_everything(
     )
     results = log_regression.benchmark_launcher(
         {
-            "model": {"dino_hub": "toy"},
+            "model": {"dino_hub": "dinov3_vits16"},
             "train": {"dataset": "train:120", "num_workers": 0, "solver": "torch"},
             "eval": {"test_dataset": "test:50", "num_workers": 0},
             "features": {"cache": False},
