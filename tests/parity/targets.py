@@ -29,7 +29,6 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.segmentation.models.heads.linear_head.LinearHead": "dinov3.heads.linear.LinearSegmentationHead",
     "dinov3.eval.segmentation.models": "dinov3.heads.segmentation",
-    "dinov3.eval.segmentation.schedulers": "dinov3.eval.dense.schedulers",
 }
 
 

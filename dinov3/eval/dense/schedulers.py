@@ -240,7 +240,7 @@ def build_scheduler(
         The schedule, with the rates of the first step already set.
 
     Raises:
-        ValueError: there is no such type, or its settings contradict each other.
+        ValueError: there is no such type, it lacks an argument, or its settings contradict each other.
     """
     if scheduler_type not in SCHEDULERS:
         suggestion = did_you_mean(scheduler_type, SCHEDULERS)
@@ -260,6 +260,11 @@ def build_scheduler(
                 f"{scheduler_type} does not know {name}={value!r}{did_you_mean(name, known)}, which has no effect; it "
                 f"takes {', '.join(known)}"
             )
+    parameters = inspect.signature(scheduler).parameters
+    if missing := [
+        name for name in known if parameters[name].default is inspect.Parameter.empty and name not in kwargs
+    ]:
+        raise ValueError(f"{scheduler_type} needs {', '.join(missing)}: give it in scheduler.constructor_kwargs")
     return scheduler(optimizer, **kwargs)
 
 

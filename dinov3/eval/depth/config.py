@@ -6,8 +6,12 @@ configs/config-nyu-synthmix-dpt-inference.yaml    evaluates the released DPT hea
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -20,11 +24,21 @@ from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_
 from dinov3.eval.helpers import key
 from dinov3.eval.setup import ModelConfig
 from dinov3.heads.depther import DecoderConfig
+from dinov3.heads.dpt import DPTHead
 from dinov3.utils import did_you_mean
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 HUB_DEPTHERS = ("dinov3_vit7b16_dd", "dinov3_vitl16_chmv2")
+#: What `decoder_head.head_kwargs` may hold, by the type of the head.
+HEAD_KWARGS: dict[str, list[str]] = {
+    "linear": [],
+    "dpt": [
+        name
+        for name in inspect.signature(DPTHead).parameters
+        if name not in ("in_channels", "n_output_channels", "readout_type", "use_batchnorm")
+    ],
+}
 
 
 class Extension(Enum):
@@ -58,6 +72,19 @@ class TrainTransformConfig:
     fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
 
+    def __post_init__(self) -> None:
+        _check_img_size("transforms.train.img_size", self.img_size)
+        if self.random_crop is not None and not _is_size(self.random_crop):
+            raise ValueError(
+                f"transforms.train.random_crop={self.random_crop}: expected [height, width] in pixels, or null"
+            )
+        low, high = self.brightness_range if len(self.brightness_range) == 2 else (math.nan, math.nan)
+        if not 0 < low <= high:
+            raise ValueError(
+                f"transforms.train.brightness_range={self.brightness_range}: expected the smallest and the largest "
+                "factor, e.g. [0.9,1.1]"
+            )
+
 
 @dataclass
 class EvalTransformConfig:
@@ -66,6 +93,9 @@ class EvalTransformConfig:
     img_size: Any = key(None, "short side, or [height, width], that images are resized to; null: as they are")
     fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
+
+    def __post_init__(self) -> None:
+        _check_img_size("transforms.eval.img_size", self.img_size)
 
 
 @dataclass
@@ -77,6 +107,14 @@ class TransformConfig:
     mean: list[float] = key(IMAGENET_MEAN, "of the normalisation, by channel")
     std: list[float] = key(IMAGENET_STD, "of the normalisation, by channel")
     normalization_constant: float = key(1000.0, "stored depth of one metre; datasets in metres do without")
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise ValueError(
+                    f"transforms.{name}={values}: expected a number for each of red, green and blue"
+                    + (" above 0" if name == "std" else "")
+                )
 
 
 @dataclass
@@ -149,12 +187,15 @@ class DepthConfig:
                 )
         if self.bs < 1 or self.num_workers < 0:
             raise ValueError(f"bs={self.bs} must be at least 1, num_workers={self.num_workers} at least 0")
+        if self.scheduler.total_iter < 1:
+            raise ValueError(f"scheduler.total_iter={self.scheduler.total_iter}: expected 1 or more")
 
     def check(self) -> None:
         """Refuse what no run can be made of, before anything is loaded.
 
         Raises:
             ValueError: names the key.
+            FileNotFoundError: there is no such trained head.
         """
         self.check_model()
         if not self.load_from:
@@ -172,6 +213,7 @@ class DepthConfig:
 
         Raises:
             ValueError: names the key.
+            FileNotFoundError: there is no such trained head.
         """
         is_hub_model = self.load_from in HUB_DEPTHERS
         if (self.head_weights or self.backbone_weights) and not is_hub_model:
@@ -183,6 +225,35 @@ class DepthConfig:
                     f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
                 )
             self.model.check()
+            _check_head(self.decoder_head)
+            if self.load_from and not Path(self.load_from).expanduser().exists():
+                raise FileNotFoundError(
+                    f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_DEPTHERS)}: there is no such file"
+                )
+
+
+def _check_head(head: DecoderConfig) -> None:
+    if head.type not in HEAD_KWARGS:
+        raise ValueError(
+            f"decoder_head.type={head.type!r}{did_you_mean(head.type, HEAD_KWARGS)}: expected "
+            f"{' or '.join(HEAD_KWARGS)}"
+        )
+    known = HEAD_KWARGS[head.type]
+    for name in head.head_kwargs:
+        if name not in known:
+            raise ValueError(
+                f"decoder_head.head_kwargs.{name}{did_you_mean(name, known)}: a {head.type} head takes "
+                f"{', '.join(known) or 'none, only one of decoder_head.type=dpt does'}"
+            )
+
+
+def _check_img_size(name: str, size: Any) -> None:
+    if size is not None and not _is_size(size if isinstance(size, Sequence) else [size, size]):
+        raise ValueError(f"{name}={size!r}: expected pixels of the short side, [height, width], or null")
+
+
+def _is_size(sides: Sequence[Any]) -> bool:
+    return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
 def make_depth_train_transforms_from_config(config: DepthConfig, *, in_metres: bool = False) -> Any:

@@ -80,7 +80,7 @@ def evaluate_depther_with_dataloader(
     depther.eval()
     flip = LeftRightFlipAug(use_tta)
     low, high = eval_range
-    rows: dict[int, list[float]] = {}
+    rows: dict[int, list[float] | None] = {}
     hidden = None if distributed.is_main_process() else True
     for images, (index, depths) in tqdm(dataloader, "evaluation", unit="image", disable=hidden):
         batch = torch.cat(list(images)).to(device, non_blocking=True)
@@ -100,7 +100,8 @@ def evaluate_depther_with_dataloader(
             save_predictions(
                 images[0], prediction, depth, result_config, save_dir, int(index), to_picture, mean=mean, std=std
             )
-        rows[int(index)] = _measure(depth, prediction.clamp(low, high), valid, metrics, has_valid_pixels)
+        prediction = prediction.clamp(low, high)
+        rows[int(index)] = _measure(depth, prediction, valid, metrics) if has_valid_pixels else None
     return _collect(rows, [metric.name for metric in metrics], reduce_results=reduce_results)
 
 
@@ -152,22 +153,21 @@ def mean_of_finite(values: Sequence[float]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def _measure(
-    depth: Tensor, prediction: Tensor, valid: Tensor, metrics: Sequence[DepthMetric], has_valid_pixels: bool
-) -> list[float]:
+def _measure(depth: Tensor, prediction: Tensor, valid: Tensor, metrics: Sequence[DepthMetric]) -> list[float]:
     names = [metric.name for metric in metrics]
-    if not has_valid_pixels:
-        return [math.nan] * len(names)
     values = calculate_depth_metrics(depth, prediction, valid, list_metrics=names)
     return [float(getattr(values, name)) for name in names]
 
 
 def _collect(
-    own_rows: dict[int, list[float]], names: Sequence[str], *, reduce_results: bool
+    own_rows: dict[int, list[float] | None], names: Sequence[str], *, reduce_results: bool
 ) -> tuple[Results, dict[str, Any], list[int]]:
-    rows = {index: row for part in distributed.all_gather_objects(own_rows) for index, row in part.items()}
+    # None of a depth map without a pixel that counts.
+    found = {index: row for part in distributed.all_gather_objects(own_rows) for index, row in part.items()}
+    rows = {index: [math.nan] * len(names) if row is None else row for index, row in found.items()}
     indices = sorted(rows)
-    without = [index for index in indices if all(map(math.isnan, rows[index]))]
+    without = [index for index in indices if found[index] is None]
+    broken = [index for index in indices if found[index] is not None and any(map(math.isnan, rows[index]))]
     if len(without) == len(indices):
         raise ValueError(
             f"none of {len(indices)} depth maps has a pixel that counts: check eval.min_depth and eval.max_depth, "
@@ -176,6 +176,12 @@ def _collect(
     if without:
         logger.warning(
             "%d depth maps have no pixel that counts, and no part in the means: %s", len(without), without[:10]
+        )
+    if broken:
+        logger.warning(
+            "the predictions of %d images are not finite; where their figures are NaN, the means leave them out: %s",
+            len(broken),
+            broken[:10],
         )
     columns = {name: [rows[index][column] for index in indices] for column, name in enumerate(names)}
     if reduce_results:

@@ -126,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="metres of the colours' ends (default: of each image)",
     )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    limits = None if arguments.range is None else tuple(arguments.range)
+    if limits and not limits[0] < limits[1]:
+        raise ValueError(f"--range {limits[0]} {limits[1]}: expected metres, the first number below the second")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with runtime.preferring(None if arguments.device == "auto" else arguments.device):
         predictor = load_depth_predictor(
@@ -138,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def predict(image: Image.Image) -> Files:
             depth = predictor(image)
-            limits = tuple(arguments.range) if arguments.range else None
             return {ARRAY: depth, PICTURE: depth_picture(depth, image=image, limits=limits)}
 
         n_images = predict_images(

@@ -65,6 +65,8 @@ def run_depth(config: DepthConfig) -> dict[str, float]:
     """
     started = time.perf_counter()
     config.check()
+    if config.load_from in HUB_DEPTHERS:
+        _set_as_released(config)
     split = "test" if config.datasets.test else "val"
     save_config(config, CONFIG_FILENAME)
     datasets = [make_depth_dataset(config, split)]
@@ -120,7 +122,8 @@ def load_depther(config: DepthConfig) -> tuple[Depther, torch.dtype, str]:
 
 
 def load_hub_depther(config: DepthConfig) -> tuple[Depther, torch.dtype, str]:
-    """The released model that `load_from` names; satellite images get their own normalisation if none is given."""
+    """The released model that `load_from` names; `config` gets its head, and its normalisation if none is given."""
+    _set_as_released(config)
     name = str(config.load_from)
     dtype = config.model_dtype.autocast_dtype if config.model_dtype else torch.float32
     options: dict[str, Any] = {}
@@ -129,12 +132,17 @@ def load_hub_depther(config: DepthConfig) -> tuple[Depther, torch.dtype, str]:
     if config.backbone_weights:
         options["backbone_weights"] = config.backbone_weights
     depther = getattr(depthers, name)(autocast_dtype=dtype, **options).to(runtime.device())
+    return depther, dtype, f"{name} with {config.head_weights or 'published weights'}"
+
+
+def _set_as_released(config: DepthConfig) -> None:
+    name = str(config.load_from)
+    config.decoder_head = depthers.config_of(name)
     is_default = (list(config.transforms.mean), list(config.transforms.std)) == (IMAGENET_MEAN, IMAGENET_STD)
     if name == "dinov3_vitl16_chmv2" and is_default:
         mean, std = normalization_of(depthers.DepthWeights.CHMV2)
         config.transforms.mean, config.transforms.std = list(mean), list(std)
         logger.info("images are normalised as %s was trained: mean %s, std %s", name, mean, std)
-    return depther, dtype, f"{name} with {config.head_weights or 'published weights'}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

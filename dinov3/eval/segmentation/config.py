@@ -8,6 +8,7 @@ configs/config-folder-linear-training.yaml    trains a linear head on a Segmenta
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -20,6 +21,7 @@ from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.utils import did_you_mean
 
 PIXEL_RANGE = 255
+N_CHANNELS = 3
 MEAN = [PIXEL_RANGE * mean for mean in (0.485, 0.456, 0.406)]
 STD = [PIXEL_RANGE * std for std in (0.229, 0.224, 0.225)]
 HUB_SEGMENTORS = ("dinov3_vit7b16_ms",)
@@ -55,7 +57,7 @@ class DatasetsConfig:
 class DecoderConfig:
     """The head."""
 
-    type: str = key("m2f", "linear, or m2f: Mask2Former")
+    type: str = key("m2f", "linear; m2f, the released Mask2Former head, is not there yet")
     backbone_out_layers: Any = key(
         BackboneLayersSet.LAST, "LAST, FOUR_LAST, FOUR_EVEN_INTERVALS, or a list of blocks that the head reads"
     )
@@ -78,6 +80,16 @@ class TrainTransformConfig:
     crop_size: list[int] | None = key(None, "[height, width] of a random crop, padded if need be; null: none")
     flip_prob: float = key(0.0, "probability of a horizontal flip")
 
+    def __post_init__(self) -> None:
+        _check_img_size("transforms.train.img_size", self.img_size)
+        factors, crop = self.random_img_size_ratio_range, self.crop_size
+        if factors is not None and not (len(factors) == 2 and 0 < factors[0] <= factors[1]):
+            raise ValueError(
+                f"transforms.train.random_img_size_ratio_range={factors}: expected [smallest, largest] factor, above 0"
+            )
+        if crop is not None and not (len(crop) == 2 and min(crop) >= 1):
+            raise ValueError(f"transforms.train.crop_size={crop}: expected [height, width] in pixels, or null")
+
 
 @dataclass
 class EvalTransformConfig:
@@ -85,6 +97,11 @@ class EvalTransformConfig:
 
     img_size: Any = key(None, "short side, or [height, width], of images; null: eval.crop_size")
     tta_ratios: list[float] = key([1.0], "factors of img_size with eval.use_tta")
+
+    def __post_init__(self) -> None:
+        _check_img_size("transforms.eval.img_size", self.img_size)
+        if not self.tta_ratios or min(self.tta_ratios) <= 0:
+            raise ValueError(f"transforms.eval.tta_ratios={self.tta_ratios}: expected one or more factors above 0")
 
 
 @dataclass
@@ -95,6 +112,13 @@ class TransformConfig:
     eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
     mean: list[float] = key(MEAN, "of the normalisation, by channel, of pixels from 0 to 255")
     std: list[float] = key(STD, "of the normalisation, by channel, of pixels from 0 to 255")
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, N_CHANNELS):
+                raise ValueError(f"transforms.{name}={values}: expected {N_CHANNELS} numbers, or one for all channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"transforms.std={self.std}: expected numbers above 0")
 
 
 @dataclass
@@ -123,13 +147,17 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"eval.mode={self.mode!r}{did_you_mean(self.mode, MODES)}: expected {' or '.join(MODES)}")
-        if not 1 <= self.stride <= self.crop_size:
+        if self.crop_size < 1:
+            raise ValueError(f"eval.crop_size={self.crop_size}: expected 1 or more pixels")
+        if self.mode == "slide" and not 1 <= self.stride <= self.crop_size:
             raise ValueError(
                 f"eval.stride={self.stride} must be from 1 to eval.crop_size={self.crop_size}, or pixels between "
                 "windows would be in none"
             )
         if self.eval_interval < 1:
             raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
+        if self.max_windows_per_batch is not None and self.max_windows_per_batch < 1:
+            raise ValueError(f"eval.max_windows_per_batch={self.max_windows_per_batch}: expected 1 or more, or null")
 
 
 @dataclass
@@ -171,11 +199,17 @@ class SegmentationConfig:
         Raises:
             NotImplementedError: the run needs a Mask2Former head.
             ValueError: names the key.
+            FileNotFoundError: there is no such trained head.
         """
         if self.load_from in HUB_SEGMENTORS or self.decoder_head.type == "m2f":
             raise NotImplementedError(
                 f"load_from={self.load_from}, decoder_head.type={self.decoder_head.type}: there is no Mask2Former head "
                 "yet; linear heads are trained with decoder_head.type=linear and evaluated with load_from=FILE as well"
+            )
+        if self.decoder_head.type != "linear":
+            raise ValueError(
+                f"decoder_head.type={self.decoder_head.type!r}{did_you_mean(self.decoder_head.type, ['linear'])}: "
+                "expected 'linear'"
             )
         if self.model is None:
             raise ValueError(
@@ -183,9 +217,19 @@ class SegmentationConfig:
                 "model.pretrained_weights of a training"
             )
         self.model.check()
+        if self.load_from and not Path(self.load_from).expanduser().exists():
+            raise FileNotFoundError(
+                f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_SEGMENTORS)}: there is no such file"
+            )
         if not self.datasets.val:
             raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
         if not self.load_from and not self.datasets.train:
             raise ValueError(
                 "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"
             )
+
+
+def _check_img_size(name: str, value: Any) -> None:
+    sides = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not (len(sides) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in sides)):
+        raise ValueError(f"{name}={value!r}: expected the short side in pixels, [height, width], or null")

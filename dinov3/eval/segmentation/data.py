@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, make_dataset
+from dinov3.data.datasets.paired import PairedImageDataset
 from dinov3.data.datasets.strings import DATASETS, parse_dataset_string
 from dinov3.eval.dense.batches import collate_pairs
 from dinov3.eval.features import make_enumerated_loader
@@ -37,7 +38,7 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
         FileNotFoundError: what it names does not exist.
     """
     text = getattr(config.datasets, split)
-    _check_zero_label(text, split, config.eval.reduce_zero_label)
+    _check_datasets(text, split, config.eval.reduce_zero_label)
     transforms = make_train_transforms(config) if split == "train" else make_eval_transforms(config, use_tta=use_tta)
     dataset = make_dataset(dataset_str=text, transforms=transforms, root=config.datasets.root)
     if len(dataset) == 0:
@@ -118,10 +119,14 @@ def collate_enumerated_pairs(samples: Sequence[tuple[Tensor, tuple[int, Tensor]]
     return images, (labels.new_tensor([index for _, (index, _) in samples], dtype=int), labels)  # type: ignore[arg-type]
 
 
-def _check_zero_label(dataset_str: str, split: str, reduce_zero_label: bool) -> None:
+def _check_datasets(dataset_str: str, split: str, reduce_zero_label: bool) -> None:
     for one in parse_dataset_string(dataset_str):
-        counts_from_zero = bool(getattr(DATASETS[one.name][0], "counts_classes_from_zero", False))
-        if counts_from_zero and reduce_zero_label:
+        dataset_class = DATASETS[one.name][0]
+        if not issubclass(dataset_class, PairedImageDataset):
+            raise ValueError(
+                f"datasets.{split}={dataset_str}: an {one.name} has no label maps; ADE20K and SegmentationFolder do"
+            )
+        if reduce_zero_label and getattr(dataset_class, "counts_classes_from_zero", False):
             raise ValueError(
                 f"datasets.{split}={dataset_str}: label 0 of a {one.name} is its first class, which "
                 "eval.reduce_zero_label=true would ignore: give eval.reduce_zero_label=false"

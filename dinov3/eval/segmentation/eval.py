@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinov3 import distributed
@@ -25,6 +25,7 @@ from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import class_names_of, make_segmentation_dataset, make_segmentation_eval_loader
 from dinov3.eval.segmentation.inference import make_inference
+from dinov3.eval.segmentation.labels import IGNORE_INDEX
 from dinov3.eval.segmentation.metrics import (
     SEGMENTATION_METRICS,
     calculate_intersect_and_union,
@@ -59,7 +60,8 @@ def evaluate_segmentation_model(
     """Measure a model on one image after the other.
 
     Args:
-        segmentation_model: has `predict`, as `make_inference` asks; what wraps one as `.module` will do.
+        segmentation_model: has `predict`, as `make_inference` asks; what wraps one as `.module` will do. A module is
+            put into evaluation mode.
         test_dataloader: yields `(images, (index, label [1, 1, h, w]))`: a list of [1, 3, H, W], whose second half is
             the first one flipped; items with a negative index are predicted and dropped.
         device: where the model is.
@@ -79,12 +81,15 @@ def evaluate_segmentation_model(
         The metrics of `SEGMENTATION_METRICS` in percent, two decimals.
 
     Raises:
-        ValueError: no pixel of any image has a label that counts.
+        ValueError: no pixel of any image has a label that counts, or a label is no class.
     """
     model = getattr(segmentation_model, "module", segmentation_model)
+    if isinstance(model, nn.Module):
+        model.eval()
     rows: dict[int, Tensor] = {}
     hidden = None if distributed.is_main_process() else True
     for images, (index, label) in tqdm(test_dataloader, "evaluation", unit="image", disable=hidden):
+        _require_known_labels(label, int(index), num_classes, counts_from=1 if reduce_zero_label else 0)
         probabilities = torch.zeros(())
         for number, image in enumerate(images):
             probabilities = probabilities.to(device) + make_inference(
@@ -149,6 +154,19 @@ def evaluate_segmentation_with_config(
         class_names=class_names_of(dataset),
         save_dir=save_dir,
     )
+
+
+def _require_known_labels(label: Tensor, index: int, num_classes: int, *, counts_from: int) -> None:
+    ids = label.long()
+    last = num_classes - 1 + counts_from
+    unknown = ids[((ids < 0) | (ids > last)) & (ids != IGNORE_INDEX)].unique().tolist()
+    if unknown and index >= 0:
+        listing = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(
+            f"image {index} of the dataset, from 0, has labels {listing} of {num_classes} classes: expected "
+            f"{counts_from} to {last}, or {'0 or ' if counts_from else ''}{IGNORE_INDEX} where a pixel is ignored; "
+            "correct its label map, or decoder_head.num_classes"
+        )
 
 
 def _collect(

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from dinov3.distributed import runtime
 from dinov3.eval.dense.command_line import training_settings
-from dinov3.eval.dense.schedulers import build_scheduler
 from dinov3.eval.dense.training import HeadTraining, Metrics, TrainingResult, apply_gradients, train_head
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_dataset, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
+from dinov3.eval.segmentation.schedulers import build_scheduler
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
 from dinov3.heads.weights import head_entries, load_head_
 from dinov3.layers.resizing import resize_bilinear
@@ -85,18 +85,22 @@ def train_segmentation_head(backbone: nn.Module, config: SegmentationConfig) -> 
     )
 
     def step(batch: Batch, iteration: int) -> Tensor:
-        return train_step(
-            model,
-            batch,
-            device,
-            None,
-            optimizer,
-            config.optimizer.gradient_clip,
-            scheduler,
-            criterion,
-            config.model_dtype.autocast_dtype,
-            iteration,
-        )
+        try:
+            return train_step(
+                model,
+                batch,
+                device,
+                None,
+                optimizer,
+                config.optimizer.gradient_clip,
+                scheduler,
+                criterion,
+                config.model_dtype.autocast_dtype,
+                iteration,
+            )
+        except ValueError as error:
+            names = ", ".join(train_set.get_image_relpath(index) for index in batch[1][0].tolist())
+            raise ValueError(f"step {iteration}, images {names}: {error}") from error
 
     def is_better(metrics: Metrics, others: Metrics) -> bool:
         return (

@@ -121,4 +121,6 @@ def test_what_is_missing_is_named(heads: Path, photos: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty: there is no image in it"):
         depth_predict.main(["--images", str(tmp_path / "empty"), *out, "--weights", str(heads / "depth")])
+    with pytest.raises(ValueError, match=r"--range 5.0 2.0: expected"):
+        depth_predict.main([*images, *out, "--weights", str(heads / "depth"), "--range", "5", "2"])
     assert not (tmp_path / "out").exists()

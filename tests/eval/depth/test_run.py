@@ -15,10 +15,14 @@ from PIL import Image
 
 from dinov3.configs import ConfigError
 from dinov3.eval.dense.checkpoints import load_checkpoint
+from dinov3.eval.dense.command_line import read_config
 from dinov3.eval.depth import run
 from dinov3.eval.depth.config import DepthConfig
+from dinov3.hub import depthers
+from dinov3.hub.transforms import normalization_of
 from dinov3.utils.weight_files import WeightsError
 from tests.eval.dense import scenes
+from tests.heads.tiny import make_published_depthers_small
 from tests.multiprocess import run_ranks
 
 CONFIG = "config=dinov3/eval/depth/configs/config-nyu.yaml"
@@ -183,6 +187,27 @@ BAD_SETTINGS: dict[str, tuple[list[str], type[Exception], str]] = {
     "range": (["eval.min_depth=20"], ValueError, "eval.min_depth=20"),
     "head weights": (["head_weights=x.pth"], ValueError, "dinov3_vit7b16_dd"),
     "warm-up": (["scheduler.constructor_kwargs.warmup_iters=3"], ValueError, "warmup_iters=3"),
+    "schedule": (["scheduler.type=StepLR"], ValueError, "StepLR needs step_size"),
+    "head type": (["decoder_head.type=dtp"], ValueError, "did you mean 'dpt'"),
+    "linear head": (
+        ["decoder_head.head_kwargs.channels=8"],
+        ValueError,
+        "head_kwargs.channels: a linear head takes none",
+    ),
+    "DPT head": (
+        ["decoder_head.type=dpt", "decoder_head.head_kwargs.chanels=8"],
+        ValueError,
+        "did you mean 'channels'",
+    ),
+    "size": (["transforms.eval.img_size=small"], ValueError, "transforms.eval.img_size='small'"),
+    "sizes": (["transforms.train.img_size=[48,64,3]"], ValueError, r"transforms.train.img_size=\[48, 64, 3\]"),
+    "crop": (["transforms.train.random_crop=[32]"], ValueError, r"transforms.train.random_crop=\[32\]"),
+    "no crop": (["transforms.train.random_crop=[0,-8]"], ValueError, r"transforms.train.random_crop=\[0, -8\]"),
+    "brightness": (["transforms.train.brightness_range=[1.2,0.8]"], ValueError, "transforms.train.brightness_range"),
+    "channels": (["transforms.mean=[0.5]"], ValueError, r"transforms.mean=\[0.5\]"),
+    "spread": (["transforms.std=[0.2,0.2,0]"], ValueError, "transforms.std"),
+    "steps": (["scheduler.total_iter=0"], ValueError, "scheduler.total_iter=0"),
+    "hub name": (["load_from=dinov3_vit7b16_d"], FileNotFoundError, "did you mean 'dinov3_vit7b16_dd'"),
 }
 
 
@@ -193,6 +218,24 @@ def test_bad_settings_are_refused(name: str, root: Path, tmp_path: Path) -> None
     with pytest.raises(error, match=match):
         run.main([*given, *more])
     assert not list(tmp_path.glob("*.pth")) and not list(tmp_path.glob("results*"))
+
+
+@pytest.mark.parametrize("entry", run.HUB_DEPTHERS)
+def test_the_configuration_of_a_released_model_is_written(
+    entry: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_published_depthers_small(monkeypatch)
+    released = getattr(depthers, entry)(pretrained=False)
+    for part, model in (("head", released.decoder), ("backbone", released.encoder.backbone)):
+        torch.save(model.state_dict(), tmp_path / f"{part}.pth")
+    weights = [f"{part}_weights={tmp_path / part}.pth" for part in ("head", "backbone")]
+    sets = [f"datasets.root={root}", "datasets.test=NYU:split=VAL", "num_workers=0", "eval.max_depth=100"]
+    run.main([f"load_from={entry}", f"output_dir={tmp_path}", *weights, *sets])
+    written = read_config(tmp_path / run.CONFIG_FILENAME, DepthConfig)
+    assert written.decoder_head == depthers.config_of(entry)
+    mean, std = normalization_of(depthers.PUBLISHED[entry].weights)
+    assert (written.transforms.mean, written.transforms.std) == (list(mean), list(std))
+    assert json.loads((tmp_path / "results-depth.json").read_text())["config"]["decoder_head"]["type"] == "dpt"
 
 
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,10 @@ def test_labels_out_of_range_stop_a_training(root: Path, tmp_path: Path) -> None
     for number in range(4):
         labels = Image.fromarray(np.full((scenes.HEIGHT, scenes.WIDTH), 9, np.uint8))
         labels.save(tmp_path / f"data/annotations/training/{number}.png")
-    with pytest.raises(ValueError, match="8"):  # 9, of which 0 is nothing
+    # 9, of which 0 is nothing.
+    with pytest.raises(
+        ValueError, match=r"step 0, images images/training/\d.png, images/training/\d.png: labels 8 for 2 classes"
+    ):
         run.main(arguments(root, tmp_path / "out", f"datasets.root={tmp_path / 'data'}"))
 
 
@@ -197,6 +200,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], type[Exception], str]] = {
     "no training images": (["datasets.train=''"], ValueError, "datasets.train"),
     "no root": (["datasets.root=/nowhere"], FileNotFoundError, "/nowhere"),
     "no head file": (["load_from=/nowhere/head.pth"], FileNotFoundError, "/nowhere/head.pth"),
+    "no label maps": (["datasets.train=ImageFolder:root=ROOT"], ValueError, "an ImageFolder has no label maps"),
     "classes": (["datasets.root=ROOT/folder", *FOLDER, "decoder_head.num_classes=5"], ValueError, "has 2 classes"),
     "zero": (["datasets.root=ROOT/folder", *FOLDER[:2]], ValueError, "eval.reduce_zero_label=false"),
 }
