@@ -82,6 +82,9 @@ def run_segmentation(config: SegmentationConfig) -> dict[str, float]:
         description = f"head trained on {described}"
         sets["train"] |= {"steps": training.iteration, "best after": training.best_iteration}
         if config.save_predictions:
+            if training.best_iteration != training.iteration:  # the results are those of the best head
+                best = Path(output_dir) / BEST_NAME
+                load_segmentation_head_(model, read_head(best, prefix=HEAD_PREFIX), source=str(best))
             evaluate_segmentation_with_config(
                 config, model, runtime.device(), dataset=val_set, save_dir=Path(output_dir) / PREDICTIONS_DIRNAME
             )

@@ -114,11 +114,16 @@ def test_results_are_those_of_the_best_head(root: Path, tmp_path: Path, monkeypa
         "dinov3.eval.segmentation.train.evaluate_segmentation_with_config",
         lambda *_, **__: dict.fromkeys(SEGMENTATION_METRICS, next(scores)),
     )
-    run.main(arguments(root, tmp_path, "eval.eval_interval=1"))
+    drawn: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        run, "evaluate_segmentation_with_config", lambda _, model, *__, **___: drawn.append(model.state_dict())
+    )
+    run.main(arguments(root, tmp_path, "eval.eval_interval=1", "save_predictions=true"))
     assert results_of(tmp_path)["mIoU"] == 80
     best = load_checkpoint(tmp_path / "best.pth")
     assert best[1] == 2 and best[0]["result"]["best_metrics"]["mIoU"] == 80
     assert load_checkpoint(tmp_path / "model_final.pth")[1] == 3
+    assert all(torch.equal(drawn[0][name], entry) for name, entry in best[0]["model"].items())
 
 
 def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(root: Path, tmp_path: Path) -> None:
