@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 SLOW_TO_IMPORT = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torchvision", "dinov3.train.train"]
 
 
