@@ -18,6 +18,7 @@ from torch.utils.data import Subset, default_collate
 from dinov3 import distributed
 from dinov3.eval.feature_cache import FeatureCache, extract_cached
 from dinov3.eval.features import Spill, gather_rows, take_rows
+from dinov3.eval.metrics import ClassificationMetricType, TargetKind, check_targets
 
 logger = logging.getLogger("dinov3")
 
@@ -71,16 +72,43 @@ def get_labels(dataset: Any) -> Tensor:
 
 def get_labels_without_images(dataset: Any) -> Tensor | None:
     """As `get_labels`, but None if only loading the samples would tell."""
-    if hasattr(dataset, "get_targets"):
-        targets = dataset.get_targets()
-    elif hasattr(dataset, "get_target"):
-        targets = [dataset.get_target(index) for index in range(len(dataset))]
-    else:
+    return _as_labels(_targets_without_images(dataset), dataset) if _tells_targets(dataset) else None
+
+
+def check_test_labels(
+    dataset: Any, metric_type: ClassificationMetricType, num_classes: int, name: str
+) -> Tensor | None:
+    """Refuse targets that a metric cannot take, or classes that a classifier does not have, before an image is read.
+
+    Args:
+        dataset: with targets as the metric wants them.
+        metric_type: the metric.
+        num_classes: of the classifier, those that are scored.
+        name: what messages call the dataset.
+
+    Returns:
+        The labels, [N] or [N, L]; None where only loading the samples would tell, and where they are lists or indices.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    kind = metric_type.target_kind
+    if kind is TargetKind.INDICES or not _tells_targets(dataset):
         return None
-    transform = get_target_transform(dataset)
-    if targets is not None and transform is not None:
-        targets = [transform(target) for target in targets]
-    return _as_labels(targets, dataset)
+    if kind is TargetKind.LISTS:
+        _check_largest_class(_largest_of_lists(dataset, metric_type, name), num_classes, name)
+        return None
+    labels = get_labels_without_images(dataset)
+    check_targets(metric_type, labels, name)
+    assert labels is not None
+    if kind is TargetKind.MULTI_HOT:
+        if labels.shape[1] != num_classes:
+            raise ValueError(
+                f"{name} has rows of {labels.shape[1]} labels, but the classifier has {num_classes} classes"
+            )
+        return labels
+    _check_largest_class(int((labels if labels.ndim == 1 else labels[:, 0]).max()), num_classes, name)
+    return labels
 
 
 def get_num_classes(dataset: Any) -> int:
@@ -129,12 +157,15 @@ def create_train_dataset_dict(
     mapping = create_class_indices_mapping(labels)
     subsets = {}
     for seed in range(few_shot_n_tries):
-        chosen = _draw_from_each_class(mapping, few_shot_k_or_percent, seed)
-        if labels.ndim == 2 and few_shot_k_or_percent < 1:
-            # A sample with several labels is drawn for each: draw again with a fraction smaller by the overshoot.
-            wanted = int(labels.sum() * few_shot_k_or_percent)
-            overshoot = int(labels[chosen].sum()) / max(wanted, 1)
-            chosen = _draw_from_each_class(mapping, few_shot_k_or_percent / overshoot, seed)
+        if few_shot_k_or_percent >= 1:
+            chosen = _draw_from_each_class(mapping, seed, count=int(few_shot_k_or_percent))
+        else:
+            chosen = _draw_from_each_class(mapping, seed, fraction=few_shot_k_or_percent)
+            if labels.ndim == 2:
+                # A sample with several labels is drawn for each: draw again with a fraction smaller by the overshoot.
+                wanted = int(int(labels.sum()) * few_shot_k_or_percent)
+                overshoot = int(labels[chosen].sum()) / max(wanted, 1)
+                chosen = _draw_from_each_class(mapping, seed, fraction=few_shot_k_or_percent / overshoot)
         subsets[seed] = SubsetEx(dataset, chosen.tolist())
     return subsets
 
@@ -285,6 +316,38 @@ def check_class_mapping(mapping: Tensor | None, num_classes: int, name: str) -> 
         )
 
 
+def _tells_targets(dataset: Any) -> bool:
+    return hasattr(dataset, "get_targets") or hasattr(dataset, "get_target")
+
+
+def _targets_without_images(dataset: Any) -> Any:
+    if hasattr(dataset, "get_targets"):
+        targets = dataset.get_targets()
+    else:
+        targets = [dataset.get_target(index) for index in range(len(dataset))]
+    transform = get_target_transform(dataset)
+    return targets if targets is None or transform is None else [transform(target) for target in targets]
+
+
+def _largest_of_lists(dataset: Any, metric_type: ClassificationMetricType, name: str) -> int:
+    targets = _targets_without_images(dataset)
+    if targets is None:
+        raise ValueError(f"{name} has no labels")
+    try:
+        largest = max((int(label) for target in targets for label in target), default=-1)
+    except TypeError as error:
+        needed = metric_type.target_kind.value
+        raise ValueError(f"{metric_type.name} needs {needed}, but {name} has one class per image") from error
+    if largest < 0:
+        raise ValueError(f"no image of {name} has a class")
+    return largest
+
+
+def _check_largest_class(largest: int, num_classes: int, name: str) -> None:
+    if largest >= num_classes:
+        raise ValueError(f"{name} has class {largest}, but the classifier has only {num_classes} classes")
+
+
 def _first(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else "")
 
@@ -310,12 +373,15 @@ def _num_classes(labels: Tensor) -> int:
     return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
-def _draw_from_each_class(mapping: Mapping[int, Tensor], k_or_percent: float, seed: int) -> Tensor:
+def _draw_from_each_class(
+    mapping: Mapping[int, Tensor], seed: int, *, count: int | None = None, fraction: float = 0
+) -> Tensor:
+    # `count` of each class, or else a fraction, which may be more than 1: all.
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for samples in mapping.values():
-        count = int(k_or_percent) if k_or_percent >= 1 else max(1, int(k_or_percent * len(samples)))
-        chosen.append(samples[torch.randperm(len(samples), generator=generator)[:count]])
+        n_drawn = max(1, int(fraction * len(samples))) if count is None else count
+        chosen.append(samples[torch.randperm(len(samples), generator=generator)[:n_drawn]])
     return torch.cat(chosen).unique()
 
 

@@ -126,7 +126,7 @@ class FeatureCache:
         try:
             features = np.load(path / FEATURES_FILE, mmap_mode="r")
             targets = np.load(path / TARGETS_FILE, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             logger.warning("cached features in %s cannot be read, so they are not used: %s", path, error)
             return False
         if len(features) != len(dataset) or len(targets) != len(dataset):

@@ -138,7 +138,7 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     results_files.save_from_dict(results, path)
     if provenance is not None:
-        content = json.dumps({"results": dict(results), **provenance}, indent=2, default=str)
+        content = json.dumps({"results": results_files.without_nan(results), **provenance}, indent=2, default=str)
         results_files.write_atomically(path.with_suffix(".json"), content + "\n")
 
 

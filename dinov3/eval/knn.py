@@ -24,6 +24,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,11 +37,11 @@ from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
     check_class_mapping,
+    check_test_labels,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
     find_class_mapping,
     get_labels,
-    get_labels_without_images,
     pad_multilabel_and_collate,
 )
 from dinov3.eval.feature_cache import extract_cached
@@ -52,7 +53,6 @@ from dinov3.eval.metrics import (
     ClassificationMetricType,
     TargetKind,
     build_classification_metric,
-    check_targets,
     scalar_results,
 )
 from dinov3.eval.neighbours_faiss import choose_backend
@@ -60,7 +60,7 @@ from dinov3.eval.progress import track
 from dinov3.eval.provenance import provenance
 from dinov3.eval.results import write_atomically
 from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_results, wrap_model
+from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_per_class, save_results, wrap_model
 from dinov3.run.init import job_context
 from dinov3.utils import as_torch_dtype
 from dinov3.utils.command_line import run_command_line
@@ -137,6 +137,7 @@ def eval_knn(
     knn_config: TrainConfig,
     num_classes: int,
     save_results_func: Callable[..., None] | None = None,
+    save_per_class_func: Callable[[Mapping[str, Tensor], str], None] | None = None,
     test_rows: FeatureRows | None = None,
     class_mapping: Tensor | None = None,
     stream: bool = False,
@@ -151,6 +152,7 @@ def eval_knn(
         knn_config: `ks` and the settings of the vote.
         num_classes: C.
         save_results_func: called with scores [M, C], targets and `filename_suffix`, per try and k.
+        save_per_class_func: called with the values of the metric, as fractions, and a suffix, per try and k.
         test_rows: this process's features of the test images; None: extract them from the loader's.
         class_mapping: int64, the training class of each test class; None: they are the same.
         stream: leave training features where they are, and bring them to the model's device block by block.
@@ -176,8 +178,10 @@ def eval_knn(
         fractions = {k: scalar_results(metrics[k], value) for k, value in values.items()}
         tries[name] = {k: {metric: 100 * v for metric, v in value.items()} for k, value in fractions.items()}
         for k, output in outputs.items():
+            suffix = f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}"
+            if save_per_class_func is not None:
+                save_per_class_func(values[k], f"_{suffix}")
             if save_results_func is not None and output is not None:
-                suffix = f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}"
                 save_results_func(**output, filename_suffix=suffix)
     if len(tries) == 1:
         return next(iter(tries.values()))
@@ -290,6 +294,9 @@ def _evaluate_model(
             save_results_func=functools.partial(save_results, output_dir=config.output_dir)
             if config.save_results
             else None,
+            save_per_class_func=lambda values, suffix: save_per_class(
+                values, config.output_dir, config.eval.test_dataset, suffix
+            ),
             class_mapping=class_mapping,
             stream=spill.takes(len(train_dataset), test_rows.features.shape[1]),
         )
@@ -317,15 +324,8 @@ def _check_datasets(
         )
     num_classes = int(train_labels.max()) + 1 if train_labels.ndim == 1 else train_labels.shape[1]
     check_class_mapping(class_mapping, num_classes, "eval.test_dataset")
-    if metric_type.target_kind not in (TargetKind.LISTS, TargetKind.INDICES):
-        test_labels = get_labels_without_images(test_dataset)
-        check_targets(metric_type, test_labels, "eval.test_dataset")
-        n_columns = num_classes if class_mapping is None else len(class_mapping)
-        if test_labels is not None and test_labels.ndim == 1 and int(test_labels.max()) >= n_columns:
-            raise ValueError(
-                f"eval.test_dataset has class {int(test_labels.max())}, but train.dataset has only {num_classes} "
-                "classes"
-            )
+    n_columns = num_classes if class_mapping is None else len(class_mapping)
+    check_test_labels(test_dataset, metric_type, n_columns, "eval.test_dataset")
     return num_classes, class_mapping
 
 
@@ -360,13 +360,18 @@ def _feature_batches(rows: FeatureRows, size: int) -> list[tuple[Tensor, tuple[T
 
 
 def _log_and_format_results_dict(per_k: Mapping[int, Mapping[str, float]], n_tries: int) -> dict[str, float]:
-    # Published columns first: those of the means, for all k; then the standard deviations.
+    # Published columns first: those of the means, for all k; then those of groups of images; then standard deviations.
+    published = ("top-1", "top-5")
     columns = {}
     for suffix, title in (("_mean", ""), ("_std", " std")) if n_tries > 1 else (("", ""),):
-        for k in sorted(per_k):
-            for name in ("top-1", "top-5"):
-                if name + suffix in per_k[k]:
-                    columns[f"{k} {name.replace('top-', 'Top ')}{title}"] = per_k[k][name + suffix]
+        found = dict.fromkeys(
+            name.removesuffix(suffix) for values in per_k.values() for name in values if name.endswith(suffix)
+        )
+        for names in (published, [name for name in found if name not in published]):
+            for k in sorted(per_k):
+                for name in names:
+                    if name + suffix in per_k[k]:
+                        columns[f"{k} {name.replace('top-', 'Top ')}{title}"] = per_k[k][name + suffix]
     for name, value in columns.items():
         logger.info("k-NN %s: %.2f", name, value)
     return columns
@@ -380,15 +385,17 @@ def _write_lines(results: Mapping[str, float], output_dir: str) -> None:
 
 def _format_table(results: Mapping[str, float], config: KnnEvalConfig, datasets: Mapping[str, Any]) -> str:
     ks = sorted({int(name.split(" ")[0]) for name in results})
-    titles = list(dict.fromkeys(name.split(" ", 1)[1] for name in results))
+    titles = dict.fromkeys(name.split(" ", 1)[1] for name in results)
+    widths = {title: max(11, len(title) + 2) for title in titles}
     n_train = "/".join(str(n) for n in sorted(set(datasets["train"]["images"])))
     lines = [
         f"k-NN, {config.eval.test_metric_type.value}, feature {config.eval.feature.value}, {config.model.describe()}",
         f"{n_train} training images, {datasets['test']['images']} test images, {datasets['classes']} classes",
-        f"{'k':>6}" + "".join(f"{title:>11}" for title in titles),
+        f"{'k':>6}" + "".join(f"{title:>{width}}" for title, width in widths.items()),
     ]
     for k in ks:
-        lines.append(f"{k:>6}" + "".join(f"{results.get(f'{k} {title}', float('nan')):>11.2f}" for title in titles))
+        cells = (f"{results.get(f'{k} {title}', math.nan):>{width}.2f}" for title, width in widths.items())
+        lines.append(f"{k:>6}" + "".join(cells))
     return "\n".join(lines)
 
 

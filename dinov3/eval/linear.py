@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -41,10 +40,10 @@ from dinov3.data.transforms import get_target_transform
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
     check_class_mapping,
+    check_test_labels,
     create_train_dataset_dict,
     find_class_mapping,
     get_labels,
-    get_labels_without_images,
     pad_multilabel_and_collate,
 )
 from dinov3.eval.feature_cache import FeatureCache
@@ -72,7 +71,6 @@ from dinov3.eval.linear_heads import (
 from dinov3.eval.linear_scoring import (
     Scorer,
     append_record,
-    as_file_name,
     drop_records,
     format_grid,
     select_best,
@@ -92,11 +90,11 @@ from dinov3.eval.metrics import (
     ClassificationMetricType,
     TargetKind,
     build_classification_metric,
-    check_targets,
 )
 from dinov3.eval.provenance import provenance
+from dinov3.eval.results import as_file_name
 from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import ModelWithIntermediateLayers, average_metrics, save_results
+from dinov3.eval.utils import ModelWithIntermediateLayers, average_metrics, save_per_class, save_results
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 
@@ -264,29 +262,17 @@ class Evaluator:
         append_record(self.metrics_file_path, record)
 
     def _save(self, model: Any, classifiers: Any, best: str, vectors: Mapping[str, Any], suffix: str) -> None:
-        name = as_file_name(self.dataset_str + self.name_suffix) + suffix
-        if distributed.is_main_process() and vectors[best]:
-            path = Path(self.metrics_file_path).with_name(f"per_class-{name}.npy")
-            np.save(path, vectors[best][TOP_1].cpu().numpy())
+        name = self.dataset_str + self.name_suffix
+        if vectors[best]:
+            save_per_class(vectors[best], Path(self.metrics_file_path).parent, name, suffix)
         if self.save_results_func is not None:
+            name = as_file_name(name) + suffix
             self.save_results_func(**self._scorer.predict(model, classifiers, best), filename_suffix=name)
 
     def _check(self, num_classes: int) -> None:
         if len(self.dataset) == 0:
             raise ValueError(f"{self.dataset_str} is empty")
-        kind = self.metric_type.target_kind
-        if kind in (TargetKind.LISTS, TargetKind.INDICES):
-            return
-        labels = get_labels_without_images(self.dataset)
-        check_targets(self.metric_type, labels, self.dataset_str)
-        if labels is None:
-            return
-        if kind is TargetKind.CLASSES and int(labels.max()) >= num_classes:
-            raise ValueError(
-                f"{self.dataset_str} has class {int(labels.max())}, but there are only {num_classes} classes to train"
-            )
-        if kind is TargetKind.MULTI_HOT and labels.shape[1] != num_classes:
-            raise ValueError(f"{self.dataset_str} has {labels.shape[1]} classes, train.dataset {num_classes}")
+        check_test_labels(self.dataset, self.metric_type, num_classes, self.dataset_str)
 
 
 def make_evaluators(

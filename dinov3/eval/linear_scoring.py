@@ -6,10 +6,8 @@ matrix product, without images.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from dinov3.eval.results import write_atomically
 
 logger = logging.getLogger("dinov3")
 
-MAX_NAME_LENGTH = 150
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -205,14 +202,6 @@ def drop_records(path: str | Path, *, iteration: int, prefix: str) -> None:
     kept = [r for r in records if r["prefix"] != prefix or r["iteration"] < iteration]
     if len(kept) < len(records):
         _write_records(Path(path), kept)
-
-
-def as_file_name(text: str) -> str:
-    """A text as part of a file name; where characters must be replaced, with a digest of the text."""
-    safe = re.sub(r"[^A-Za-z0-9._=-]", "_", text)
-    if safe == text and len(text) <= MAX_NAME_LENGTH:
-        return text
-    return f"{safe[-MAX_NAME_LENGTH:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _is_finite(module: nn.Module) -> bool:

@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -40,11 +39,11 @@ from dinov3.data.transforms import get_target_transform
 from dinov3.eval.config import FewShotConfig, TransformConfig
 from dinov3.eval.data import (
     check_class_mapping,
+    check_test_labels,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
     find_class_mapping,
     get_labels,
-    get_labels_without_images,
     pad_multilabel_and_collate,
     split_train_val_datasets,
 )
@@ -73,7 +72,7 @@ from dinov3.eval.metrics import (
 )
 from dinov3.eval.provenance import provenance
 from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import average_metrics, evaluate, save_results
+from dinov3.eval.utils import average_metrics, evaluate, save_per_class, save_results
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 
@@ -332,26 +331,14 @@ def _check_labels(
         mapping = find_class_mapping(_whole(train_dataset), _whole(dataset), name)
         check_class_mapping(mapping, num_classes, name)
         mappings.append(mapping)
-        if metric_type.target_kind not in (TargetKind.CLASSES, TargetKind.MULTI_HOT):
-            continue
-        labels = get_labels_without_images(dataset)
-        check_targets(metric_type, labels, name)
-        if labels is not None:
-            if mapping is not None and labels.ndim == 1:
-                if int(labels.max()) >= len(mapping):
-                    raise ValueError(f"{name} has class {int(labels.max())}, but only {len(mapping)} classes")
-                labels = mapping[labels]
-            _check_classes(name, labels, train_labels, num_classes)
+        n_columns = num_classes if mapping is None else len(mapping)
+        labels = check_test_labels(dataset, metric_type, n_columns, name)
+        if labels is not None and labels.ndim == 1:
+            _tell_unknown(name, labels if mapping is None else mapping[labels], train_labels)
     return num_classes, mappings[0], mappings[1]
 
 
-def _check_classes(name: str, labels: Tensor, train_labels: Tensor, num_classes: int) -> None:
-    if labels.ndim == 2:
-        if labels.shape[1] != num_classes:
-            raise ValueError(f"{name} has {labels.shape[1]} columns of labels, but train.dataset has {num_classes}")
-        return
-    if int(labels.max()) >= num_classes:
-        raise ValueError(f"{name} has class {int(labels.max())}, but train.dataset has only {num_classes} classes")
+def _tell_unknown(name: str, labels: Tensor, train_labels: Tensor) -> None:
     unknown = sorted(set(labels.tolist()) - set(train_labels.tolist()))
     if unknown:
         logger.warning(
@@ -423,10 +410,7 @@ def _test(
         class_mapping=class_mapping,
         save_results_func=save if config.save_results else None,
     )
-    vectors = {key: value for key, value in values.items() if value.ndim}
-    if vectors and distributed.is_main_process():
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        np.save(Path(config.output_dir) / "per_class-test.npy", next(iter(vectors.values())).cpu().numpy())
+    save_per_class(values, config.output_dir, config.eval.test_dataset, "" if suffix is None else f"_{suffix}")
     return {key: 100 * value for key, value in scalar_results(metric, values).items()}
 
 

@@ -6,9 +6,9 @@ Each DIR, with all below it, is searched for the result files of k-NN, logistic 
 results of a model become a row of `report.md`; `report.png` shows the same as bars. Rows and columns come in the order
 of the directories given; the best value of a column is bold.
 
-Notable: a column is an evaluation on a dataset, so figures that do not compare do not stand below each other. Results
-in one directory, or in neighbouring ones, such as RUN/knn and RUN/linear, are one row if they are of the same model. A
-further result in the same column, such as RUN/linear-2, is a row of its own.
+Notable: a column is an evaluation on a dataset, few-shot apart, so figures that do not compare do not stand below each
+other. Results in one directory, or in neighbouring ones, such as RUN/knn and RUN/linear, are one row if they are of the
+same model. A further result in the same column, such as RUN/linear-2, is a row of its own.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ class Column:
         dataset: the test images, in short; empty if they are not known.
         evaluation: how they are classified.
         metric: what is measured; empty for the share of images that are classified right.
+        setting: what is unusual about it: how few images it is trained on, or the feature.
     """
 
     dataset: str
     evaluation: str
     metric: str = ""
+    setting: str = ""
 
     @property
     def is_lower_better(self) -> bool:
@@ -67,7 +69,12 @@ class Column:
         return self.metric in LOWER_IS_BETTER
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (self.dataset, self.evaluation, self.metric) if part)
+        return ", ".join(part for part in (self.dataset, self.title) if part)
+
+    @property
+    def title(self) -> str:
+        """All but the dataset."""
+        return ", ".join(part for part in (self.evaluation, self.setting, self.metric) if part)
 
 
 @dataclass
@@ -75,16 +82,26 @@ class Row:
     """The results of a model.
 
     Attributes:
-        name: of the directory, below the one that all rows have in common.
-        model: what was evaluated, in short, if it is known.
+        name: of the directory, below the one that all rows have in common; of several in one, with the model.
+        source: what was evaluated; empty if it is not known.
         values: main metrics in percent, by column.
         spreads: standard deviations over tries, by column.
     """
 
     name: str
-    model: str
+    source: str
     values: dict[Column, float]
     spreads: dict[Column, float]
+
+    @property
+    def model(self) -> str:
+        """`source`, in short."""
+        return _short_model(self.source)
+
+    def add(self, other: Row) -> None:
+        """Take the values of another one."""
+        self.values |= other.values
+        self.spreads |= other.spreads
 
 
 def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
@@ -110,17 +127,17 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
         found |= dict.fromkeys(path.resolve() for path in holders)
     joined: list[tuple[Path, Row]] = []
     for directory in found:
-        row = _read_row(directory)
-        neighbour = _find_neighbour(joined, directory, row)
-        if neighbour is None:
-            joined.append((directory, row))
-        else:
-            _, other = joined[neighbour]
-            other.values |= row.values
-            other.spreads |= row.spreads
-            joined[neighbour] = directory.parent, other  # under the name that they have in common
-    for (_, row), name in zip(joined, _short_names([path for path, _ in joined]), strict=True):
-        row.name = name
+        for row in _read_rows(directory):
+            neighbour = _find_neighbour(joined, directory, row)
+            if neighbour is None:
+                joined.append((directory, row))
+            else:
+                _, other = joined[neighbour]
+                other.add(row)
+                joined[neighbour] = directory.parent, other  # under the name that they have in common
+    names = _short_names([path for path, _ in joined])
+    for (_, row), name in zip(joined, names, strict=True):
+        row.name = name if names.count(name) == 1 else f"{name} ({row.model or 'unknown model'})"
     return [row for _, row in joined]
 
 
@@ -143,7 +160,7 @@ def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = _colours(len(rows))
-    bars: dict[str, Any] = {}
+    bars: dict[int, Any] = {}
     place, ticks = 0, []
     for column in columns:
         having = [(number, row) for number, row in enumerate(rows) if column in row.values]
@@ -152,7 +169,7 @@ def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             spread = row.spreads.get(column)
             bar = axes.barh(place, row.values[column], height=0.9, xerr=spread, color=colours[number])
             axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
-            bars.setdefault(row.name, bar)
+            bars.setdefault(number, bar)
             place += 1
         place += 1
     axes.set_yticks(ticks, [_tick(column) for column in columns], fontsize=8)
@@ -161,8 +178,8 @@ def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     axes.margins(x=0.1)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    names = [row.name for row in rows if row.name in bars]
-    figure.legend([bars[name] for name in names], names, loc="outside upper left", fontsize=8, frameon=False)
+    names = [rows[number].name for number in sorted(bars)]
+    figure.legend([bars[number] for number in sorted(bars)], names, loc="outside upper left", fontsize=8, frameon=False)
     target = Path(path)
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     figure.savefig(temporary, dpi=DPI, format="png")
@@ -190,19 +207,22 @@ def _find_neighbour(joined: Sequence[tuple[Path, Row]], directory: Path, row: Ro
     # The row that this directory goes on: of the same model, in a directory beside this one.
     for number, (path, other) in enumerate(joined):
         is_beside = path == directory.parent or path.parent == directory.parent
-        if is_beside and row.model and row.model == other.model:
+        if is_beside and row.source and row.source == other.source:
             return None if row.values.keys() & other.values.keys() else number
     return None
 
 
-def _read_row(directory: Path) -> Row:
-    row = Row("", "", {}, {})
+def _read_rows(directory: Path) -> list[Row]:
+    # One for each model; what is of an unknown one goes to the only other.
+    rows: dict[str, Row] = {}
     for filename, (title, patterns) in EVALUATIONS.items():
         path = directory / filename
         if not path.is_file():
             continue
         origin = _read_origin(path.with_suffix(".json"))
         values = _read_results(path)
+        source = str(origin.get("model", ""))
+        row = rows.setdefault(source, Row("", source, {}, {}))
         for key, value in values.items():
             if not any(re.fullmatch(pattern, key) for pattern in patterns) or not isinstance(value, int | float):
                 continue
@@ -211,8 +231,10 @@ def _read_row(directory: Path) -> Row:
             spread = values.get(_spread_key(key))
             if isinstance(spread, int | float) and _spread_key(key) != key:
                 row.spreads[column] = float(spread)
-        row.model = row.model or _short_model(str(origin.get("model", "")))
-    return row
+    if len(rows) == 2 and "" in rows:
+        unknown = rows.pop("")
+        next(iter(rows.values())).add(unknown)
+    return list(rows.values())
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -236,14 +258,27 @@ def _read_origin(path: Path) -> dict[str, Any]:
 
 
 def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
+    config = origin.get("config", {})
+    setting = _setting(config)
     if match := _DATASET_METRIC.fullmatch(key):
         dataset, metric = _of_linear(match["dataset"], origin)
-        return Column(_short_dataset(dataset), title, _short_metric(metric))
-    config = origin.get("config", {})
+        return Column(_short_dataset(dataset), title, _short_metric(metric), setting)
     metric = config.get("eval", {}).get("test_metric_type") or config.get("train", {}).get("val_metric_type")
     dataset = _short_dataset(str(config.get("eval", {}).get("test_dataset", "")))
     match = _NEIGHBOURS.fullmatch(key)
-    return Column(dataset, f"{match['k']}-NN" if match else title, _short_metric(str(metric or DEFAULT_METRIC.name)))
+    evaluation = f"{match['k']}-NN" if match else title
+    return Column(dataset, evaluation, _short_metric(str(metric or DEFAULT_METRIC.name)), setting)
+
+
+def _setting(config: Mapping[str, Any]) -> str:
+    feature = config.get("eval", {}).get("feature", knn.Feature.CLS.name)
+    few_shot, parts = config.get("few_shot", {}), []
+    if feature != knn.Feature.CLS.name:
+        parts.append(knn.Feature[feature].value)
+    if few_shot.get("enable"):
+        number = few_shot["k_or_percent"]
+        parts.append(f"{int(number)} per class" if number >= 1 else f"{100 * number:g}% per class")
+    return ", ".join(parts)
 
 
 def _of_linear(name: str, origin: Mapping[str, Any]) -> tuple[str, str]:
@@ -291,7 +326,13 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     # Datasets and evaluations in the order of their first appearance, numbers of neighbours ascending.
     found = list(dict.fromkeys(column for row in rows for column in row.values))
     datasets = list(dict.fromkeys(column.dataset for column in found))
-    return sorted(found, key=lambda column: (datasets.index(column.dataset), column.metric, *_rank(column.evaluation)))
+    settings = list(dict.fromkeys(column.setting for column in found))
+
+    def place(column: Column) -> tuple[Any, ...]:
+        rank = _rank(column.evaluation)
+        return datasets.index(column.dataset), column.metric, rank, settings.index(column.setting)
+
+    return sorted(found, key=place)
 
 
 def _rank(evaluation: str) -> tuple[int, int]:
@@ -313,8 +354,7 @@ def _format_value(row: Row, column: Column, best: float) -> str:
 
 
 def _tick(column: Column) -> str:
-    rest = ", ".join(part for part in (column.evaluation, column.metric) if part)
-    return f"{column.dataset}\n{rest}" if column.dataset else rest
+    return f"{column.dataset}\n{column.title}" if column.dataset else column.title
 
 
 def _colours(count: int) -> list[Any]:

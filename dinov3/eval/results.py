@@ -7,10 +7,12 @@ NaN and None are missing values, empty in CSV. Files are written under a tempora
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+MAX_NAME_LENGTH = 150
 
 
 class FileFormat(Enum):
@@ -95,6 +99,14 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def as_file_name(text: str) -> str:
+    """A text as part of a file name; where characters must be replaced, with a digest of the text."""
+    safe = re.sub(r"[^A-Za-z0-9._=-]", "_", text)
+    if safe == text and len(text) <= MAX_NAME_LENGTH:
+        return text
+    return f"{safe[-MAX_NAME_LENGTH:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def without_nan(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.eval.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
 from dinov3.eval.features import extract_features
+from dinov3.eval.results import as_file_name
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "average_metrics",
     "evaluate",
     "extract_features",
+    "save_per_class",
     "save_results",
     "wrap_model",
 ]
@@ -157,6 +159,16 @@ def average_metrics(
         averages[f"{name}_mean"] = values.mean().item()
         averages[f"{name}_std"] = values.std().item() if len(values) > 1 else float("nan")
     return averages
+
+
+def save_per_class(
+    values: Mapping[str, Tensor], output_dir: str | os.PathLike[str], dataset_str: str, suffix: str = ""
+) -> None:
+    """Write `per_class-<dataset><suffix>.npy` if a metric gives "top-1" for each class; the main process does it."""
+    if values["top-1"].ndim and distributed.is_main_process():
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        np.save(directory / f"per_class-{as_file_name(dataset_str)}{suffix}.npy", values["top-1"].cpu().numpy())
 
 
 def save_results(

@@ -140,11 +140,15 @@ def test_bad_setting_is_named(module: Any, name: str, root: Path, tmp_path: Path
 OWN_SETTINGS: list[tuple[Any, dict[str, str], str]] = [
     (knn, {"eval__test_metric_type": "GROUPBY_ANY_MATCH_ACCURACY_1"}, "needs images that know their groups"),
     (knn, {"eval__test_metric_type": "MEAN_MULTILABEL_F1"}, "MEAN_MULTILABEL_F1 needs multi-hot rows"),
+    (knn, {"eval__test_metric_type": "ANY_MATCH_ACCURACY"}, "needs a list of classes per image, but eval.test_dataset"),
     (knn, {"train__temperature": "nan"}, "train.temperature=nan"),
+    (log_regression, {"eval__test_metric_type": "ANY_MATCH_ACCURACY"}, "needs a list of classes per image"),
+    (log_regression, {"eval__test_metric_type": "IMAGENET_C_METRIC"}, "needs rows of class, corruption and level"),
     (log_regression, {"eval__test_metric_type": "GROUPBY_ANY_MATCH_ACCURACY_1"}, "needs images that know their groups"),
     (log_regression, {"train__val_dataset": "ImageFolder:root={root}/gone"}, "gone' is not a directory"),
     (log_regression, {"train__val_dataset": "ImageFolder:root={root}/others"}, "classes of train.val_dataset .*'eel'"),
     (linear, {"eval__test_datasets": "[ImageFolder:root={root}/gone]"}, "gone' is not a directory"),
+    (linear, {"train__val_metric_type": "ANY_MATCH_ACCURACY"}, "needs a list of classes per image"),
     (linear, {"train__n_last_blocks_list": "[1,3]"}, r"n_last_blocks_list=\[1, 3\]: the model has only 2 blocks"),
     (linear, {"train__classifier_fpath": "{root}/gone"}, "train.classifier_fpath=.*gone"),
     (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dinov3.eval.data import (
     SubsetEx,
     check_class_mapping,
+    check_test_labels,
     create_class_indices_mapping,
     create_train_dataset_dict,
     extract_features_for_dataset_dict,
@@ -20,6 +21,7 @@ from dinov3.eval.data import (
     get_labels,
     pad_multilabel_and_collate,
 )
+from dinov3.eval.metrics import ClassificationMetricType
 
 
 class ItemsOnly:
@@ -118,6 +120,14 @@ def test_without_few_shot_the_only_try_is_the_dataset_itself() -> None:
     assert create_train_dataset_dict(dataset) == {0: dataset}
 
 
+@pytest.mark.parametrize("fraction, counts", [(0.99, [19] * 5), (0.5, [9] * 5)])
+def test_fraction_of_rows_with_one_label_each(fraction: float, counts: list[int]) -> None:
+    # Rounding draws fewer than asked for, so the second fraction is the larger one, at 0.99 more than all.
+    dataset = WithTargets(np.eye(5, dtype=np.int64)[np.arange(95) % 5])
+    subset = create_train_dataset_dict(dataset, True, fraction, 1)[0]
+    assert get_labels(subset).sum(dim=0).tolist() == counts
+
+
 def test_tries_share_features_and_keep_their_own_rows() -> None:
     dataset = WithTargets(np.arange(40) % 4)
     tries = create_train_dataset_dict(dataset, True, 6, 3)
@@ -167,3 +177,29 @@ def test_dataset_may_tell_its_part_of_the_classes() -> None:
     check_class_mapping(mapping, 5, "x")
     with pytest.raises(ValueError, match="x is a part of 5 or more classes, train.dataset has 4"):
         check_class_mapping(mapping, 4, "x")
+
+
+@pytest.mark.parametrize(
+    "metric, targets, message",
+    [
+        ("MEAN_ACCURACY", [0, 4], "T has class 4, but the classifier has only 4 classes"),
+        ("ANY_MATCH_ACCURACY", [[0], [1, 4]], "T has class 4, but the classifier has only 4 classes"),
+        ("ANY_MATCH_ACCURACY", [0, 1], "ANY_MATCH_ACCURACY needs a list of classes per image, but T has"),
+        ("ANY_MATCH_ACCURACY", [[], []], "no image of T has a class"),
+        ("ANY_MATCH_ACCURACY", None, "no labels"),
+        ("IMAGENET_C_METRIC", np.array([[4, 0, 1]]), "T has class 4, but the classifier has only 4 classes"),
+        ("IMAGENET_C_METRIC", np.array([[1, 0]]), "IMAGENET_C_METRIC needs rows of class, corruption and level"),
+        ("MEAN_MULTILABEL_F1", np.array([[1, 0, 1]]), "T has rows of 3 labels, but the classifier has 4 classes"),
+    ],
+)
+def test_test_labels_that_a_classifier_or_metric_cannot_have_are_refused(
+    metric: str, targets: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_test_labels(WithTargets(targets), ClassificationMetricType[metric], 4, "T")
+
+
+@pytest.mark.parametrize("targets", [[[], [3, 0]], np.array([[3, -1], [0, 1]])])
+def test_lists_of_classes_that_were_trained_are_accepted(targets: Any) -> None:
+    check_test_labels(WithTargets(targets), ClassificationMetricType.ANY_MATCH_ACCURACY, 4, "T")
+    check_test_labels(ItemsOnly(targets), ClassificationMetricType.ANY_MATCH_ACCURACY, 4, "T")

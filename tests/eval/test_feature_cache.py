@@ -143,14 +143,14 @@ def test_entry_of_another_model_under_the_same_name_is_not_used(
     assert any("not what this model gives" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "text"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "text", "empty"])
 def test_damaged_entry_is_replaced(damage: str, images: Path, cache: FeatureCache) -> None:
     extract(cache, folder(images), Model())
     file = next(cache.directory.rglob("features.npy"))
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:150] if damage == "cut" else b"no array")
+        file.write_bytes({"cut": file.read_bytes()[:150], "text": b"no array", "empty": b""}[damage])
     assert [extract(cache, folder(images), Model())[2] for _ in range(2)] == [False, True]
 
 

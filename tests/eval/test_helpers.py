@@ -140,6 +140,11 @@ def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
     assert content["results"] == {"10 Top 1": 80.0} and content["processes"] == 1
 
 
+def test_figures_that_are_not_numbers_are_null_in_json(tmp_path: Path) -> None:
+    write_results({"10 Top 1": 80.0, "10 Top 1 std": float("nan")}, tmp_path, "results-knn.csv", {"processes": 1})
+    assert '"10 Top 1 std": null' in (tmp_path / "results-knn.json").read_text()
+
+
 def parse_depth(*tokens: str) -> DepthConfig:
     return args_dict_to_dataclass(cli_parser(["datasets.root=A", *tokens]), DepthConfig, save_config=False)[0]
 

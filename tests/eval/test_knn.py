@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.eval import knn
+from dinov3.eval.metrics import ClassificationMetricType
+from dinov3.eval.results import as_file_name
 from dinov3.eval.utils import ModelWithPatchMean
 
 from . import toy
@@ -79,6 +81,35 @@ def test_saved_scores_and_targets_are_in_dataset_order(tmp_path: Path) -> None:
     assert scores.shape == (50, toy.N_CLASSES) and scores.dtype == np.float32
     assert (target == toy.Vectors("test", 50).labels).all()
     assert 100 * (scores.argmax(axis=1) == target).mean() == pytest.approx(results["20 Top 1"])
+
+
+def test_shares_of_the_classes_are_written(tmp_path: Path) -> None:
+    metric = ClassificationMetricType.PER_CLASS_ACCURACY
+    results = toy.run(toy.make_config(tmp_path, eval__test_metric_type=metric))
+    shares = np.load(tmp_path / f"per_class-{as_file_name('test:50')}_k_20.npy")
+    scores, target = np.load(tmp_path / "preds_k_20.npy"), np.load(tmp_path / "target_k_20.npy")
+    hits = scores.argmax(axis=1) == target
+    assert shares.tolist() == pytest.approx([hits[target == c].mean() for c in range(toy.N_CLASSES)])
+    assert results["20 Top 1"] == pytest.approx(100 * shares.mean())
+
+
+class Grouped(toy.Vectors):
+    def get_groupby_labels(self) -> dict[str, list[str]]:
+        return {"half": ["first"] * 25 + ["second"] * 25}
+
+    def get_mapped_targets(self) -> np.ndarray:
+        return self.labels[:, None]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index], None
+
+
+def test_groups_have_columns_behind_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_dataset(monkeypatch, "test", Grouped("test", 50))
+    metric = ClassificationMetricType.GROUPBY_ANY_MATCH_ACCURACY_1
+    results = toy.run(toy.make_config(tmp_path, eval__test_metric_type=metric))
+    assert list(results) == ["5 Top 1", "20 Top 1", "5 first", "5 second", "20 first", "20 second"]
+    assert results["5 Top 1"] == pytest.approx((results["5 first"] + results["5 second"]) / 2)
 
 
 def test_lines_are_written_anew_by_each_evaluation(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear, linear_training
 from dinov3.eval.linear_heads import LinearInputs, classifier_names
-from dinov3.eval.linear_scoring import as_file_name, format_grid, select_best, tell_if_at_end
+from dinov3.eval.linear_scoring import format_grid, select_best, tell_if_at_end
 from dinov3.eval.linear_training import make_batches, read_checkpoint
 from dinov3.eval.metrics import ClassificationMetricType
+from dinov3.eval.results import as_file_name
 from dinov3.eval.utils import ModelWithIntermediateLayers
 
 from . import linear_toy as toy

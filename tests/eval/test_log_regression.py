@@ -19,6 +19,7 @@ from dinov3.eval.log_regression import LogRegModule, Solver, TrainConfig
 from dinov3.eval.log_regression_module import C_VALUES, Sweep
 from dinov3.eval.log_regression_plot import format_sweep, write_sweeps
 from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.results import as_file_name
 from dinov3.eval.setup import ModelConfig
 
 from . import toy
@@ -277,6 +278,16 @@ def test_metric_may_differ_from_that_of_the_validation(tmp_path: Path) -> None:
     assert (preds == np.load(tmp_path / "micro" / "preds.npy")).all()
     shares = [(preds[target == c].argmax(axis=1) == c).mean() for c in range(toy.N_CLASSES)]
     assert results["top-1"] == pytest.approx(100 * np.mean(shares))
+
+
+def test_shares_of_the_classes_are_written_for_each_try(tmp_path: Path) -> None:
+    metric = ClassificationMetricType.PER_CLASS_ACCURACY
+    run(make_config(tmp_path, eval__test_metric_type=metric, **FEW_SHOT))
+    for name in range(FEW_SHOT["few_shot__n_tries"]):
+        shares = np.load(tmp_path / f"per_class-{as_file_name('test:50')}_{name}.npy")
+        preds, target = (np.load(tmp_path / f"{kind}_{name}.npy") for kind in ("preds", "target"))
+        hits = preds.argmax(axis=1) == target
+        assert shares.tolist() == pytest.approx([hits[target == c].mean() for c in range(toy.N_CLASSES)])
 
 
 class Unlabelled(toy.Vectors):

@@ -62,3 +62,17 @@ def test_inputs_are_left_alone() -> None:
 def test_accuracy_is_in_percent() -> None:
     output = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     assert [value.item() for value in accuracy(output, torch.tensor([1, 0]), topk=(1, 2))] == [50, 100]
+
+
+@pytest.mark.parametrize("name", ["MEAN_ACCURACY", "MEAN_PER_CLASS_ACCURACY", "MACRO_AVERAGED_MEAN_RECIPROCAL_RANK"])
+def test_nan_scores_are_no_hits(name: str) -> None:
+    metric = build_classification_metric(ClassificationMetricType[name], num_classes=3)
+    metric.update(torch.full((6, 3), float("nan")), torch.arange(6) % 3)
+    assert metric.compute()["top-1"] <= 1 / 3
+
+
+def test_batch_whose_images_have_no_class_counts_nothing() -> None:
+    metric = build_classification_metric(ClassificationMetricType.ANY_MATCH_ACCURACY, num_classes=3)
+    metric.update(torch.eye(3), torch.empty(3, 0, dtype=torch.int64))
+    metric.update(torch.eye(3), torch.tensor([[0], [2], [-1]]))
+    assert metric.compute()["top-1"] == 0.5

@@ -74,6 +74,45 @@ def test_neighbouring_directories_of_a_model_are_one_row(tmp_path: Path) -> None
     assert [row.model for row in rows.values()] == ["a, iteration 7", *["b, iteration 7"] * 2, "b, iteration 9"]
 
 
+def test_results_of_several_models_in_one_directory_are_rows_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, "knn", {"10 Top 1": 1.5}, "ViT-S", eval=DIGITS)
+    write(tmp_path, "log-regression", {"top-1": 99.0}, "ViT-L", eval=DIGITS)
+    write(tmp_path, "linear", {"VAL_accuracy": 98.0, "best_classifier": "x"}, "ViT-L")
+    rows = report.collect([tmp_path])
+    assert [(row.model, len(row.values)) for row in rows] == [("ViT-S", 1), ("ViT-L", 2)]
+    assert [row.name for row in rows] == [f"{tmp_path.name} (ViT-S)", f"{tmp_path.name} (ViT-L)"]
+
+
+def test_models_whose_results_lie_side_by_side_have_names_of_their_own(tmp_path: Path) -> None:
+    for model in ("vits", "vitb"):
+        write(tmp_path / f"{model}_knn", "knn", {"10 Top 1": 1.5}, model, eval=DIGITS)
+        write(tmp_path / f"{model}_logreg", "log-regression", {"top-1": 2.5}, model, eval=DIGITS)
+    rows = report.collect([tmp_path])
+    assert [row.name for row in rows] == [f"{tmp_path.name} (vitb)", f"{tmp_path.name} (vits)"]
+
+
+def test_models_of_the_same_short_name_are_not_joined(tmp_path: Path) -> None:
+    write(tmp_path / "knn", "knn", {"10 Top 1": 1.5}, "/a/run/eval/training_9/teacher.pth")
+    write(tmp_path / "logreg", "log-regression", {"top-1": 2.5}, "/b/run/eval/training_9/teacher.pth")
+    assert [row.name for row in report.collect([tmp_path])] == ["knn", "logreg"]
+
+
+def test_few_shot_and_other_features_are_other_columns(tmp_path: Path) -> None:
+    few: dict[str, Any] = {"eval": DIGITS, "few_shot": {"enable": True, "k_or_percent": 5.0, "n_tries": 1}}
+    part = few | {"few_shot": {"enable": True, "k_or_percent": 0.01, "n_tries": 1}}
+    mean = {"eval": DIGITS | {"feature": "PATCH_MEAN"}, "few_shot": {"enable": False}}
+    for number, config in enumerate(({"eval": DIGITS | {"feature": "CLS"}}, few, part, mean)):
+        write(tmp_path / str(number), "knn", {"10 Top 1": 1.5}, "ViT-S", **config)
+    write(tmp_path / "0", "linear", {"VAL_accuracy": 98.0}, "ViT-S", few_shot=few["few_shot"])
+    rows = report.collect([tmp_path])
+    assert len(rows) == 1
+    assert [str(column) for column in sorted(rows[0].values, key=str)] == [
+        "VAL, linear, 5 per class",
+        *("data/digits/test, 10-NN", "data/digits/test, 10-NN, 1% per class", "data/digits/test, 10-NN, 5 per class"),
+        "data/digits/test, 10-NN, patch_mean",
+    ]
+
+
 def test_other_datasets_and_metrics_are_other_columns(tmp_path: Path) -> None:
     train = {"val_dataset": "ImageNet:split=VAL:root=/i:extra=/e", "val_metric_type": "MEAN_ACCURACY"}
     tests = {

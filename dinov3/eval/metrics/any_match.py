@@ -99,5 +99,7 @@ def best_rank(scores: Tensor, targets: Tensor) -> Tensor:
         int64 [B]; C for rows without target.
     """
     n_classes = scores.shape[1]
+    if targets.shape[1] == 0:
+        return targets.new_full((len(targets),), n_classes)
     ranks = torch.stack([target_rank(scores, column.clamp(min=0)) for column in targets.T], dim=1)  # [B, A]
     return torch.where(targets >= 0, ranks, n_classes).amin(dim=1)

@@ -20,6 +20,7 @@ from dinov3.eval.metrics.multiclass import MacroAUROC, MacroAveragedMeanReciproc
 from dinov3.eval.metrics.multilabel import MacroAveragePrecision, MeanAveragePrecisionVOC2007, MultilabelF1
 
 MIN_CLASSES_FOR_TOP_5 = 5
+CORRUPTION_COLUMNS = 3
 
 
 def build_classification_metric(
@@ -106,10 +107,13 @@ def check_targets(metric_type: ClassificationMetricType, labels: Tensor | None, 
     Raises:
         ValueError: says what the metric needs.
     """
-    n_dims = {TargetKind.CLASSES: 1, TargetKind.MULTI_HOT: 2, TargetKind.CORRUPTIONS: 2}.get(metric_type.target_kind)
-    if labels is not None and n_dims is not None and labels.ndim != n_dims:
+    kind = metric_type.target_kind
+    n_dims = {TargetKind.CLASSES: 1, TargetKind.MULTI_HOT: 2, TargetKind.CORRUPTIONS: 2}.get(kind)
+    if labels is None or n_dims is None:
+        return
+    if labels.ndim != n_dims or (kind is TargetKind.CORRUPTIONS and labels.shape[1] != CORRUPTION_COLUMNS):
         have = "one class per image" if labels.ndim == 1 else f"rows of {labels.shape[1]}"
-        raise ValueError(f"{metric_type.name} needs {metric_type.target_kind.value}, but {name} has {have}")
+        raise ValueError(f"{metric_type.name} needs {kind.value}, but {name} has {have}")
 
 
 def _default_ks(num_classes: int) -> tuple[int, ...]:

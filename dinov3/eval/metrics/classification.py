@@ -204,11 +204,11 @@ def target_rank(scores: Tensor, target: Tensor) -> Tensor:
         target: [B], integers in [0, C).
 
     Returns:
-        int64 [B].
+        int64 [B]. NaN comes before all else, so a target of score NaN is behind all C classes.
     """
     own = scores.gather(1, target[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
-    return ((scores > own) | ((scores == own) & lower)).sum(dim=1)
+    return (~(scores <= own) | ((scores == own) & lower)).sum(dim=1)
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:

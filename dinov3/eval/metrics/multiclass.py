@@ -50,7 +50,7 @@ class MacroAveragedMeanReciprocalRank(CountingMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch of scores [B, C] and classes [B]."""
         target = target.long()
-        rank = (preds >= preds.gather(1, target[:, None])).sum(dim=1)
+        rank = (~(preds < preds.gather(1, target[:, None]))).sum(dim=1)  # NaN is no hit
         self.sums.scatter_add_(0, target, 1 / rank.double())
         self.counts.scatter_add_(0, target, torch.ones_like(target))
 
