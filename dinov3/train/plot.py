@@ -25,6 +25,10 @@ from dinov3.hub.runs import EVALUATION_DIRECTORY
 METRICS_FILE = "training_metrics.json"
 FIGURE_FILE = "loss_curves.png"
 N_COLUMNS = 5
+# Inches: of a panel with its title and the numbers on its axes, and what these take of it.
+PANEL_WIDTH, PANEL_HEIGHT = 2.8, 2.3
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TICKS, MARGIN_TITLE = 0.6, 0.15, 0.3, 0.35
+MARGIN_BELOW = 0.25
 
 #: Value by evaluation, column and iteration.
 Evaluations = dict[str, dict[str, dict[int, float]]]
@@ -162,11 +166,21 @@ def draw_metrics(records: list[dict[str, Any]], evaluations: Evaluations | None 
     panels = [panel for panel in panels if panel[1]]
 
     n_rows = max(1, math.ceil(len(panels) / N_COLUMNS))
-    figure = Figure(figsize=(2.8 * N_COLUMNS, 2.3 * n_rows), layout="constrained")
+    width, height = PANEL_WIDTH * N_COLUMNS, PANEL_HEIGHT * n_rows + MARGIN_BELOW
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # Not Matplotlib's automatic layout, which draws everything three times.
+    figure.subplots_adjust(
+        left=MARGIN_LEFT / width,
+        right=1 - MARGIN_RIGHT / width,
+        bottom=(MARGIN_BELOW + MARGIN_TICKS) / height,
+        top=1 - MARGIN_TITLE / height,
+        wspace=MARGIN_LEFT / (PANEL_WIDTH - MARGIN_LEFT),
+        hspace=(MARGIN_TICKS + MARGIN_TITLE) / (PANEL_HEIGHT - MARGIN_TICKS - MARGIN_TITLE),
+    )
     for index, (title, curves, is_log) in enumerate(panels):
         _draw_panel(figure.add_subplot(n_rows, N_COLUMNS, index + 1), title, curves, is_log=is_log)
-    figure.supxlabel("iteration", fontsize=9)
+    figure.supxlabel("iteration", fontsize=9, y=0.05 / height, va="bottom")
     return figure
 
 
