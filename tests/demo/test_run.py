@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -24,12 +27,23 @@ TINY = (
 )
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(demo_images, "USER_MIN_TRAIN_IMAGES", 8)
-    monkeypatch.setattr(demo_images, "TILES_PER_PHOTO", 1)
-    monkeypatch.setattr(figures, "PATCHES_ON_SHORT_SIDE", 6)
-    monkeypatch.setattr(figures, "DPI", 50)
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(demo_images, "USER_MIN_TRAIN_IMAGES", 8)
+        monkeypatch.setattr(demo_images, "TILES_PER_PHOTO", 1)
+        monkeypatch.setattr(figures, "PATCHES_ON_SHORT_SIDE", 6)
+        monkeypatch.setattr(figures, "DPI", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, small):
+    """A directory with a finished demo on classes of one's own, its results, and what it printed."""
+    directory = tmp_path_factory.mktemp("demo")
+    with redirect_stdout(StringIO()) as printed:
+        results = run_demo(options(directory, images=classes(directory), seed=3))
+    return directory, results, printed.getvalue()
 
 
 def options(tmp_path: Path, **settings: object) -> DemoOptions:
@@ -46,21 +60,20 @@ def test_the_recipe_is_valid_and_its_lengths_are_shares_of_the_run():
     assert cfg.optim.epochs == 1 and cfg.optim.warmup_epochs < 1 and cfg.student.arch == "vit_tiny"
 
 
-def test_classes_of_ones_own_are_classified_before_and_after_training(tmp_path, small, capsys):
-    results = run_demo(options(tmp_path, images=classes(tmp_path)))
+def test_classes_of_ones_own_are_classified_before_and_after_training(done):
+    _, results, printed = done
     assert results.accuracy.keys() == {"labelled"}
     assert results.accuracy["labelled"].keys() == {"class token", "mean patch token"}
     for by_model in results.accuracy["labelled"].values():
         assert by_model.keys() == {RANDOM, TRAINED} and all(0 <= value <= 100 for value in by_model.values())
     assert all(Path(path).exists() for path in results.files.values()) and len(results.files) == 5
-    printed = capsys.readouterr().out
     assert "6-NN accuracy on 2 held-out images (labelled)" in printed
     assert all(path in printed for path in results.files.values())
 
 
-def test_results_are_recorded(tmp_path, small):
-    results = run_demo(options(tmp_path, images=classes(tmp_path), seed=3))
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
+def test_results_are_recorded(done):
+    directory, results, _ = done
+    record = json.loads((directory / "out" / "results.json").read_text())
     assert record["seed"] == 3 and record["iterations"] == 2 and record["accuracy"] == results.accuracy
 
 
@@ -70,13 +83,12 @@ def test_photos_without_classes_are_trained_on_and_drawn_but_not_classified(tmp_
     assert "no k-NN: the images have no class folders" in capsys.readouterr().out
 
 
-def test_a_second_start_trains_nothing_and_finds_the_same(tmp_path, small, capsys):
-    first = run_demo(options(tmp_path, images=classes(tmp_path)))
-    capsys.readouterr()
-    second = run_demo(options(tmp_path, images=classes(tmp_path)))
+def test_a_second_start_trains_nothing_and_finds_the_same(done, capsys):
+    directory, results, _ = done
+    second = run_demo(options(directory, images=directory / "mine", seed=3))
     printed = capsys.readouterr().out
     assert "wrote" in printed or "using again" in printed
-    assert "nothing left to train" in printed and second.accuracy == first.accuracy
+    assert "nothing left to train" in printed and second.accuracy == results.accuracy
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, small, monkeypatch):
@@ -103,14 +115,13 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, small, mo
     assert done == [0, 1, 2] and not list((tmp_path / "out").glob("run.before-*"))
 
 
-def test_other_settings_train_anew_and_keep_the_earlier_run(tmp_path, small, capsys):
-    folder = write_folder(tmp_path / "mine", ["a.png", "b.png"])
-    run_demo(options(tmp_path, images=folder))
-    run_demo(options(tmp_path, images=folder, seed=1))
+def test_other_settings_train_anew_and_keep_the_earlier_run(done, tmp_path, capsys):
+    directory = Path(shutil.copytree(done[0], tmp_path / "copy"))
+    run_demo(options(directory, images=done[0] / "mine", seed=1))
     assert "starts afresh" in capsys.readouterr().out
-    (aside,) = (tmp_path / "out").glob("run.before-*")
+    (aside,) = (directory / "out").glob("run.before-*")
     assert (aside / "teacher_checkpoint.pth").exists()
-    assert (tmp_path / "out" / "run" / "teacher_checkpoint.pth").exists()
+    assert (directory / "out" / "run" / "teacher_checkpoint.pth").exists()
 
 
 def test_a_bad_folder_is_an_error_before_anything_is_trained(tmp_path):

@@ -1,16 +1,9 @@
-"""Real labelled images that lie in installed packages, as users have them on disk, and a small backbone of a run.
-
-    torchrun --nproc-per-node 2 -m tests.eval.real_data COMMANDS.json
-
-runs the evaluation commands of a file in these processes, one after the other: a list of [module, argument, ...].
-"""
+"""Real labelled images that lie in installed packages, as users have them on disk, and a small backbone of a run."""
 
 from __future__ import annotations
 
 import csv
 import importlib
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -96,9 +89,11 @@ def size_settings() -> list[str]:
 
 
 def run_commands(commands: Iterable[list[str]]) -> None:
-    """Call `main` of each module with its arguments."""
+    """Call `main` of each [module, argument, ...], in the process group of the launcher, if there is one."""
+    distributed.enable()
     for module, *argv in commands:
         assert importlib.import_module(module).main(argv) == 0
+    distributed.disable()
 
 
 def _part(index: int) -> str:
@@ -113,10 +108,3 @@ def _save(image: Image.Image, path: Path, **options: int) -> None:
 def _made(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     return directory
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distributed.enable()
-    run_commands(json.loads(Path(sys.argv[1]).read_text()))
-    distributed.disable()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.eval import report, results
 from dinov3.hub.runs import dinov3_from_run
+from tests.multiprocess import launch
 
 from . import real_data
 
@@ -75,17 +73,7 @@ def commands(root: Path, n_processes: int) -> list[list[str]]:
 
 
 def run(root: Path, n_processes: int) -> None:
-    file = root / f"commands{n_processes}.json"
-    file.write_text(json.dumps(commands(root, n_processes)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if n_processes > 1 else []), "-m", "tests.eval.real_data", str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    launch(real_data.run_commands, n_processes, commands(root, n_processes), output=root / f"said{n_processes}.txt")
 
 
 @pytest.fixture(scope="module")

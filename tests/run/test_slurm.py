@@ -42,15 +42,16 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(slurm: OneNodeSlurm, training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training in as many processes of this machine, without Slurm."""
     output = tmp_path_factory.mktemp("undisturbed")
-    done = submit(TRAIN, *TASKS, "--wait", "--output-dir", output, *training, variables=slurm.environment)
+    done = submit(TRAIN, "--cluster", "local", "--ngpus", 2, "--wait", "--output-dir", output, *training)
     assert done.returncode == 0, done.stdout + done.stderr
     return output
 
 
 @pytest.mark.parametrize("preemption", PREEMPTIONS)
-def test_preempted_training_goes_on_and_ends_as_an_undisturbed_one(
+def test_preempted_training_goes_on_and_ends_as_an_undisturbed_one_without_slurm(
     slurm: OneNodeSlurm, training: list[str], undisturbed: Path, tmp_path: Path, preemption: str
 ) -> None:
     output = tmp_path / "run"
@@ -73,14 +74,6 @@ def test_preempted_training_goes_on_and_ends_as_an_undisturbed_one(
     assert slurm.job(job_id)["JobState"] == "COMPLETED"
     assert tiny.read_losses(output) == tiny.read_losses(undisturbed)
     tiny.assert_same_weights(tiny.read_teacher(output), tiny.read_teacher(undisturbed))
-
-
-def test_same_command_gives_the_same_weights_without_slurm(
-    training: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
-    done = submit(TRAIN, "--cluster", "local", "--ngpus", 2, "--wait", "--output-dir", tmp_path / "run", *training)
-    assert done.returncode == 0, done.stdout + done.stderr
-    tiny.assert_same_weights(tiny.read_teacher(tmp_path / "run"), tiny.read_teacher(undisturbed))
 
 
 def test_several_calls_become_an_array(slurm: OneNodeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,14 +161,14 @@ def last_iteration(output: Path) -> int:
     return max(tiny.read_losses(output))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m tests.train.kill_test", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs (default: 20)")
     parser.add_argument("--terms", type=int, default=5, metavar="N", help="SIGTERMs (default: 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
     parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ.setdefault("DINOV3_DEVICE", "cpu")
     started = time.monotonic()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.multiprocess import launch
+
+from . import kill_test
 
 
 @pytest.mark.slow
@@ -17,15 +16,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "options", [[], ["checkpointing.async_save=true", "train.grad_accumulation_steps=2"]], ids=["plain", "async"]
 )
-def test_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(options: list[str]) -> None:
-    # In an interpreter of its own, because it forks.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.kill_test", "--kills", "2", "--terms", "1", *options],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 kills" in done.stdout and "bit for bit the undisturbed run" in done.stdout
+def test_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(options: list[str], tmp_path: Path) -> None:
+    # In a process of its own, because it forks.
+    output = tmp_path / "said.txt"
+    launch(kill_test.main, 1, ["--kills", "2", "--terms", "1", *options], output=output)
+    assert "2 kills" in output.read_text() and "bit for bit the undisturbed run" in output.read_text()

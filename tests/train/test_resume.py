@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,10 +14,9 @@ from dinov3.checkpointer import find_all_checkpoints, latest_valid_checkpoint, s
 from dinov3.configs import get_default_config
 from dinov3.train import main
 from dinov3.train.resuming import report_changes, run_metadata
+from tests.multiprocess import start
 
 from . import tiny
-
-SCRIPT = Path(__file__).parents[2] / "dinov3" / "train" / "train.py"
 
 
 @pytest.fixture
@@ -31,16 +28,16 @@ def arguments(config: Path, output_dir: Path, *options: str) -> list[str]:
     return ["--config-file", str(config), "--output-dir", str(output_dir), *options]
 
 
-def kill_after_checkpoint(command: list[str], checkpoint: Path, *, delay: float) -> None:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def kill_after_checkpoint(argv: list[str], checkpoint: Path, *, delay: float, output: Path) -> None:
+    process = start(main, argv, output=output)
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
-        assert process.poll() is None, process.communicate()[1].decode()
+        assert process.is_alive(), output.read_text()
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.005)
     time.sleep(delay)
     process.kill()
-    process.wait()
+    process.join()
 
 
 @pytest.mark.slow
@@ -49,8 +46,12 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(config: Path, tmp_path:
     options = [f"train.num_workers={num_workers}"]
     main(arguments(config, tmp_path / "whole", *options))
 
-    command = [sys.executable, str(SCRIPT), *arguments(config, tmp_path / "killed", *options)]
-    kill_after_checkpoint(command, tmp_path / "killed" / "ckpt" / "9", delay=random.uniform(0, 0.3))
+    kill_after_checkpoint(
+        arguments(config, tmp_path / "killed", *options),
+        tmp_path / "killed" / "ckpt" / "9",
+        delay=random.uniform(0, 0.3),
+        output=tmp_path / "said.txt",
+    )
     assert not (tmp_path / "killed" / "teacher_checkpoint.pth").exists(), "the run ended before it was killed"
     main(arguments(config, tmp_path / "killed", *options))
 
