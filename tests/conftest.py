@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ def feature_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.environ["DINOV3_FEATURE_CACHE"] = directory
         yield
+
+
+def pytest_collection_finish() -> None:
+    # What is there now stays: no garbage collection need look at PyTorch's modules and thousands of tests again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
