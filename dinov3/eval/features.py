@@ -255,7 +255,26 @@ def extract_features(
         Features float32 [N, D] and targets int64 [N] or [N, L], in dataset order.
     """
     loader = make_enumerated_loader(dataset, batch_size, num_workers)
-    rows = gather_rows(extract_rows(model, loader, on_cpu=gather_on_cpu))
+    return extract_features_with_dataloader(model, loader, gather_on_cpu=gather_on_cpu)
+
+
+def extract_features_with_dataloader(
+    model: nn.Module, data_loader: Iterable[Any], *, gather_on_cpu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`extract_features` of what a loader yields, as that of `make_enumerated_loader` does.
+
+    Args:
+        model: gives [B, D] for a batch of images.
+        data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and dropped.
+        gather_on_cpu: return CPU tensors instead of such on the model's device.
+
+    Returns:
+        Features float32 [N, D] and targets int64 [N] or [N, L] of all processes, in the order of their indices.
+
+    Raises:
+        ValueError: the model gives NaN or infinity.
+    """
+    rows = gather_rows(extract_rows(model, data_loader, on_cpu=gather_on_cpu))
     return rows.features, rows.targets
 
 

@@ -1,7 +1,7 @@
-"""Result tables as files: CSV, JSON lines and YAML, with the standard library and PyYAML.
+"""Result tables as files: CSV, JSON lines and YAML, with the standard library and PyYAML; Excel with openpyxl.
 
 A column holds `Int64` (integers, and floats that are all whole), `Float64` or `string`; booleans become strings, and
-NaN and None are missing values, empty in CSV. Files are written under a temporary name and renamed.
+NaN and None are missing values, empty in CSV and Excel. Files are written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 MAX_NAME_LENGTH = 150
+OpenFile = io.TextIOBase | io.BufferedIOBase | io.RawIOBase
 
 
 class FileFormat(Enum):
@@ -30,6 +31,13 @@ class FileFormat(Enum):
     CSV = ".csv"
     JSONL = ".jsonl"
     YAML = ".yaml"
+    EXCEL = ".excel"
+    XLSX = ".xlsx"
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it is no text: a workbook of one sheet, whose numbers have 16 digits."""
+        return self in (FileFormat.EXCEL, FileFormat.XLSX)
 
 
 @dataclass(frozen=True)
@@ -60,44 +68,95 @@ def make(results: Mapping[str, Any]) -> Table:
     return Table({name: _column([value]) for name, value in results.items()})
 
 
-def save(results: Table, path: str | os.PathLike[str] | io.TextIOBase, file_format: FileFormat | None = None) -> None:
+def vstack(*results: Table) -> Table:
+    """The rows of several tables in one, with the columns of all, in order; missing values where a table has none."""
+    return _from_rows([row for table in results for row in table.rows()])
+
+
+def save(results: Table, path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None) -> None:
     """Write a table.
 
     Args:
         results: the table.
-        path: a file name, whose ending gives the format, or an open text file.
+        path: a file name, whose ending gives the format, or an open file, which must be a binary one for Excel.
         file_format: the format; necessary for open files.
 
     Raises:
-        ValueError: no format is given, and the ending is not one of `FileFormat`.
+        ValueError: no format is given, and the ending is not one of `FileFormat`; or Excel, and a text file.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
     """
-    text = _WRITERS[file_format or _format_of(path)](results)
-    if isinstance(path, io.TextIOBase):
-        path.write(text)
+    file_format = _format_for(path, file_format)
+    content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results)
+    if not isinstance(path, OpenFile):
+        write_atomically(path, content)
+    elif isinstance(path, io.TextIOBase):
+        path.write(str(content))
     else:
-        write_atomically(path, text)
+        path.write(_as_bytes(content))
 
 
 def save_from_dict(
-    results: Mapping[str, Any], path: str | os.PathLike[str] | io.TextIOBase, file_format: FileFormat | None = None
+    results: Mapping[str, Any], path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None
 ) -> None:
     """`save(make(results), path, file_format)`."""
     save(make(results), path, file_format)
 
 
-def load(path: str | os.PathLike[str] | io.TextIOBase, file_format: FileFormat | None = None) -> Table:
+def load(path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None) -> Table:
     """Read a table that `save` wrote; arguments and errors as there."""
-    read = _READERS[file_format or _format_of(path)]
-    rows = read(path.read() if isinstance(path, io.TextIOBase) else Path(path).read_text(encoding="utf-8"))
-    return Table({name: _column([row[name] for row in rows]) for name in (rows[0] if rows else {})})
+    file_format = _format_for(path, file_format)
+    content = path.read() if isinstance(path, OpenFile) else Path(path).read_bytes()
+    if file_format.is_binary:
+        return _from_rows(_from_workbook(_as_bytes(content)))
+    return _from_rows(_READERS[file_format](content if isinstance(content, str) else _as_bytes(content).decode()))
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
+def save_collection(
+    results: Mapping[str, Table], directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV
+) -> None:
+    """Write tables into a directory, each as `<name><ending of the format>`; other files there stay.
+
+    Args:
+        results: tables by name.
+        directory: created if needed.
+        file_format: of the files.
+
+    Raises:
+        ValueError: a name is empty, begins with a dot or names another directory; nothing is written.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
+    """
+    for name in results:
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ValueError(f"{name!r} names a table, but no file: it must not be empty, begin with a dot or have a /")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, table in results.items():
+        save(table, Path(directory) / f"{name}{file_format.value}", file_format)
+
+
+def load_collection(directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV) -> dict[str, Table]:
+    """Read all tables of one format in a directory, such as the results of several evaluations.
+
+    Args:
+        directory: where `save_collection`, or evaluations, wrote.
+        file_format: which files to read.
+
+    Returns:
+        Tables by file name without its ending, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
+    """
+    paths = (path for path in Path(directory).iterdir() if path.suffix == file_format.value)
+    return {path.stem: load(path) for path in sorted(paths) if not path.name.startswith(".")}
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(_as_bytes(content))
     temporary.replace(path)
 
 
@@ -118,14 +177,30 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _format_for(path: Any, file_format: FileFormat | None) -> FileFormat:
+    file_format = file_format or _format_of(path)
+    if file_format.is_binary and isinstance(path, io.TextIOBase):
+        raise ValueError(f"{file_format.value} is no text: open the file in binary mode")
+    return file_format
+
+
 def _format_of(path: Any) -> FileFormat:
     endings = ", ".join(member.value for member in FileFormat)
-    if isinstance(path, io.TextIOBase):
+    if isinstance(path, OpenFile):
         raise ValueError(f"the format of an open file is not known: give file_format (one of {endings})")
     try:
         return FileFormat(Path(path).suffix)
     except ValueError:
         raise ValueError(f"{os.fspath(path)!r}: the ending must be one of {endings}") from None
+
+
+def _as_bytes(content: Any) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> list[Any]:
@@ -178,6 +253,46 @@ def _to_yaml(table: Table) -> str:
 def _from_yaml(text: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load(text).values())
 
+
+def _to_workbook(table: Table) -> bytes:
+    openpyxl = _import_openpyxl()
+    workbook = openpyxl.Workbook(write_only=True)
+    sheet = workbook.create_sheet("results")
+    for row in (table.columns, *zip(*table.columns.values(), strict=True)):
+        sheet.append([_to_cell(openpyxl, sheet, value) for value in row])
+    buffer = io.BytesIO()
+    workbook.save(buffer)
+    return buffer.getvalue()
+
+
+def _to_cell(openpyxl: Any, sheet: Any, value: Any) -> Any:
+    # Excel has no infinity. Text stays text also if it begins with "=", as formulas do.
+    is_infinite = isinstance(value, float) and math.isinf(value)
+    cell = openpyxl.cell.WriteOnlyCell(sheet, str(value) if is_infinite else value)
+    if isinstance(cell.value, str):
+        cell.data_type = "s"
+    return cell
+
+
+def _from_workbook(content: bytes) -> list[dict[str, Any]]:
+    workbook = _import_openpyxl().load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+    names, *rows = list(workbook.active.iter_rows(values_only=True)) or [()]
+    # Missing values at the end of a row are not in the file.
+    padded = (row + (None,) * (len(names) - len(row)) for row in rows)
+    return [{name: _INFINITIES.get(value, value) for name, value in zip(names, row, strict=True)} for row in padded]
+
+
+def _import_openpyxl() -> Any:
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Excel files need openpyxl: pip install openpyxl, or choose .csv", name="openpyxl"
+        ) from error
+    return openpyxl
+
+
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
 _WRITERS = {FileFormat.CSV: _to_csv, FileFormat.JSONL: _to_jsonl, FileFormat.YAML: _to_yaml}
 _READERS = {FileFormat.CSV: _from_csv, FileFormat.JSONL: _from_jsonl, FileFormat.YAML: _from_yaml}

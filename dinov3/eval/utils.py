@@ -14,18 +14,25 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.eval.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
-from dinov3.eval.features import extract_features
+from dinov3.eval.feature_files import load_features_dict, save_features_dict
+from dinov3.eval.features import extract_features, extract_features_with_dataloader
+from dinov3.eval.linear_config import LossType
 from dinov3.eval.results import as_file_name
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 __all__ = [
+    "LossType",
     "ModelWithIntermediateLayers",
     "ModelWithMultiScale",
     "ModelWithNormalize",
     "ModelWithPatchMean",
+    "all_gather_and_flatten",
     "average_metrics",
     "evaluate",
     "extract_features",
+    "extract_features_with_dataloader",
+    "load_features_dict",
+    "save_features_dict",
     "save_per_class",
     "save_results",
     "wrap_model",
@@ -138,6 +145,18 @@ def evaluate(
         {key: metric.compute() for key, metric in metrics.items()},
         {key: accumulator.accumulate() for key, accumulator in accumulators.items()},
     )
+
+
+def all_gather_and_flatten(tensor: Tensor) -> Tensor:
+    """The rows of all processes, in rank order; every process must call it.
+
+    Args:
+        tensor: [n, ...]; n may differ between processes.
+
+    Returns:
+        [sum of n, ...], on every process.
+    """
+    return torch.cat(distributed.gather_all_tensors(tensor))
 
 
 def average_metrics(

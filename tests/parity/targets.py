@@ -2,6 +2,13 @@
 
 TARGETS: dict[str, str] = {
     "dinov3.models.build_model_for_eval": "dinov3.hub.runs.build_model_for_eval",
+    # Metrics: `classification` has the names and the plain counters, the others lie in files of their own.
+    "dinov3.eval.metrics.classification.AnyMatchAccuracy": "dinov3.eval.metrics.AnyMatchAccuracy",
+    "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": "dinov3.eval.metrics.GroupByAnyMatchAccuracy",
+    "dinov3.eval.metrics.classification.build_topk_recall_metric": "dinov3.eval.metrics.build_topk_recall_metric",
+    "dinov3.eval.metrics.classification.build_topk_any_match_accuracy_metric": (
+        "dinov3.eval.metrics.build_topk_any_match_accuracy_metric"
+    ),
     # Depth: models are heads, what evaluations share lies in eval/dense.
     "dinov3.eval.depth.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.depth.models.encoder.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

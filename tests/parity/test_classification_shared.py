@@ -169,7 +169,7 @@ def test_accuracy_function(case: dict[str, Any]) -> None:
 def test_text_of_result_tables(entry: dict[str, Any], tmp_path: Path) -> None:
     table = results.make(entry["dict"])
     assert list(table.dtypes.values()) == entry["dtypes"]
-    for file_format in results.FileFormat:
+    for file_format in (member for member in results.FileFormat if not member.is_binary):
         ending = file_format.value
         results.save_from_dict(entry["dict"], tmp_path / f"t{ending}")
         assert (tmp_path / f"t{ending}").read_text() == entry[ending[1:]]
