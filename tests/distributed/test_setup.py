@@ -99,10 +99,12 @@ def test_print_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_starts_two_ranks() -> None:
     code = textwrap.dedent(REPORT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # Unbuffered, a line and its end are two writes, between which the other rank may write its own.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
         [*command, "--no-python", sys.executable, "-c", code],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
+        env=buffered | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
         capture_output=True,
         text=True,
     )
