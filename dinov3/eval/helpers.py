@@ -129,7 +129,7 @@ def write_results(
     Args:
         results: one row, by column.
         output_dir: created if needed.
-        filename: ending in `.csv`, `.jsonl` or `.yaml`.
+        filename: its ending is one of `results.FileFormat`.
         provenance: what goes, with the results, into `<stem of filename>.json`.
     """
     if not distributed.is_main_process():

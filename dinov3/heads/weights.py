@@ -128,6 +128,8 @@ def _kind_of(forms: Mapping[str, Any]) -> str | None:
         return f"a DPT head of levels of {widths} channels, {fused[0]} channels within and {last[0]} outputs"
     if linear := shapes.get("conv_depth.weight"):
         return f"a linear depth head of {linear[1]} channels and {linear[0]} outputs"
+    if linear := shapes.get("conv.weight"):
+        return f"a linear segmentation head of {linear[1]} channels and {linear[0]} classes"
     return "a backbone" if "patch_embed.proj.weight" in shapes or "downsample_layers.0.0.weight" in shapes else None
 
 
