@@ -23,7 +23,7 @@ import torch
 
 from dinov3.data.datasets import ImageFolder
 from dinov3.demo.run import NEIGHBOURS, RANDOM, TRAINED
-from dinov3.eval.knn_module import knn_accuracy
+from dinov3.eval.classification.knn_module import knn_accuracy
 
 NOTE = """\
 "Grey pixels" is the same k-NN on the pixels themselves: digits that are centred and of one size hardly need features,

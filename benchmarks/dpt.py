@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov3.heads.dpt import DPTHead
-from dinov3.heads.features_to_depth import FeaturesToDepth
+from dinov3.heads.depth.dpt import DPTHead
+from dinov3.heads.depth.features_to_depth import FeaturesToDepth
 from dinov3.hub.depthers import config_of
 
 PATCH = 16

@@ -23,16 +23,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov3.eval.features import FeatureRows
+from dinov3.eval.classification.knn_config import TrainConfig as KnnTrainConfig
+from dinov3.eval.classification.linear_config import LEARNING_RATES
+from dinov3.eval.classification.linear_heads import setup_linear_classifiers
+from dinov3.eval.classification.linear_scoring import Scorer
+from dinov3.eval.classification.linear_training import train_step
+from dinov3.eval.classification.log_regression_module import fit_modules
+from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.features.extraction import FeatureRows
 from dinov3.eval.knn import eval_knn
-from dinov3.eval.knn_config import TrainConfig as KnnTrainConfig
-from dinov3.eval.linear_config import LEARNING_RATES
-from dinov3.eval.linear_heads import setup_linear_classifiers
-from dinov3.eval.linear_scoring import Scorer
-from dinov3.eval.linear_training import train_step
 from dinov3.eval.log_regression import LogRegModule, TrainConfig, evaluate_logreg_model
-from dinov3.eval.log_regression_module import fit_modules
-from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
 
 DIM = 64
 BUDGET_MB = 128

@@ -28,8 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov3.eval import neighbours
-from dinov3.eval.knn_module import KnnModule
+from dinov3.eval.classification import neighbours
+from dinov3.eval.classification.knn_module import KnnModule
 
 KS, T = [10, 20, 100, 200], 0.07
 MEMORY_CASES = [(5000, 100), (5000, 1000), (20_000, 1000), (5000, 21_841)]

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dinov3.eval.linear_config import LossType, OptimizerType, TrainConfig
-from dinov3.eval.linear_heads import AllClassifiers, create_linear_input, setup_linear_classifiers
+from dinov3.eval.classification.linear_config import LossType, OptimizerType, TrainConfig
+from dinov3.eval.classification.linear_heads import AllClassifiers, create_linear_input, setup_linear_classifiers
 
 SIZES = ((384, 100, 128), (384, 1000, 128), (1024, 1000, 128))  # width, classes, batch
 N_PATCHES = 196

@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov3.eval.log_regression_module import C_VALUES
-from dinov3.eval.log_regression_solvers import Fit, fit_with_sklearn, fit_with_torch
+from dinov3.eval.classification.log_regression_module import C_VALUES
+from dinov3.eval.classification.log_regression_solvers import Fit, fit_with_sklearn, fit_with_torch
 
 TOL, MAX_ITERATIONS = 1e-12, 1000
 

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.configs.settings import format_keys
 from dinov3.data import make_classification_eval_transform, make_dataset
-from dinov3.eval.config import FewShotConfig, TransformConfig
-from dinov3.eval.data import (
+from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.data import (
     check_class_mapping,
     check_test_labels,
     create_train_dataset_dict,
@@ -44,23 +45,30 @@ from dinov3.eval.data import (
     get_labels,
     pad_multilabel_and_collate,
 )
-from dinov3.eval.feature_cache import extract_cached
-from dinov3.eval.features import FeatureRows, extract_rows, make_enumerated_loader, model_device
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
-from dinov3.eval.knn_config import EvalConfig, Feature, KnnEvalConfig, TrainConfig
-from dinov3.eval.knn_module import KnnModule, blocks_of_slowest_process, knn_accuracy, split_rows
-from dinov3.eval.metrics import (
+from dinov3.eval.classification.knn_config import EvalConfig, Feature, KnnEvalConfig, TrainConfig
+from dinov3.eval.classification.knn_module import KnnModule, blocks_of_slowest_process, knn_accuracy, split_rows
+from dinov3.eval.classification.metrics import (
     ClassificationMetricType,
     TargetKind,
     build_classification_metric,
     scalar_results,
 )
-from dinov3.eval.neighbours_faiss import choose_backend
-from dinov3.eval.progress import track
-from dinov3.eval.provenance import provenance
-from dinov3.eval.results import write_atomically
-from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import ModelWithPatchMean, average_metrics, evaluate, save_per_class, save_results, wrap_model
+from dinov3.eval.classification.neighbours_faiss import choose_backend
+from dinov3.eval.classification.scoring import (
+    ModelWithPatchMean,
+    average_metrics,
+    evaluate,
+    save_per_class,
+    save_results,
+    wrap_model,
+)
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
+from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
+from dinov3.eval.command.progress import track
+from dinov3.eval.command.provenance import provenance
+from dinov3.eval.command.results import write_atomically, write_results
+from dinov3.eval.features.cache import extract_cached
+from dinov3.eval.features.extraction import FeatureRows, extract_rows, make_enumerated_loader, model_device
 from dinov3.run.init import job_context
 from dinov3.utils import as_torch_dtype
 from dinov3.utils.command_line import run_command_line

@@ -35,10 +35,11 @@ from torch import nn
 
 from dinov3 import distributed
 from dinov3.checkpointer import cleanup_checkpoint
+from dinov3.configs.settings import format_keys
 from dinov3.data import make_classification_eval_transform, make_classification_train_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
-from dinov3.eval.config import FewShotConfig, TransformConfig
-from dinov3.eval.data import (
+from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.data import (
     check_class_mapping,
     check_test_labels,
     create_train_dataset_dict,
@@ -46,10 +47,7 @@ from dinov3.eval.data import (
     get_labels,
     pad_multilabel_and_collate,
 )
-from dinov3.eval.feature_cache import FeatureCache
-from dinov3.eval.features import model_device
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
-from dinov3.eval.linear_config import (
+from dinov3.eval.classification.linear_config import (
     EvalConfig,
     LinearEvalConfig,
     LossType,
@@ -57,7 +55,7 @@ from dinov3.eval.linear_config import (
     SchedulerType,
     TrainConfig,
 )
-from dinov3.eval.linear_heads import (
+from dinov3.eval.classification.linear_heads import (
     AllClassifiers,
     LinearClassifier,
     LinearPostprocessor,
@@ -68,7 +66,7 @@ from dinov3.eval.linear_heads import (
     scale_lr,
     setup_linear_classifiers,
 )
-from dinov3.eval.linear_scoring import (
+from dinov3.eval.classification.linear_scoring import (
     Scorer,
     append_record,
     drop_records,
@@ -76,7 +74,7 @@ from dinov3.eval.linear_scoring import (
     select_best,
     tell_if_at_end,
 )
-from dinov3.eval.linear_training import (
+from dinov3.eval.classification.linear_training import (
     BEST,
     CHECKPOINT_FILE,
     FINAL,
@@ -86,15 +84,23 @@ from dinov3.eval.linear_training import (
     train_linear_classifiers,
     write_checkpoint,
 )
-from dinov3.eval.metrics import (
+from dinov3.eval.classification.metrics import (
     ClassificationMetricType,
     TargetKind,
     build_classification_metric,
 )
-from dinov3.eval.provenance import provenance
-from dinov3.eval.results import as_file_name
-from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import ModelWithIntermediateLayers, average_metrics, save_per_class, save_results
+from dinov3.eval.classification.scoring import (
+    ModelWithIntermediateLayers,
+    average_metrics,
+    save_per_class,
+    save_results,
+)
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
+from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
+from dinov3.eval.command.provenance import provenance
+from dinov3.eval.command.results import as_file_name, write_results
+from dinov3.eval.features.cache import FeatureCache
+from dinov3.eval.features.extraction import model_device
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dinov3 import distributed
+from dinov3.configs.settings import format_keys
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
-from dinov3.eval.config import FewShotConfig, TransformConfig
-from dinov3.eval.data import (
+from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.data import (
     check_class_mapping,
     check_test_labels,
     create_train_dataset_dict,
@@ -47,11 +48,14 @@ from dinov3.eval.data import (
     pad_multilabel_and_collate,
     split_train_val_datasets,
 )
-from dinov3.eval.feature_cache import extract_cached
-from dinov3.eval.features import FeatureRows, gather_rows, make_enumerated_loader, model_device
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, format_keys, write_results
-from dinov3.eval.log_regression_config import EvalConfig, LogregEvalConfig, LogregTransformConfig, Solver, TrainConfig
-from dinov3.eval.log_regression_module import (
+from dinov3.eval.classification.log_regression_config import (
+    EvalConfig,
+    LogregEvalConfig,
+    LogregTransformConfig,
+    Solver,
+    TrainConfig,
+)
+from dinov3.eval.classification.log_regression_module import (
     C_POWER_RANGE,
     LogRegModule,
     Sweep,
@@ -61,18 +65,22 @@ from dinov3.eval.log_regression_module import (
     sweep_C_values,
     train_for_C,
 )
-from dinov3.eval.log_regression_plot import format_sweep, sweep_table, write_sweeps
-from dinov3.eval.log_regression_solvers import check_sklearn
-from dinov3.eval.metrics import (
+from dinov3.eval.classification.log_regression_plot import format_sweep, sweep_table, write_sweeps
+from dinov3.eval.classification.log_regression_solvers import check_sklearn
+from dinov3.eval.classification.metrics import (
     ClassificationMetricType,
     TargetKind,
     build_classification_metric,
     check_targets,
     scalar_results,
 )
-from dinov3.eval.provenance import provenance
-from dinov3.eval.setup import load_model_and_context, tell_other_normalization
-from dinov3.eval.utils import average_metrics, evaluate, save_per_class, save_results
+from dinov3.eval.classification.scoring import average_metrics, evaluate, save_per_class, save_results
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
+from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
+from dinov3.eval.command.provenance import provenance
+from dinov3.eval.command.results import write_results
+from dinov3.eval.features.cache import extract_cached
+from dinov3.eval.features.extraction import FeatureRows, gather_rows, make_enumerated_loader, model_device
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 

@@ -25,9 +25,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dinov3.eval import knn, linear, log_regression, results
-from dinov3.eval.metrics import ClassificationMetricType
-from dinov3.eval.results import write_atomically
+from dinov3.eval import knn, linear, log_regression
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.command import results
+from dinov3.eval.command.results import write_atomically
 from dinov3.utils.command_line import run_command_line
 
 TABLE_FILE, CHART_FILE = "report.md", "report.png"

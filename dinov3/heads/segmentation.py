@@ -24,7 +24,7 @@ from dinov3.layers.patch_multiple import CenterPadding, cut_margins
 from dinov3.layers.resizing import resize_bilinear
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.models.summary import patch_stride
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 __all__ = ["BackboneLayersSet", "FeatureDecoder", "FrozenBackbone", "build_segmentation_decoder"]
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dinov3.heads.depther import DecoderConfig, Depther, make_depther_from_config
+from dinov3.heads.depth.depther import DecoderConfig, Depther, make_depther_from_config
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights, WeightsLike
 from dinov3.hub.head_weights import choose_weights, load_head

@@ -20,7 +20,7 @@ from torch import Tensor
 from dinov3.hub.backbones import Weights
 from dinov3.hub.depthers import DepthWeights
 from dinov3.utils import pixel_statistics
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
 

@@ -35,7 +35,7 @@ from dinov3.run.output_dir import FLAG, JOB_ID
 from dinov3.run.record import LaunchRecord
 from dinov3.utils.cluster import get_slurm_executor_parameters
 from dinov3.utils.command_line import run_command_line
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 __all__ = ["CheckpointableSubmitter", "get_run_parser", "get_submitit_parser", "main", "submit_jobs"]
 

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dinov3.eval import results
+from dinov3.eval.command import results
 from dinov3.hub.runs import EVALUATION_DIRECTORY
 
 METRICS_FILE = "training_metrics.json"

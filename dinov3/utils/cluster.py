@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 #: The settings that a user can fix for all jobs, and their types.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval import linear
-from dinov3.eval.feature_cache import FeaturesConfig
-from dinov3.eval.setup import ModelConfig
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.features.cache import FeaturesConfig
 
 N_CLASSES = 6
 

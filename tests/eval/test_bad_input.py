@@ -15,7 +15,7 @@ from PIL import Image
 from dinov3.data.datasets import ImageNet
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.eval import knn, linear, log_regression
-from dinov3.eval.feature_cache import FeaturesConfig
+from dinov3.eval.features.cache import FeaturesConfig
 
 from . import real_data
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.eval import knn
-from dinov3.eval.metrics import ClassificationMetricType
-from dinov3.eval.results import as_file_name
-from dinov3.eval.utils import ModelWithPatchMean
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.classification.scoring import ModelWithPatchMean
+from dinov3.eval.command.results import as_file_name
 
 from . import toy
 

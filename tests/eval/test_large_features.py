@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.eval import knn, log_regression
-from dinov3.eval.data import SubsetEx, extract_features_for_dataset_dict
-from dinov3.eval.feature_cache import FeaturesConfig, extract_cached
-from dinov3.eval.features import (
+from dinov3.eval.classification.data import SubsetEx, extract_features_for_dataset_dict
+from dinov3.eval.classification.knn_module import KnnModule
+from dinov3.eval.features.cache import FeaturesConfig, extract_cached
+from dinov3.eval.features.extraction import (
     FeatureRows,
     Spill,
     extract_rows,
@@ -26,7 +27,6 @@ from dinov3.eval.features import (
     take_rows,
     usable_workers,
 )
-from dinov3.eval.knn_module import KnnModule
 from tests.multiprocess import run_ranks
 
 from . import real_data, toy

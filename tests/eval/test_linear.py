@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
-from dinov3.eval import linear, linear_training
-from dinov3.eval.linear_heads import LinearInputs, classifier_names
-from dinov3.eval.linear_scoring import format_grid, select_best, tell_if_at_end
-from dinov3.eval.linear_training import make_batches, read_checkpoint
-from dinov3.eval.metrics import ClassificationMetricType
-from dinov3.eval.results import as_file_name
-from dinov3.eval.utils import ModelWithIntermediateLayers
+from dinov3.eval import linear
+from dinov3.eval.classification import linear_training
+from dinov3.eval.classification.linear_heads import LinearInputs, classifier_names
+from dinov3.eval.classification.linear_scoring import format_grid, select_best, tell_if_at_end
+from dinov3.eval.classification.linear_training import make_batches, read_checkpoint
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.classification.scoring import ModelWithIntermediateLayers
+from dinov3.eval.command.results import as_file_name
 
 from . import linear_toy as toy
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from dinov3.eval import knn, linear
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser
-from dinov3.eval.metrics import ClassificationMetricType
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 
 N_CLASSES = 3
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov3.eval.linear_training import read_checkpoint
+from dinov3.eval.classification.linear_training import read_checkpoint
 
 from . import real_data
 

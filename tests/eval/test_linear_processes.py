@@ -10,8 +10,8 @@ import torch
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear
-from dinov3.eval.helpers import write_results
-from dinov3.eval.linear_training import read_checkpoint
+from dinov3.eval.classification.linear_training import read_checkpoint
+from dinov3.eval.command.results import write_results
 from tests.multiprocess import run_ranks
 
 from . import linear_toy as toy

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dinov3.data import make_dataset
 from dinov3.eval import log_regression
-from dinov3.eval.feature_cache import FeaturesConfig
+from dinov3.eval.classification.log_regression_module import C_VALUES, Sweep
+from dinov3.eval.classification.log_regression_plot import format_sweep, write_sweeps
+from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.command.results import as_file_name
+from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.eval.log_regression import LogRegModule, Solver, TrainConfig
-from dinov3.eval.log_regression_module import C_VALUES, Sweep
-from dinov3.eval.log_regression_plot import format_sweep, write_sweeps
-from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.results import as_file_name
-from dinov3.eval.setup import ModelConfig
 
 from . import toy
 

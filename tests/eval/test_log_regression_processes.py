@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dinov3.eval import log_regression
-from dinov3.eval.helpers import write_results
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.command.results import write_results
 from dinov3.eval.log_regression import Solver
-from dinov3.eval.metrics import ClassificationMetricType
 from tests.multiprocess import run_ranks
 
 from . import toy

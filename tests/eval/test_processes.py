@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.eval import knn, neighbours, neighbours_faiss
-from dinov3.eval.accumulators import ResultsAccumulator
-from dinov3.eval.features import extract_features
-from dinov3.eval.helpers import write_results
-from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval import knn
+from dinov3.eval.classification import neighbours, neighbours_faiss
+from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.command.results import write_results
+from dinov3.eval.features.accumulators import ResultsAccumulator
+from dinov3.eval.features.extraction import extract_features
 from tests.multiprocess import run_ranks
 
 from . import toy

@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov3.data import make_classification_eval_transform, make_dataset
-from dinov3.eval import report, results
+from dinov3.eval import report
+from dinov3.eval.command import results
 from dinov3.hub.runs import dinov3_from_run
 from tests.multiprocess import launch
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dinov3.eval import report
-from dinov3.eval.helpers import write_results
+from dinov3.eval.command.results import write_results
 
 
 def write(directory: Path, evaluation: str, results: dict[str, Any], model: str = "", **config: Any) -> None:

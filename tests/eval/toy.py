@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval import knn
-from dinov3.eval.setup import ModelConfig
+from dinov3.eval.command.model import ModelConfig
 
 N_CLASSES = 6
 

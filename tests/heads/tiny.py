@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.heads.depther import DecoderConfig, Depther, make_depther_from_config
+from dinov3.heads.depth.depther import DecoderConfig, Depther, make_depther_from_config
 from dinov3.hub import depthers
 from dinov3.hub.architectures import PUBLISHED_VITS, PublishedViT
 from dinov3.models.vision_transformer import DinoVisionTransformer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.heads.depther import Depther
+from dinov3.heads.depth.depther import Depther
 from dinov3.heads.weights import read_head
 from dinov3.hub import backbones, depthers, head_weights, sources
 from dinov3.hub.backbones import Weights

@@ -1,35 +1,46 @@
 """Where a public path of the official release lives here: only entries that differ, longest prefix wins."""
 
+METRICS = "dinov3.eval.classification.metrics"
 TARGETS: dict[str, str] = {
     "dinov3.models.build_model_for_eval": "dinov3.hub.runs.build_model_for_eval",
+    # What evaluations share: commands, features, classification.
+    "dinov3.eval.helpers": "dinov3.eval.command.config",
+    "dinov3.eval.helpers.write_results": "dinov3.eval.command.results.write_results",
+    "dinov3.eval.setup": "dinov3.eval.command.model",
+    "dinov3.eval.results": "dinov3.eval.command.results",
+    "dinov3.eval.data": "dinov3.eval.classification.data",
+    "dinov3.eval.utils": "dinov3.eval.classification.scoring",
+    "dinov3.eval.accumulators": "dinov3.eval.features.accumulators",
+    "dinov3.eval.metrics": METRICS,
+    "dinov3.eval.metrics.classification": METRICS + ".classification",
     # Metrics: `classification` has the names and the plain counters, the others lie in files of their own.
-    "dinov3.eval.metrics.classification.AnyMatchAccuracy": "dinov3.eval.metrics.AnyMatchAccuracy",
-    "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": "dinov3.eval.metrics.GroupByAnyMatchAccuracy",
-    "dinov3.eval.metrics.classification.build_topk_recall_metric": "dinov3.eval.metrics.build_topk_recall_metric",
+    "dinov3.eval.metrics.classification.AnyMatchAccuracy": METRICS + ".AnyMatchAccuracy",
+    "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": METRICS + ".GroupByAnyMatchAccuracy",
+    "dinov3.eval.metrics.classification.build_topk_recall_metric": METRICS + ".build_topk_recall_metric",
     "dinov3.eval.metrics.classification.build_topk_any_match_accuracy_metric": (
-        "dinov3.eval.metrics.build_topk_any_match_accuracy_metric"
+        METRICS + ".build_topk_any_match_accuracy_metric"
     ),
     # Depth: models are heads, what evaluations share lies in eval/dense.
     "dinov3.eval.depth.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.depth.models.encoder.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.depth.models.encoder._get_backbone_out_indices": "dinov3.heads.backbone_layers.backbone_out_indices",
-    "dinov3.eval.depth.models.encoder": "dinov3.heads.dense_encoder",
-    "dinov3.eval.depth.models.PatchSizeAdaptationStrategy": "dinov3.heads.dense_encoder.PatchSizeAdaptationStrategy",
-    "dinov3.eval.depth.models.DinoVisionTransformerWrapper": "dinov3.heads.dense_encoder.DinoVisionTransformerWrapper",
+    "dinov3.eval.depth.models.encoder": "dinov3.heads.depth.encoder",
+    "dinov3.eval.depth.models.PatchSizeAdaptationStrategy": "dinov3.heads.depth.encoder.PatchSizeAdaptationStrategy",
+    "dinov3.eval.depth.models.DinoVisionTransformerWrapper": "dinov3.heads.depth.encoder.DinoVisionTransformerWrapper",
     "dinov3.eval.depth.models.embed": "dinov3.layers.patch_multiple",
-    "dinov3.eval.depth.models.dpt_head": "dinov3.heads.dpt",
-    "dinov3.eval.depth.models.DPTHead": "dinov3.heads.dpt.DPTHead",
+    "dinov3.eval.depth.models.dpt_head": "dinov3.heads.depth.dpt",
+    "dinov3.eval.depth.models.DPTHead": "dinov3.heads.depth.dpt.DPTHead",
     "dinov3.eval.depth.models.linear_head.LinearHead": "dinov3.heads.linear.LinearDepthHead",
     "dinov3.eval.depth.models.LinearHead": "dinov3.heads.linear.LinearDepthHead",
-    "dinov3.eval.depth.models.FeaturesToDepth": "dinov3.heads.features_to_depth.FeaturesToDepth",
-    "dinov3.eval.depth.models": "dinov3.heads.depther",
-    "dinov3.eval.depth.utils.create_chmv2_mixlog_bins": "dinov3.heads.features_to_depth.create_chmv2_mixlog_bins",
+    "dinov3.eval.depth.models.FeaturesToDepth": "dinov3.heads.depth.features_to_depth.FeaturesToDepth",
+    "dinov3.eval.depth.models": "dinov3.heads.depth.depther",
+    "dinov3.eval.depth.utils.create_chmv2_mixlog_bins": "dinov3.heads.depth.features_to_depth.create_chmv2_mixlog_bins",
     "dinov3.eval.depth.utils.create_outputs_with_chmv2_mixlog_norm": (
-        "dinov3.heads.features_to_depth.create_outputs_with_chmv2_mixlog_norm"
+        "dinov3.heads.depth.features_to_depth.create_outputs_with_chmv2_mixlog_norm"
     ),
     "dinov3.eval.depth.utils.align_depth_least_square": "dinov3.eval.depth.metrics.align_depth_least_square",
-    "dinov3.eval.depth.schedulers": "dinov3.eval.dense.schedulers",
-    "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.dense.checkpoints",
+    "dinov3.eval.depth.schedulers": "dinov3.eval.training.schedulers",
+    "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.training.checkpoints",
     "dinov3.eval.depth.visualization_utils": "dinov3.eval.depth.visualization",
     "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.masks",
     # Segmentation.

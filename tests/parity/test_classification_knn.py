@@ -12,18 +12,20 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dinov3.eval import knn, results
-from dinov3.eval.data import (
+from dinov3.eval import knn
+from dinov3.eval.classification.data import (
     create_train_dataset_dict,
 )
-from dinov3.eval.features import extract_features
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, write_results
-from dinov3.eval.metrics import (
+from dinov3.eval.classification.metrics import (
     AveragingMethod,
     ClassificationMetricType,
     build_classification_metric,
 )
-from dinov3.eval.setup import ModelConfig
+from dinov3.eval.command import results
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.command.results import write_results
+from dinov3.eval.features.extraction import extract_features
 from tests.parity import deterministic, golden
 from tests.parity.classification import Samples, assert_close, assert_tensor, by_id, case_of, expected, make_input
 

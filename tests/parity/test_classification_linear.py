@@ -17,10 +17,10 @@ from torch import Tensor
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data.samplers import InfiniteSampler
 from dinov3.eval import linear
-from dinov3.eval.helpers import write_results
-from dinov3.eval.linear_heads import AllClassifiers, classifier_names
-from dinov3.eval.linear_training import train_step
-from dinov3.eval.metrics import ClassificationMetricType
+from dinov3.eval.classification.linear_heads import AllClassifiers, classifier_names
+from dinov3.eval.classification.linear_training import train_step
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.command.results import write_results
 from tests.eval import linear_toy
 from tests.parity import deterministic
 from tests.parity.classification import assert_close, assert_tensor, by_id, case_of, make_input

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.eval import log_regression, results
-from dinov3.eval.data import split_train_val_datasets
-from dinov3.eval.feature_cache import FeaturesConfig
-from dinov3.eval.helpers import args_dict_to_dataclass, cli_parser, write_results
+from dinov3.eval import log_regression
+from dinov3.eval.classification.data import split_train_val_datasets
+from dinov3.eval.classification.log_regression_module import C_VALUES
+from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
+from dinov3.eval.command import results
+from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.command.results import write_results
+from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.eval.log_regression import LogregEvalConfig, Solver, TrainConfig
-from dinov3.eval.log_regression_module import C_VALUES
-from dinov3.eval.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.setup import ModelConfig
 from tests.parity import deterministic
 from tests.parity.classification import assert_close, assert_tensor, by_id, case_of, expected, make_input
 from tests.parity.test_classification_knn import Linear, as_plain, numbers, toy_dataset

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.eval.metrics import AveragingMethod, ClassificationMetricType, build_classification_metric
-from dinov3.eval.metrics import imagenet_c as ic
+from dinov3.eval.classification.metrics import AveragingMethod, ClassificationMetricType, build_classification_metric
+from dinov3.eval.classification.metrics import imagenet_c as ic
 from tests.parity.classification import assert_close, assert_tensor, by_id, case_of, make_input
 
 

@@ -10,27 +10,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.eval import results
-from dinov3.eval.accumulators import ResultsAccumulator
-from dinov3.eval.data import (
+from dinov3.eval.classification.data import (
     create_class_indices_mapping,
     create_train_dataset_dict,
     get_num_classes,
     pad_multilabel_and_collate,
 )
-from dinov3.eval.features import extract_features
-from dinov3.eval.metrics import (
+from dinov3.eval.classification.metrics import (
     ClassificationMetricType,
     accuracy,
     build_classification_metric,
 )
-from dinov3.eval.utils import (
+from dinov3.eval.classification.scoring import (
     ModelWithMultiScale,
     ModelWithNormalize,
     average_metrics,
     save_results,
     wrap_model,
 )
+from dinov3.eval.command import results
+from dinov3.eval.features.accumulators import ResultsAccumulator
+from dinov3.eval.features.extraction import extract_features
 from tests.parity import deterministic
 from tests.parity.classification import Samples, assert_close, assert_tensor, by_id, case_of, make_input
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dinov3.heads.backbone_layers import BackboneLayersSet
-from dinov3.heads.depther import Depther
-from dinov3.heads.features_to_depth import create_chmv2_mixlog_bins
+from dinov3.heads.depth.depther import Depther
+from dinov3.heads.depth.features_to_depth import create_chmv2_mixlog_bins
 from dinov3.hub import backbones
 from dinov3.hub.depthers import config_of, dinov3_vit7b16_dd, dinov3_vitl16_chmv2, head_url_of
 from dinov3.models.convnext import ConvNeXt

@@ -12,20 +12,20 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dinov3.data.datasets import NYU
-from dinov3.eval.dense.checkpoints import (
-    find_latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    unwrap_ddp_state_dict,
-)
-from dinov3.eval.dense.command_line import plain
-from dinov3.eval.dense.schedulers import build_scheduler
+from dinov3.eval.command.command_line import plain
 from dinov3.eval.depth.config import DepthConfig, ResultConfig, TrainTransformConfig
 from dinov3.eval.depth.eval import evaluate_depther_with_dataloader
 from dinov3.eval.depth.loss import LossType, MultiLoss
 from dinov3.eval.depth.metrics import DEPTH_METRICS
 from dinov3.eval.depth.train import train_step
-from dinov3.heads.depther import DecoderConfig, make_depther_from_config
+from dinov3.eval.training.checkpoints import (
+    find_latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    unwrap_ddp_state_dict,
+)
+from dinov3.eval.training.schedulers import build_scheduler
+from dinov3.heads.depth.depther import DecoderConfig, make_depther_from_config
 from tests.parity import deterministic
 from tests.parity.dense import assert_expected, assert_output, by_id, case_of, make_input, tiny_vit
 

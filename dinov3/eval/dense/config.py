@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dinov3.eval.helpers import key
+from dinov3.configs.settings import key
 
 
 class Dtype(Enum):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.listing import list_images
-from dinov3.eval.setup import ModelConfig
+from dinov3.eval.command.model import ModelConfig
 from dinov3.hub.command_line import parse_dtype, positive, written_whole
 
 ON_BAD_IMAGE = ("skip", "raise")

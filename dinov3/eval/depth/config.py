@@ -16,15 +16,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dinov3.configs.settings import key
+from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
 from dinov3.eval.depth.loss import LossType
 from dinov3.eval.depth.masks import EvalCropType
 from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME
 from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
-from dinov3.eval.helpers import key
-from dinov3.eval.setup import ModelConfig
-from dinov3.heads.depther import DecoderConfig
-from dinov3.heads.dpt import DPTHead
+from dinov3.heads.depth.depther import DecoderConfig
+from dinov3.heads.depth.dpt import DPTHead
 from dinov3.utils import did_you_mean
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]

@@ -11,7 +11,7 @@ from dinov3.eval.depth.config import (
     make_depth_eval_transforms_from_config,
     make_depth_train_transforms_from_config,
 )
-from dinov3.eval.features import make_enumerated_loader
+from dinov3.eval.features.extraction import make_enumerated_loader
 
 
 def make_depth_dataset(config: DepthConfig, split: str) -> Any:

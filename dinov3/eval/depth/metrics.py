@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 ACCURACY_FACTOR = 1.25
 #: Predictions whose standard deviation is less than this share of their mean have no scale.

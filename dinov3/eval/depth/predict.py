@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
-from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
-from dinov3.eval.dense.command_line import read_config
+from dinov3.eval.command.command_line import read_config
 from dinov3.eval.dense.pictures import depth_picture
 from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
 from dinov3.eval.depth.config import HUB_DEPTHERS, DepthConfig, make_depth_eval_transforms_from_config
 from dinov3.eval.depth.run import CONFIG_FILENAME, load_depther
-from dinov3.heads.depther import Depther
+from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
+from dinov3.heads.depth.depther import Depther
 from dinov3.utils.command_line import run_command_line
 
 logger = logging.getLogger("dinov3")

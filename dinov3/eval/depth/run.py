@@ -32,16 +32,16 @@ from typing import Any, cast
 import torch
 
 from dinov3 import distributed
+from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.dense.command_line import parse_arguments, provenance, save_config
+from dinov3.eval.command.command_line import parse_arguments, provenance, save_config
+from dinov3.eval.command.model import load_model_and_context
+from dinov3.eval.command.results import without_nan, write_atomically, write_results
 from dinov3.eval.depth.config import HUB_DEPTHERS, IMAGENET_MEAN, IMAGENET_STD, DepthConfig
 from dinov3.eval.depth.data import make_depth_dataset
 from dinov3.eval.depth.eval import evaluate_depther_with_config, mean_of_finite
 from dinov3.eval.depth.train import train_model_with_backbone
-from dinov3.eval.helpers import format_keys, write_results
-from dinov3.eval.results import without_nan, write_atomically
-from dinov3.eval.setup import load_model_and_context
-from dinov3.heads.depther import Depther, make_depther_from_config
+from dinov3.heads.depth.depther import Depther, make_depther_from_config
 from dinov3.hub import depthers
 from dinov3.hub.transforms import normalization_of
 from dinov3.run.init import job_context

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
+from dinov3.eval.command.command_line import training_settings
 from dinov3.eval.dense.batches import collate_pairs
-from dinov3.eval.dense.command_line import training_settings
-from dinov3.eval.dense.schedulers import build_scheduler
-from dinov3.eval.dense.training import HeadTraining, Metrics, apply_gradients, train_head
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.data import make_depth_dataset
 from dinov3.eval.depth.eval import evaluate_depther_with_config
 from dinov3.eval.depth.loss import MultiLoss
 from dinov3.eval.depth.masks import make_valid_mask
 from dinov3.eval.depth.metrics import DEPTH_METRICS
-from dinov3.eval.train_loader import make_train_loader
-from dinov3.heads.depther import Depther, make_depther_from_config
+from dinov3.eval.training.loader import make_train_loader
+from dinov3.eval.training.loop import HeadTraining, Metrics, apply_gradients, train_head
+from dinov3.eval.training.schedulers import build_scheduler
+from dinov3.heads.depth.depther import Depther, make_depther_from_config
 from dinov3.layers.resizing import resize_bilinear
 
 logger = logging.getLogger("dinov3")

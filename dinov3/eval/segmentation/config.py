@@ -13,10 +13,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dinov3.configs.settings import key
+from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
-from dinov3.eval.helpers import key
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
-from dinov3.eval.setup import ModelConfig
 from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.utils import did_you_mean
 

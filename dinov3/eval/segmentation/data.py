@@ -12,12 +12,12 @@ from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, make_dataset
 from dinov3.data.datasets.paired import PairedImageDataset
 from dinov3.data.datasets.strings import DATASETS, parse_dataset_string
+from dinov3.eval.command.results import write_atomically
 from dinov3.eval.dense.batches import collate_pairs
-from dinov3.eval.features import make_enumerated_loader
-from dinov3.eval.results import write_atomically
+from dinov3.eval.features.extraction import make_enumerated_loader
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.transforms import make_segmentation_eval_transforms, make_segmentation_train_transforms
-from dinov3.eval.train_loader import make_train_loader
+from dinov3.eval.training.loader import make_train_loader
 
 CLASSES_FILENAME = "classes.txt"
 

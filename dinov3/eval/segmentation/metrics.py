@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov3.eval.segmentation.labels import preprocess_nonzero_labels
-from dinov3.utils.suggestions import did_you_mean
+from dinov3.utils.messages import did_you_mean
 
 __all__ = [
     "SEGMENTATION_METRICS",

@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
-from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
-from dinov3.eval.dense.command_line import read_config
+from dinov3.eval.command.command_line import read_config
+from dinov3.eval.command.model import load_model_and_context
 from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import CLASSES_FILENAME, make_eval_transforms
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.segmentation.run import CONFIG_FILENAME, load_segmentor
-from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.utils.command_line import run_command_line
 

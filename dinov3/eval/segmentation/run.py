@@ -28,15 +28,16 @@ from typing import Any
 from torch import nn
 
 from dinov3 import distributed
+from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.dense.checkpoints import BEST_NAME, FINAL_NAME
-from dinov3.eval.dense.command_line import parse_arguments, provenance, save_config
-from dinov3.eval.helpers import format_keys, write_results
+from dinov3.eval.command.command_line import parse_arguments, provenance, save_config
+from dinov3.eval.command.model import load_model_and_context
+from dinov3.eval.command.results import write_results
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import make_segmentation_dataset, write_class_names
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.train import HEAD_PREFIX, build_model, load_segmentation_head_, train_segmentation_head
-from dinov3.eval.setup import load_model_and_context
+from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.heads.weights import read_head
 from dinov3.run.init import job_context

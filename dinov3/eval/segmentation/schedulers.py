@@ -1,4 +1,4 @@
-"""Learning rates of segmentation heads: the schedules of `dinov3.eval.dense.schedulers`.
+"""Learning rates of segmentation heads: the schedules of `dinov3.eval.training.schedulers`.
 
 Notable: as published, the peak of `WarmupOneCycleLR` is the rate of each parameter group, whatever `lr` is.
 """
@@ -12,8 +12,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dinov3.eval.dense import schedulers
-from dinov3.eval.dense.schedulers import WarmupOneCycleLR
+from dinov3.eval.training import schedulers
+from dinov3.eval.training.schedulers import WarmupOneCycleLR
 
 __all__ = ["WarmupOneCycleLR", "build_scheduler"]
 
@@ -27,7 +27,7 @@ def build_scheduler(
     total_iter: int,
     constructor_kwargs: Mapping[str, Any] | None = None,
 ) -> LRScheduler:
-    """As `dinov3.eval.dense.schedulers.build_scheduler`, but for the peak of `WarmupOneCycleLR`."""
+    """As `dinov3.eval.training.schedulers.build_scheduler`, but for the peak of `WarmupOneCycleLR`."""
     if scheduler_type != WarmupOneCycleLR.__name__:
         return schedulers.build_scheduler(scheduler_type, optimizer, lr, total_iter, constructor_kwargs)
     kwargs = dict(constructor_kwargs or {})

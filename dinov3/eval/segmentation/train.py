@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.distributed import runtime
-from dinov3.eval.dense.command_line import training_settings
-from dinov3.eval.dense.training import HeadTraining, Metrics, TrainingResult, apply_gradients, train_head
+from dinov3.eval.command.command_line import training_settings
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_dataset, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
 from dinov3.eval.segmentation.schedulers import build_scheduler
+from dinov3.eval.training.loop import HeadTraining, Metrics, TrainingResult, apply_gradients, train_head
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
 from dinov3.heads.weights import head_entries, load_head_
 from dinov3.layers.resizing import resize_bilinear

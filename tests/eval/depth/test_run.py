@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from dinov3.configs import ConfigError
-from dinov3.eval.dense.checkpoints import load_checkpoint
-from dinov3.eval.dense.command_line import read_config
+from dinov3.eval.command.command_line import read_config
 from dinov3.eval.depth import run
 from dinov3.eval.depth.config import DepthConfig
+from dinov3.eval.training.checkpoints import load_checkpoint
 from dinov3.hub import depthers
 from dinov3.hub.transforms import normalization_of
 from dinov3.utils.weight_files import WeightsError

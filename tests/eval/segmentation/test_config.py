@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.segmentation.config import (
     DatasetsConfig,
     DecoderConfig,
@@ -16,7 +17,6 @@ from dinov3.eval.segmentation.config import (
     TrainTransformConfig,
     TransformConfig,
 )
-from dinov3.eval.setup import ModelConfig
 
 BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "word as size": (EvalTransformConfig, {"img_size": "foo"}, "transforms.eval.img_size='foo'"),

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from dinov3.configs import ConfigError
-from dinov3.eval.dense.checkpoints import load_checkpoint
 from dinov3.eval.segmentation import run
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
+from dinov3.eval.training.checkpoints import load_checkpoint
 from dinov3.utils.weight_files import WeightsError
 from tests.eval.dense import scenes
 from tests.multiprocess import run_ranks

@@ -1,0 +1,1 @@
+"""Classification on frozen features: data, scoring, metrics and the three protocols' parts."""

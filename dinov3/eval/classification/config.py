@@ -1,0 +1,73 @@
+"""Parts of a configuration that evaluations share."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from dinov3.configs.settings import key
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+logger = logging.getLogger("dinov3")
+
+
+@dataclass
+class TransformConfig:
+    """Short side after resizing, and the side of the central crop, in pixels; and how pixels are normalised."""
+
+    resize_size: int = key(256, "short side after resizing, pixels")
+    crop_size: int = key(224, "side of the central crop, pixels")
+    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the channels, for values from 0 to 1; that of ImageNet")
+    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "standard deviation of the channels, likewise")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.resize_size:
+            raise ValueError(
+                f"transform.resize_size={self.resize_size}, transform.crop_size={self.crop_size}: expected a crop of 1 "
+                "pixel or more, and not larger than the resized image, or the rest of it would be black"
+            )
+
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or min(values) < 0 or max(values) > 1 or (name == "std" and min(values) == 0):
+                raise ValueError(f"transform.{name}={list(values)}: expected three numbers between 0 and 1")
+
+    def check_patches(self, model: nn.Module) -> None:
+        """Refuse crops that are smaller than a patch of the model; warns where some pixels belong to no patch.
+
+        Raises:
+            ValueError: names both sizes.
+        """
+        patch_size = getattr(model, "patch_size", None)
+        if not isinstance(patch_size, int):
+            return
+        if self.crop_size < patch_size:
+            raise ValueError(
+                f"transform.crop_size={self.crop_size}: the model needs at least a patch, {patch_size} pixels"
+            )
+        if left := self.crop_size % patch_size:
+            logger.warning(
+                "transform.crop_size=%d is no multiple of the model's patches of %d pixels: the last %d rows and "
+                "columns belong to no patch",
+                self.crop_size,
+                patch_size,
+                left,
+            )
+
+
+@dataclass
+class FewShotConfig:
+    """Training on subsets of each class."""
+
+    enable: bool = key(False, "train on subsets of each class")
+    k_or_percent: float | None = key(None, "1 or more: images per class; below 1: fraction of each class")
+    n_tries: int = key(1, "number of subsets, drawn with seeds 0, 1, ...; results are averaged")
+
+    def __post_init__(self) -> None:
+        if self.enable and (self.k_or_percent is None or self.k_or_percent <= 0):
+            raise ValueError("few_shot.enable=true needs few_shot.k_or_percent above 0")
+        if not self.enable and (self.k_or_percent is not None or self.n_tries != 1):
+            raise ValueError("few_shot.k_or_percent and few_shot.n_tries need few_shot.enable=true")
+        if self.n_tries < 1:
+            raise ValueError(f"few_shot.n_tries={self.n_tries}: expected 1 or more")

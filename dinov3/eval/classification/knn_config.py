@@ -1,0 +1,76 @@
+"""The configuration of a k-NN evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from dinov3.configs.settings import key
+from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.classification.neighbours_faiss import BACKENDS
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.features.cache import FeaturesConfig
+
+
+class Feature(Enum):
+    """What stands for an image."""
+
+    CLS = "cls"
+    PATCH_MEAN = "patch_mean"
+
+
+@dataclass
+class TrainConfig:
+    """Training images and the classifier."""
+
+    dataset: str = key(MISSING, "labelled training images, e.g. ImageFolder:root=DIR")
+    batch_size: int = key(256, "images per step and process")
+    num_workers: int = key(5, "loader processes")
+    ks: list[int] = key([10, 20, 100, 200], "numbers of neighbours; more than there are images counts as all")
+    temperature: float = key(0.07, "of the softmax over similarities; inf: all neighbours count alike")
+    skip_first_nn: bool = key(False, "drop the best neighbour: the training images are also the test images")
+    similarity_dtype: str = key("float32", "of the similarity product; bfloat16 imitates the published figures")
+    backend: str = key("auto", "of the search: torch, faiss, or auto: faiss if it is installed, on the CPU in float32")
+    memory_budget_mb: float = key(512, "for temporaries of the search; above it, processes divide the training rows")
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"train.ks={list(self.ks)}: expected at least one number, all 1 or more")
+        if not self.temperature > 0:
+            raise ValueError(f"train.temperature={self.temperature}: expected more than 0")
+        if self.similarity_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"train.similarity_dtype={self.similarity_dtype}: expected float32 or bfloat16")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"train.backend={self.backend}: expected {', '.join(BACKENDS)}")
+        if self.batch_size < 1 or self.num_workers < 0 or self.memory_budget_mb <= 0:
+            raise ValueError("train.batch_size and train.memory_budget_mb must be above 0, train.num_workers not below")
+
+
+@dataclass
+class EvalConfig:
+    """Test images, and what is measured."""
+
+    test_dataset: str = key(MISSING, "labelled test images, e.g. ImageFolder:root=DIR")
+    test_metric_type: ClassificationMetricType = key(
+        ClassificationMetricType.MEAN_ACCURACY, "or MEAN_PER_CLASS_ACCURACY, ANY_MATCH_ACCURACY, ..."
+    )
+    batch_size: int | None = key(None, "images per step and process; null: train.batch_size")
+    num_workers: int = key(5, "loader processes")
+    feature: Feature = key(Feature.CLS, "CLS or PATCH_MEAN, of training and test images")
+
+
+@dataclass
+class KnnEvalConfig:
+    """Everything that a k-NN evaluation is configured with."""
+
+    model: ModelConfig = key(MISSING, "model.config_file and model.pretrained_weights, or model.dino_hub")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    save_results: bool = key(False, "write class scores and targets as .npy")
+    output_dir: str = key("", "where results go; . on the command line")

@@ -1,0 +1,203 @@
+"""What evaluations put around a backbone, the loop that scores a model, and small things with results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.eval.classification.linear_config import LossType
+from dinov3.eval.command.results import as_file_name
+from dinov3.eval.features.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
+from dinov3.eval.features.extraction import extract_features, extract_features_with_dataloader
+from dinov3.eval.features.files import load_features_dict, save_features_dict
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
+
+__all__ = [
+    "LossType",
+    "ModelWithIntermediateLayers",
+    "ModelWithMultiScale",
+    "ModelWithNormalize",
+    "ModelWithPatchMean",
+    "all_gather_and_flatten",
+    "average_metrics",
+    "evaluate",
+    "extract_features",
+    "extract_features_with_dataloader",
+    "load_features_dict",
+    "save_features_dict",
+    "save_per_class",
+    "save_results",
+    "wrap_model",
+]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class ModelWithNormalize(nn.Module):
+    """A model whose output rows [B, D] are divided by their L2 norm (by 1e-12 where it is smaller)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Unit rows [B, D]."""
+        return F.normalize(self.model(images), dim=1, eps=1e-12)
+
+
+class ModelWithMultiScale(nn.Module):
+    """A model whose output is the mean over its inputs at scales 1, sqrt(1/2) and 1/2."""
+
+    SCALES = (1.0, 0.5**0.5, 0.5)
+
+    def __init__(self, model: nn.Module, mode: str = "bilinear") -> None:
+        super().__init__()
+        self.model = model
+        self.mode = mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's output [B, D] for images [B, 3, H, W]."""
+        outputs = [self.model(self._resize(images, scale)) for scale in self.SCALES]
+        return torch.stack(outputs).mean(dim=0)
+
+    def _resize(self, images: Tensor, scale: float) -> Tensor:
+        if scale == 1:
+            return images
+        return F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
+
+
+class ModelWithPatchMean(nn.Module):
+    """A backbone whose output is the mean of its patch tokens after the final norm, instead of the class token."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(model, "forward_features"):
+            raise ValueError(f"{type(model).__name__} has no forward_features, so its patch tokens are not to be had")
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, D], float32."""
+        return self.model.forward_features(images)["x_norm_patchtokens"].float().mean(dim=1)
+
+
+def wrap_model(model: nn.Module, *, normalize: bool = True, multi_scale: bool = False) -> nn.Module:
+    """`model` at several scales, then with normalised outputs, as asked."""
+    if multi_scale:
+        model = ModelWithMultiScale(model)
+    return ModelWithNormalize(model) if normalize else model
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    postprocessors: Mapping[Key, nn.Module],
+    metrics: Mapping[Key, Any],
+    device: torch.device,
+    criterion: nn.Module | None = None,
+    accumulate_results: bool = False,
+) -> tuple[dict[str, float], dict[Key, dict[str, Tensor]], dict[Key, dict[str, Tensor] | None]]:
+    """Score a model, possibly by several metrics of several of its outputs at once.
+
+    Args:
+        model: put into evaluation mode. It is called for every batch, also for one of padding alone, because it may
+            contain collectives.
+        data_loader: yields `(samples, (index, targets))`; rows with a negative index are padding and dropped.
+        postprocessors: by key, a function of (outputs, targets) that gives `{"preds", "target"}`.
+        metrics: by key, what is updated with that; moved to `device`.
+        device: where samples and targets go.
+        criterion: a loss of (outputs, targets), averaged over this process's batches.
+        accumulate_results: also return all predictions and targets.
+
+    Returns:
+        `{"loss": average}` (empty without criterion); the computed metrics by key; by key, `{"preds", "target"}` in
+        dataset order, or None.
+    """
+    model.eval()
+    metrics = {key: metric.to(device) for key, metric in metrics.items()}
+    accumulators: dict[Key, Accumulator] = {
+        key: ResultsAccumulator() if accumulate_results else NoOpAccumulator() for key in postprocessors
+    }
+    losses = []
+    for samples, (index, targets) in data_loader:
+        real = index >= 0
+        samples, index, targets = (t[real.to(t.device)].to(device) for t in (samples, index, targets))
+        outputs = model(samples)
+        if criterion is not None and len(index):
+            losses.append(criterion(outputs, targets))
+        for key, metric in metrics.items():
+            results = postprocessors[key](outputs, targets)
+            metric.update(**results)
+            accumulators[key].update(**results, index=index)
+    averages = {"loss": torch.stack(losses).mean().item()} if losses else {}
+    return (
+        averages,
+        {key: metric.compute() for key, metric in metrics.items()},
+        {key: accumulator.accumulate() for key, accumulator in accumulators.items()},
+    )
+
+
+def all_gather_and_flatten(tensor: Tensor) -> Tensor:
+    """The rows of all processes, in rank order; every process must call it.
+
+    Args:
+        tensor: [n, ...]; n may differ between processes.
+
+    Returns:
+        [sum of n, ...], on every process.
+    """
+    return torch.cat(distributed.gather_all_tensors(tensor))
+
+
+def average_metrics(
+    eval_metrics_dict: Mapping[Any, Mapping[str, float]], ignore_keys: Sequence[str] = ()
+) -> dict[str, float]:
+    """Mean and unbiased standard deviation over tries.
+
+    Args:
+        eval_metrics_dict: metrics by try; their names are taken from the first one.
+        ignore_keys: names to leave out.
+
+    Returns:
+        `<metric>_mean` and `<metric>_std` for each metric.
+    """
+    tries = list(eval_metrics_dict.values())
+    averages = {}
+    for name in (name for name in tries[0] if name not in ignore_keys):
+        values = torch.tensor([float(metrics[name]) for metrics in tries], dtype=torch.float64)
+        averages[f"{name}_mean"] = values.mean().item()
+        averages[f"{name}_std"] = values.std().item() if len(values) > 1 else float("nan")
+    return averages
+
+
+def save_per_class(
+    values: Mapping[str, Tensor], output_dir: str | os.PathLike[str], dataset_str: str, suffix: str = ""
+) -> None:
+    """Write `per_class-<dataset><suffix>.npy` if a metric gives "top-1" for each class; the main process does it."""
+    if values["top-1"].ndim and distributed.is_main_process():
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        np.save(directory / f"per_class-{as_file_name(dataset_str)}{suffix}.npy", values["top-1"].cpu().numpy())
+
+
+def save_results(
+    preds: Tensor, target: Tensor, output_dir: str | os.PathLike[str], filename_suffix: str | int | None = None
+) -> None:
+    """Write `preds[_<suffix>].npy` and `target[_<suffix>].npy`; the main process does it."""
+    if not distributed.is_main_process():
+        return
+    suffix = "" if filename_suffix is None else f"_{filename_suffix}"
+    directory = Path(output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, values in (("preds", preds), ("target", target)):
+        np.save(directory / f"{name}{suffix}.npy", values.cpu().numpy())

@@ -1,0 +1,1 @@
+"""What every evaluation command shares: its configuration, model, progress and results."""

@@ -1,0 +1,102 @@
+"""From a command line to the configuration dataclass of an evaluation, and from its results to files.
+
+Notable: unknown keys are found before anything is merged, in files too; members of enumerations may be given by name or
+by value; the help text is made of the dataclass, so that a key is described once, where its default is.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinov3.configs import ConfigError, resolve_config_path, write_config
+from dinov3.configs.merging import load_yaml, parse_options
+from dinov3.configs.settings import ask_for, check_settings
+
+Config = TypeVar("Config")
+
+IMPLIED_OUTPUT_DIR = "."
+NO_CACHE_FLAG = "--no-cache"
+
+
+def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse `key=value` tokens, whose values are YAML, into nested dictionaries.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from the command line. The output directory may
+            be given as `output_dir=DIR`, `--output-dir=DIR` or `--output-dir DIR`; the last one wins. `--no-cache`
+            stands for `features.cache=false`.
+
+    Returns:
+        The settings by section, and `output_dir` ("." if it is not given).
+
+    Raises:
+        ConfigError: another flag, a bare word, or a value that is not YAML.
+    """
+    output_dir = ""
+    options = []
+    tokens = iter(sys.argv[1:] if argv is None else argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name == "--output-dir" and not equals:
+            value = next(tokens, "")
+            if not value:
+                raise ConfigError("--output-dir: expected a directory after it")
+        if name in ("output_dir", "--output-dir"):
+            output_dir = value
+        elif token == NO_CACHE_FLAG:
+            options.append("features.cache=false")
+        elif token.startswith("-"):
+            raise ConfigError(f"unknown flag {token!r}: settings are given as key=value; --help lists the keys")
+        else:
+            options.append(token)
+    settings = OmegaConf.merge(*(layer.config for layer in parse_options(options)), {})
+    return {
+        **typing.cast(dict[str, Any], OmegaConf.to_container(settings)),
+        "output_dir": output_dir or IMPLIED_OUTPUT_DIR,
+    }
+
+
+def args_dict_to_dataclass(
+    eval_args: Mapping[str, Any], config_dataclass: type[Config], save_config: bool = True
+) -> tuple[Config, str]:
+    """The configuration of an evaluation: defaults < the file that `config_file` names < the other arguments.
+
+    Args:
+        eval_args: nested settings, as of `cli_parser`. An `output_dir` of "." gives way to that of the file.
+        config_dataclass: the configuration's dataclass.
+        save_config: write `<output_dir>/eval_config.yaml`; the main process does it.
+
+    Returns:
+        The configuration and its output directory.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a missing one; names the key.
+        FileNotFoundError: there is no such file.
+        ValueError: values that contradict each other.
+    """
+    settings = dict(eval_args)
+    layers = []
+    if file := settings.pop("config_file", None):
+        path = resolve_config_path(file)
+        layers.append(check_settings(OmegaConf.to_container(load_yaml(path)), config_dataclass, f"in {path}"))
+        if layers[0].get("output_dir") and settings.get("output_dir") == IMPLIED_OUTPUT_DIR:
+            del settings["output_dir"]
+    layers.append(check_settings(settings, config_dataclass, "among the arguments"))
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(config_dataclass), *layers)
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError(f"missing: {', '.join(missing)}. " + ask_for(config_dataclass, missing))
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    output_dir = config.output_dir  # type: ignore[union-attr]
+    if save_config:
+        write_config(cfg, output_dir, "eval_config.yaml")
+    return typing.cast(Config, config), output_dir

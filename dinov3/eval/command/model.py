@@ -1,0 +1,266 @@
+"""The model of an evaluation: from a training run, from weights in any format, or from the hub by name.
+
+Notable: only a training run needs a configuration, and its own is found; the structure of released weights, also as
+Hugging Face and timm have them, is told by their entries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_path
+from dinov3.configs.settings import key
+from dinov3.distributed import runtime
+from dinov3.eval.classification.config import TransformConfig
+from dinov3.hub import backbones
+from dinov3.hub.architectures import build_like, published_name
+from dinov3.hub.backbones import Weights
+from dinov3.hub.command_line import ModelChoice, find_normalization
+from dinov3.hub.formats import Converted
+from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
+from dinov3.hub.sources import locate
+from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
+from dinov3.utils import as_torch_dtype
+
+logger = logging.getLogger("dinov3")
+
+RANDOM_WEIGHTS = "random initialisation"
+RANDOM_SEED = 0
+MAX_DEPTH_IN_RUN = 3
+
+
+@dataclass
+class ModelConfig:
+    """Which backbone is evaluated: `pretrained_weights`, with or without `config_file`, or `dino_hub`."""
+
+    config_file: str | None = key(None, "configuration of a training; default: that of the run in pretrained_weights")
+    pretrained_weights: str | None = key(
+        None,
+        "a run directory, a .pth or .safetensors file, a checkpoint directory, or a model directory of Hugging Face or "
+        "timm; null: random initialisation",
+    )
+    dino_hub: str | None = key(None, "instead of these two: a model of the hub, such as dinov3_vits16")
+    weights: str | None = key(None, "file or directory with the weights of dino_hub; null: the published ones")
+
+    def __post_init__(self) -> None:
+        if self.dino_hub and (self.config_file or self.pretrained_weights):
+            raise ValueError("give either model.dino_hub, or model.config_file and model.pretrained_weights, not both")
+        if self.weights and not self.dino_hub:
+            raise ValueError(
+                "model.weights goes with model.dino_hub; with model.config_file use model.pretrained_weights"
+            )
+
+    def check(self) -> None:
+        """Refuse what names no model, before anything is loaded.
+
+        Raises:
+            ValueError: neither weights nor a configuration nor a hub name is given, or there is no such name.
+            FileNotFoundError: there is nothing at a path.
+        """
+        if not (self.dino_hub or self.config_file or self.pretrained_weights):
+            raise ValueError(
+                "no model: give model.pretrained_weights=RUN (the directory of a training run, or one of Hugging Face "
+                "or timm), or model.dino_hub=dinov3_vits16 model.weights=FILE"
+            )
+        if self.dino_hub:
+            _check_hub_name(self.dino_hub)
+        if self.config_file:
+            resolve_config_path(self.config_file)
+        for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
+            if path and "://" not in path and path not in Weights.__members__ and not _expand(path).exists():
+                raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
+
+    def describe(self) -> str:
+        """The weights, in a few words; links are followed, so that `teacher_checkpoint.pth` tells its iteration."""
+        if self.dino_hub:
+            return f"{self.dino_hub} with {self.weights or 'published weights'}"
+        if not self.pretrained_weights:
+            return f"{RANDOM_WEIGHTS} of {self.config_file}"
+        path = _expand(self.pretrained_weights)
+        if not path.exists():
+            return self.pretrained_weights
+        return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
+
+    def find_config_file(self) -> str | None:
+        """`config_file`, or that of the training run that `pretrained_weights` is, or lies in; None without one."""
+        if self.config_file or not self.pretrained_weights:
+            return self.config_file
+        path = _expand(self.pretrained_weights).absolute()
+        # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
+        for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
+            if _is_of_training(directory / CONFIG_FILE):
+                return str(directory / CONFIG_FILE)
+        return None
+
+
+def load_model_and_context(
+    model_config: ModelConfig, output_dir: str | os.PathLike[str] = ""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone on this process's device, in evaluation mode.
+
+    Args:
+        model_config: which one.
+        output_dir: becomes `train.output_dir` of the model's configuration; nothing is written.
+
+    Returns:
+        The model, and `{"autocast_dtype": dtype}` that it is to be run in.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: no model is named, its name is unknown, or the weights are not its.
+    """
+    model_config.check()
+    config_file = model_config.find_config_file()
+    dtype = torch.float32
+    if model_config.dino_hub:
+        model: nn.Module = _load_from_hub(model_config.dino_hub, model_config.weights)
+    elif config_file is not None:
+        model, dtype = setup_and_build_model(config_file, model_config.pretrained_weights, output_dir=output_dir)
+        if not model_config.config_file:
+            logger.info("the structure of the model is that of %s", config_file)
+    else:
+        assert model_config.pretrained_weights is not None
+        model = load_without_config(model_config.pretrained_weights)
+    logger.info("model: %s, run in %s on %s", model_config.describe(), dtype, runtime.device())
+    return model, {"autocast_dtype": dtype}
+
+
+def tell_other_normalization(model_config: ModelConfig, model: nn.Module, transform: TransformConfig) -> None:
+    """Warn where images are not normalised as those that a model was trained on, as far as that is known.
+
+    Args:
+        model_config: which model.
+        model: the same, loaded.
+        transform: of the images.
+    """
+    known = _normalization_of(model_config, model)
+    if known is None:
+        return
+    wanted = [list(map(float, values)) for values in known]
+    if not np.allclose(wanted, [transform.mean, transform.std], atol=1e-3):
+        logger.warning(
+            "%s was trained on images that were normalised otherwise: give transform.mean=[%s] transform.std=[%s]",
+            model_config.describe(),
+            *(",".join(f"{value:.6g}" for value in values) for values in wanted),
+        )
+
+
+def _normalization_of(model_config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
+    if model_config.dino_hub:
+        return find_normalization(ModelChoice(model_config.dino_hub, model_config.weights), model)[1]
+    if config_file := model_config.find_config_file():
+        cfg: Any = OmegaConf.load(resolve_config_path(config_file))
+        crops = cfg.get("crops", {})
+        return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
+    directory = _expand(str(model_config.pretrained_weights))
+    for name, section, mean, std in (
+        ("preprocessor_config.json", None, "image_mean", "image_std"),
+        ("config.json", "pretrained_cfg", "mean", "std"),
+    ):
+        if (directory / name).is_file():
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            content = content if section is None else content.get(section, {})
+            if mean in content and std in content:
+                return content[mean], content[std]
+    return None
+
+
+def setup_and_build_model(
+    config_file: str | os.PathLike[str],
+    pretrained_weights: str | None = None,
+    shard_unsharded_model: bool = False,
+    output_dir: str | os.PathLike[str] = "",
+    opts: Sequence[str] | None = None,
+) -> tuple[nn.Module, torch.dtype]:
+    """The backbone that a training configuration describes; writes no file.
+
+    Args:
+        config_file: a configuration, e.g. the `config.yaml` of a run.
+        pretrained_weights: see `ModelConfig`.
+        shard_unsharded_model: shard the model over the processes.
+        output_dir: becomes `train.output_dir` of the configuration.
+        opts: `key=value` options of the configuration.
+
+    Returns:
+        The model in evaluation mode, and its autocast dtype: bfloat16 if it was trained so, else float32.
+    """
+    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, output_dir=output_dir, opts=list(opts or [])))
+    if not pretrained_weights:
+        logger.warning("model.pretrained_weights is empty: the model is a %s, results are a baseline", RANDOM_WEIGHTS)
+    with torch.random.fork_rng():
+        torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
+        model = build_model_for_eval(cfg, pretrained_weights, shard_unsharded_model)
+    is_bfloat16 = as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16
+    return model, torch.bfloat16 if is_bfloat16 else torch.float32
+
+
+def load_without_config(weights: str) -> nn.Module:
+    """The backbone whose structure its weights tell; what they do not tell is as in the published models.
+
+    Args:
+        weights: a path or a URL, as `weights=` of the hub: a model directory of Hugging Face or timm, a published file.
+
+    Returns:
+        The model on this process's device, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: there is no complete backbone.
+    """
+    state = read_state_dict(locate(weights))
+    model = build_like(state)
+    check_complete(state, model, source=weights)
+    assert model is not None
+    load_backbone_(model, state, source=weights)
+    known, is_foreign = published_name(state), isinstance(state, Converted) and state.layout is not None
+    logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
+    if known is None and not is_foreign:
+        logger.warning(
+            "%s is no published model: what its weights do not tell, such as the epsilon of its norms, is taken to be "
+            "as in those; if you have the configuration of its training, give model.config_file",
+            weights,
+        )
+    return model.to(runtime.device()).eval()
+
+
+def _load_from_hub(name: str, weights: str | None) -> nn.Module:
+    _check_hub_name(name)
+    entry = getattr(backbones, name)
+    model: nn.Module = entry(weights=weights) if weights else entry()
+    return model.to(runtime.device()).eval()
+
+
+def _check_hub_name(name: str) -> None:
+    names = [
+        entry for entry in vars(backbones) if entry.startswith("dinov3_") and inspect.isfunction(vars(backbones)[entry])
+    ]
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)
+        raise ValueError(
+            f"model.dino_hub={name}: no such model; did you mean {nearest[0]}? There are {', '.join(names)}"
+        )
+
+
+def _is_of_training(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return all(re.search(rf"^{section}:", text, re.MULTILINE) for section in ("student", "crops"))
+
+
+def _expand(path: str) -> Path:
+    return Path(path).expanduser()

@@ -1,0 +1,324 @@
+"""Result tables as files: CSV, JSON lines and YAML, with the standard library and PyYAML; Excel with openpyxl.
+
+A column holds `Int64` (integers, and floats that are all whole), `Float64` or `string`; booleans become strings, and
+NaN and None are missing values, empty in CSV and Excel. Files are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinov3 import distributed
+
+MAX_NAME_LENGTH = 150
+OpenFile = io.TextIOBase | io.BufferedIOBase | io.RawIOBase
+
+
+class FileFormat(Enum):
+    """The file formats, by their file name ending."""
+
+    CSV = ".csv"
+    JSONL = ".jsonl"
+    YAML = ".yaml"
+    EXCEL = ".excel"
+    XLSX = ".xlsx"
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it is no text: a workbook of one sheet, whose numbers have 16 digits."""
+        return self in (FileFormat.EXCEL, FileFormat.XLSX)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results.
+
+    Args:
+        columns: values by column name, all of the same length; integers, floats or strings, None where missing.
+    """
+
+    columns: dict[str, list[Any]]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """`Int64`, `Float64` or `string`, by column name."""
+        return {name: _dtype(values) for name, values in self.columns.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows, as dictionaries."""
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+
+
+def make(results: Mapping[str, Any]) -> Table:
+    """A table of one row, or of one row per element if all values are sequences (of equal length)."""
+    values = list(results.values())
+    if values and all(isinstance(value, Sequence) and not isinstance(value, str) for value in values):
+        return Table({name: _column(list(value)) for name, value in results.items()})
+    return Table({name: _column([value]) for name, value in results.items()})
+
+
+def vstack(*results: Table) -> Table:
+    """The rows of several tables in one, with the columns of all, in order; missing values where a table has none."""
+    return _from_rows([row for table in results for row in table.rows()])
+
+
+def save(results: Table, path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None) -> None:
+    """Write a table.
+
+    Args:
+        results: the table.
+        path: a file name, whose ending gives the format, or an open file, which must be a binary one for Excel.
+        file_format: the format; necessary for open files.
+
+    Raises:
+        ValueError: no format is given, and the ending is not one of `FileFormat`; or Excel, and a text file.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
+    """
+    file_format = _format_for(path, file_format)
+    content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results)
+    if not isinstance(path, OpenFile):
+        write_atomically(path, content)
+    elif isinstance(path, io.TextIOBase):
+        path.write(str(content))
+    else:
+        path.write(_as_bytes(content))
+
+
+def save_from_dict(
+    results: Mapping[str, Any], path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None
+) -> None:
+    """`save(make(results), path, file_format)`."""
+    save(make(results), path, file_format)
+
+
+def load(path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None) -> Table:
+    """Read a table that `save` wrote; arguments and errors as there."""
+    file_format = _format_for(path, file_format)
+    content = path.read() if isinstance(path, OpenFile) else Path(path).read_bytes()
+    if file_format.is_binary:
+        return _from_rows(_from_workbook(_as_bytes(content)))
+    return _from_rows(_READERS[file_format](content if isinstance(content, str) else _as_bytes(content).decode()))
+
+
+def save_collection(
+    results: Mapping[str, Table], directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV
+) -> None:
+    """Write tables into a directory, each as `<name><ending of the format>`; other files there stay.
+
+    Args:
+        results: tables by name.
+        directory: created if needed.
+        file_format: of the files.
+
+    Raises:
+        ValueError: a name is empty, begins with a dot or names another directory; nothing is written.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
+    """
+    for name in results:
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ValueError(f"{name!r} names a table, but no file: it must not be empty, begin with a dot or have a /")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, table in results.items():
+        save(table, Path(directory) / f"{name}{file_format.value}", file_format)
+
+
+def load_collection(directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV) -> dict[str, Table]:
+    """Read all tables of one format in a directory, such as the results of several evaluations.
+
+    Args:
+        directory: where `save_collection`, or evaluations, wrote.
+        file_format: which files to read.
+
+    Returns:
+        Tables by file name without its ending, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ModuleNotFoundError: Excel, and openpyxl is not installed.
+    """
+    paths = (path for path in Path(directory).iterdir() if path.suffix == file_format.value)
+    return {path.stem: load(path) for path in sorted(paths) if not path.name.startswith(".")}
+
+
+def write_results(
+    results: Mapping[str, Any],
+    output_dir: str | os.PathLike[str],
+    filename: str,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a table of results, and where it comes from; the main process does it.
+
+    Args:
+        results: one row, by column.
+        output_dir: created if needed.
+        filename: its ending is one of `results.FileFormat`.
+        provenance: what goes, with the results, into `<stem of filename>.json`.
+    """
+    if not distributed.is_main_process():
+        return
+    path = Path(output_dir) / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_from_dict(results, path)
+    if provenance is not None:
+        content = json.dumps({"results": without_nan(results), **provenance}, indent=2, default=str)
+        write_atomically(path.with_suffix(".json"), content + "\n")
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_bytes(_as_bytes(content))
+    temporary.replace(path)
+
+
+def as_file_name(text: str) -> str:
+    """A text as part of a file name; where characters must be replaced, with a digest of the text."""
+    safe = re.sub(r"[^A-Za-z0-9._=-]", "_", text)
+    if safe == text and len(text) <= MAX_NAME_LENGTH:
+        return text
+    return f"{safe[-MAX_NAME_LENGTH:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def without_nan(value: Any) -> Any:
+    """Nested values with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _format_for(path: Any, file_format: FileFormat | None) -> FileFormat:
+    file_format = file_format or _format_of(path)
+    if file_format.is_binary and isinstance(path, io.TextIOBase):
+        raise ValueError(f"{file_format.value} is no text: open the file in binary mode")
+    return file_format
+
+
+def _format_of(path: Any) -> FileFormat:
+    endings = ", ".join(member.value for member in FileFormat)
+    if isinstance(path, OpenFile):
+        raise ValueError(f"the format of an open file is not known: give file_format (one of {endings})")
+    try:
+        return FileFormat(Path(path).suffix)
+    except ValueError:
+        raise ValueError(f"{os.fspath(path)!r}: the ending must be one of {endings}") from None
+
+
+def _as_bytes(content: Any) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> list[Any]:
+    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+    if all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values):
+        whole = all(value is None or float(value).is_integer() for value in values)
+        return [None if value is None else int(value) if whole else float(value) for value in values]
+    return [None if value is None else str(value) for value in values]
+
+
+def _dtype(values: list[Any]) -> str:
+    if any(isinstance(value, str) for value in values):
+        return "string"
+    return "Float64" if any(isinstance(value, float) for value in values) else "Int64"
+
+
+def _to_csv(table: Table) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(zip(*table.columns.values(), strict=True))
+    return buffer.getvalue()
+
+
+def _from_csv(text: str) -> list[dict[str, Any]]:
+    return [{name: _parse(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def _parse(text: str) -> Any:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text or None
+
+
+def _to_jsonl(table: Table) -> str:
+    return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in table.rows())
+
+
+def _from_jsonl(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _to_yaml(table: Table) -> str:
+    return yaml.safe_dump(dict(enumerate(table.rows())))
+
+
+def _from_yaml(text: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load(text).values())
+
+
+def _to_workbook(table: Table) -> bytes:
+    openpyxl = _import_openpyxl()
+    workbook = openpyxl.Workbook(write_only=True)
+    sheet = workbook.create_sheet("results")
+    for row in (table.columns, *zip(*table.columns.values(), strict=True)):
+        sheet.append([_to_cell(openpyxl, sheet, value) for value in row])
+    buffer = io.BytesIO()
+    workbook.save(buffer)
+    return buffer.getvalue()
+
+
+def _to_cell(openpyxl: Any, sheet: Any, value: Any) -> Any:
+    # Excel has no infinity. Text stays text also if it begins with "=", as formulas do.
+    is_infinite = isinstance(value, float) and math.isinf(value)
+    cell = openpyxl.cell.WriteOnlyCell(sheet, str(value) if is_infinite else value)
+    if isinstance(cell.value, str):
+        cell.data_type = "s"
+    return cell
+
+
+def _from_workbook(content: bytes) -> list[dict[str, Any]]:
+    workbook = _import_openpyxl().load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+    names, *rows = list(workbook.active.iter_rows(values_only=True)) or [()]
+    # Missing values at the end of a row are not in the file.
+    padded = (row + (None,) * (len(names) - len(row)) for row in rows)
+    return [{name: _INFINITIES.get(value, value) for name, value in zip(names, row, strict=True)} for row in padded]
+
+
+def _import_openpyxl() -> Any:
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Excel files need openpyxl: pip install openpyxl, or choose .csv", name="openpyxl"
+        ) from error
+    return openpyxl
+
+
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
+
+_WRITERS = {FileFormat.CSV: _to_csv, FileFormat.JSONL: _to_jsonl, FileFormat.YAML: _to_yaml}
+_READERS = {FileFormat.CSV: _from_csv, FileFormat.JSONL: _from_jsonl, FileFormat.YAML: _from_yaml}

@@ -1,0 +1,1 @@
+"""Features of frozen backbones: extraction, one cache on disk, files."""

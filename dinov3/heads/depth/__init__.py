@@ -1,0 +1,1 @@
+"""Depth heads and whole depth models."""

@@ -1,0 +1,218 @@
+"""The two solvers of logistic regression."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3.eval.classification import log_regression_solvers as solvers
+from dinov3.eval.classification.log_regression_lbfgs import run_together, search_minimum
+
+N_CLASSES = 5
+
+
+def make_rows(n: int = 200, dim: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Overlapping classes, on axes of very different length that are far from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % N_CLASSES
+    centres = torch.randn(N_CLASSES, dim, generator=torch.Generator().manual_seed(1))
+    features = centres[labels] + 2 * torch.randn(n, dim, generator=generator)
+    return features * torch.logspace(1, -2, dim) + 30, labels
+
+
+def fit_torch(features: Tensor, targets: Tensor, Cs: list[float], **options: Any) -> list[solvers.Fit]:
+    settings: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "tol": 1e-12,
+        "max_iterations": 1000,
+        "dtype": torch.float32,
+        "memory_budget_bytes": 2**30,
+    }
+    return list(solvers.fit_with_torch(features, targets, Cs, **settings | options))
+
+
+def test_gradient_is_large_at_the_start() -> None:
+    features, labels = make_rows()
+    start = solvers.Fit(torch.zeros(N_CLASSES, 16).double(), torch.zeros(N_CLASSES).double(), 0, True)
+    assert gradient_norm(start, features, labels, 1.0) > 1
+
+
+def objective(fit: solvers.Fit, features: Tensor, targets: Tensor, C: float) -> float:
+    logits = features.double() @ fit.weights.T + fit.intercept
+    if targets.ndim == 1:
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, targets.double(), reduction="sum")
+    return float(loss + fit.weights.square().sum() / (2 * C))
+
+
+def gradient_norm(fit: solvers.Fit, features: Tensor, targets: Tensor, C: float) -> float:
+    """Of the weights and intercepts, per sample, where features are centred; at weights 0 it is above 1."""
+    centred = features.double() - features.double().mean(dim=0)
+    logits = features.double() @ fit.weights.T + fit.intercept
+    if targets.ndim == 1:
+        residuals = logits.softmax(dim=1) - F.one_hot(targets, logits.shape[1])
+    else:
+        residuals = logits.sigmoid() - targets
+    gradient = torch.cat([residuals.T @ centred + fit.weights / C, residuals.sum(dim=0)[:, None]], dim=1)
+    return float(gradient.abs().max()) / len(features)
+
+
+def binary_targets(labels: Tensor) -> Tensor:
+    return (labels >= 3).long()[:, None]
+
+
+def multi_hot_targets(labels: Tensor) -> Tensor:
+    return torch.stack([labels >= 3, labels % 2 == 0, labels == 0], dim=1).long()
+
+
+@pytest.mark.parametrize("make_targets", [lambda labels: labels, binary_targets, multi_hot_targets])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_vanishes_at_the_solution(make_targets: Any, dtype: torch.dtype) -> None:
+    features, labels = make_rows()
+    targets = make_targets(labels)
+    Cs = [1e-6, 1e-3, 1.0, 100.0]
+    for C, fit in zip(Cs, fit_torch(features, targets, Cs, dtype=dtype), strict=True):
+        assert fit.converged
+        assert gradient_norm(fit, features, targets, C) < (2e-3 if dtype is torch.float32 else 5e-5)
+
+
+@pytest.mark.parametrize("make_targets", [lambda labels: labels, binary_targets, multi_hot_targets])
+def test_both_solvers_find_the_same_minimum(make_targets: Any) -> None:
+    features, labels = make_rows()
+    # On axes of one length and around the origin scikit-learn gets there, too.
+    features = (features - features.mean(dim=0)) / features.std(dim=0)
+    targets = make_targets(labels)
+    for C, ours in zip([0.01, 10.0], fit_torch(features, targets, [0.01, 10.0]), strict=True):
+        theirs = solvers.fit_with_sklearn(features, targets, C, tol=1e-12, max_iterations=1000, dtype=torch.float64)
+        assert theirs.converged
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(ours.intercept, theirs.intercept, rtol=1e-2, atol=1e-4)
+        assert objective(ours, features, targets, C) <= objective(theirs, features, targets, C) * (1 + 1e-7)
+
+
+def test_no_value_of_C_has_a_worse_minimum_than_scikit_learn() -> None:
+    features, labels = make_rows()
+    Cs = [1e-6, 1e-2, 1.0, 1e2, 1e5]
+    for C, ours in zip(Cs, fit_torch(features, labels, Cs), strict=True):
+        theirs = solvers.fit_with_sklearn(features, labels, C, tol=1e-12, max_iterations=300, dtype=torch.float64)
+        assert objective(ours, features, labels, C) <= objective(theirs, features, labels, C) * (1 + 1e-6)
+
+
+def test_a_model_has_the_same_bits_whichever_others_are_fitted_with_it() -> None:
+    features, labels = make_rows(dim=7)
+    Cs = [10.0**power for power in range(-6, 6)]
+    together = fit_torch(features, labels, Cs)
+    for part in (Cs[::2], Cs[3:4]):
+        for C, fit in zip(part, fit_torch(features, labels, part), strict=True):
+            want = together[Cs.index(C)]
+            assert torch.equal(fit.weights, want.weights) and torch.equal(fit.intercept, want.intercept)
+
+
+def test_features_above_the_budget_are_gone_through_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, labels = make_rows()
+    want = fit_torch(features, labels, [1.0])[0]
+    assert not caplog.records
+    monkeypatch.setattr(solvers, "BLOCK_ELEMENTS", 500)
+    with caplog.at_level("INFO", logger="dinov3"):
+        got = fit_torch(features, labels, [1.0], memory_budget_bytes=1000)[0]
+    assert "in blocks" in caplog.text and "memory_budget_mb" in caplog.text
+    torch.testing.assert_close(got.weights, want.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_fewer_rows_than_dimensions() -> None:
+    features, labels = make_rows(n=10, dim=64)
+    for C, fit in zip([1e-3, 10.0], fit_torch(features, labels, [1e-3, 10.0], dtype=torch.float64), strict=True):
+        assert fit.weights.shape == (N_CLASSES, 64)
+        assert gradient_norm(fit, features, labels, C) < 5e-5
+
+
+def test_constant_and_repeated_features_do_no_harm() -> None:
+    features, labels = make_rows(dim=4)
+    wide = torch.cat([features, torch.full((len(features), 2), 7.0), features[:, :1]], dim=1)
+    fit = fit_torch(wide, labels, [1.0])[0]
+    assert fit.weights.isfinite().all()
+    assert fit.weights[:, 4:6].abs().max() < 1e-6
+    torch.testing.assert_close(fit.weights[:, 0], fit.weights[:, 6])
+    same = fit_torch(torch.ones(20, 3), torch.arange(20) % 2, [1.0])[0]
+    assert same.weights.abs().max() == 0
+
+
+def test_rounding_does_not_keep_a_search_going() -> None:
+    """Features that hardly vary, and a penalty that leaves almost nothing to be learned of them."""
+    features, labels = make_rows(n=1000)
+    kept = (labels != 0) | (torch.arange(1000) < 700)  # or the intercepts were all 0
+    fits = fit_torch(features[kept] * 1e-6, labels[kept], [1e-6, 1e-4, 1e-2])
+    shares = labels[kept].bincount() / kept.sum()
+    for fit in fits:
+        assert fit.converged and fit.n_iterations <= 3
+        assert fit.weights.abs().max() < 1e-2
+        torch.testing.assert_close(fit.intercept.softmax(dim=0).float(), shares, rtol=1e-4, atol=0)
+
+
+def test_rare_classes_keep_their_share() -> None:
+    features, labels = make_rows(n=400)
+    kept = (labels != 0) | (torch.arange(400) < 10)  # two of the first class
+    features, labels = features[kept], labels[kept]
+    fit = fit_torch(features, labels, [1e-7])[0]
+    shares = fit.intercept.softmax(dim=0)  # with weights near 0
+    centred = (features.double() @ fit.weights.T + fit.intercept).softmax(dim=1).mean(dim=0)
+    torch.testing.assert_close(centred, labels.bincount() / len(labels), rtol=1e-3, atol=1e-5, check_dtype=False)
+    assert shares[0] < 0.1
+
+
+def test_limit_of_iterations_is_told() -> None:
+    features, labels = make_rows()
+    fits = fit_torch(features, labels, [1e-6, 1e4], max_iterations=4)
+    assert [fit.converged for fit in fits] == [True, False]
+    assert fits[1].n_iterations == 4
+    theirs = solvers.fit_with_sklearn(features, labels, 1e4, tol=1e-12, max_iterations=4, dtype=torch.float64)
+    assert not theirs.converged
+
+
+def test_searches_do_not_wait_for_each_other_and_find_their_minima() -> None:
+    """Functions of very different curvature; the steps of log-cosh overshoot."""
+    scales = [0.01, 1.0, 300.0]
+    searches = [
+        search_minimum(
+            torch.full((3,), 4.0, dtype=torch.float64),
+            lambda gradient: gradient,
+            tolerance=1e-16,
+            noise=0.0,
+            max_iterations=200,
+        )
+        for _ in scales
+    ]
+    n_active = []
+
+    def evaluate(numbers: Any, points: Any) -> list[tuple[float, Tensor]]:
+        n_active.append(len(numbers))
+        return [
+            (float(scales[n] * (x - n).cosh().log().sum()), scales[n] * (x - n).tanh())
+            for n, x in zip(numbers, points, strict=True)
+        ]
+
+    for number, minimum in enumerate(run_together(searches, evaluate)):
+        assert minimum.converged
+        assert minimum.point.tolist() == pytest.approx([number] * 3, abs=1e-5 / math.sqrt(scales[number]))
+    assert n_active[0] == 3 and n_active == sorted(n_active, reverse=True) and n_active[-1] < 3
+
+
+@pytest.mark.timeout(20)
+def test_a_search_whose_steps_all_fail_stays_where_it_is() -> None:
+    start = torch.ones(2, dtype=torch.float64)
+    search = search_minimum(start, lambda gradient: gradient, tolerance=1e-9, noise=0.0, max_iterations=5)
+
+    def evaluate(numbers: Any, points: Any) -> list[tuple[float, Tensor]]:
+        # Falls to the left by its gradient, but is higher everywhere than at the start.
+        return [(float(not torch.equal(points[0], start)), torch.ones(2, dtype=torch.float64))]
+
+    minimum = run_together([search], evaluate)[0]
+    assert torch.equal(minimum.point, start) and minimum.n_iterations == 0
