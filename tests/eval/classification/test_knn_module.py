@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov3.eval.classification.knn_module import KnnModule, knn_accuracy
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def one_hot_scores(

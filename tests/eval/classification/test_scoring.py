@@ -134,11 +134,11 @@ def test_features_of_a_loader() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "dinov3.eval.classification.metrics.classification.AnyMatchAccuracy",
-        "dinov3.eval.classification.metrics.classification.GroupByAnyMatchAccuracy",
-        "dinov3.eval.classification.metrics.classification.build_topk_recall_metric",
-        "dinov3.eval.classification.metrics.classification.build_topk_any_match_accuracy_metric",
-        "dinov3.eval.classification.scoring.LossType",
+        "dinov3.eval.metrics.classification.AnyMatchAccuracy",
+        "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy",
+        "dinov3.eval.metrics.classification.build_topk_recall_metric",
+        "dinov3.eval.metrics.classification.build_topk_any_match_accuracy_metric",
+        "dinov3.eval.utils.LossType",
     ],
 )
 def test_names_of_the_release_lead_somewhere(path: str) -> None:
