@@ -20,6 +20,8 @@ import torch
 
 from dinov3.demo.run import NEIGHBOURS, RECIPE
 from dinov3.eval import knn
+from dinov3.eval.command.command_line import run_evaluation
+from dinov3.eval.command.config import args_dict_to_dataclass
 from dinov3.hub.weights import read_state_dict
 from dinov3.run.init import job_context
 from dinov3.train import train
@@ -85,8 +87,10 @@ def accuracies(demo: Path, weights: Path, output_dir: Path) -> list[float]:
             "transform": {"resize_size": 16, "crop_size": 16},
             "output_dir": str(output_dir / feature.lower()),
         }
+        config, _ = args_dict_to_dataclass(settings, knn.KnnEvalConfig, save_config=False)
         with silent(), job_context(output_dir=output_dir):
-            found.append(knn.benchmark_launcher(settings)[f"{NEIGHBOURS} Top 1"])
+            figures = run_evaluation(config, evaluate=knn.evaluate_knn, results_file=knn.RESULTS_FILENAME)
+        found.append(figures[f"{NEIGHBOURS} Top 1"])
     return found
 
 

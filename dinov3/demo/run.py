@@ -1,7 +1,7 @@
 """The demo from beginning to end: images, k-NN before, training, k-NN after, figures, summary.
 
 Notable: everything goes through the entry points that any other run uses: `dinov3.train.train.main`,
-`dinov3.eval.knn.benchmark_launcher`, `dinov3.hub.runs.dinov3_from_run`. The training says what it does in
+`dinov3.eval.knn.evaluate_knn`, `dinov3.hub.runs.dinov3_from_run`. The training says what it does in
 `run/logs/log.txt`; the terminal shows progress bars and results.
 """
 
@@ -24,6 +24,8 @@ from dinov3.demo import figures
 from dinov3.demo.images import Images, prepare_images
 from dinov3.distributed import runtime
 from dinov3.eval import knn
+from dinov3.eval.command.command_line import run_evaluation
+from dinov3.eval.command.config import args_dict_to_dataclass
 from dinov3.hub.runs import build_model_for_eval, dinov3_from_run
 from dinov3.run.init import job_context
 from dinov3.train import train
@@ -210,8 +212,9 @@ def _run_knn(
         "transform": {"resize_size": side, "crop_size": side},
         "output_dir": str(output_dir / "knn" / name),
     }
+    config, _ = args_dict_to_dataclass(settings, knn.KnnEvalConfig, save_config=False)
     with _quiet_job(output_dir, seed):
-        return knn.benchmark_launcher(settings)
+        return run_evaluation(config, evaluate=knn.evaluate_knn, results_file=knn.RESULTS_FILENAME)
 
 
 def _draw(

@@ -25,7 +25,6 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.configs.settings import format_keys
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.eval.classification.config import FewShotConfig, TransformConfig
 from dinov3.eval.classification.data import (
@@ -62,14 +60,12 @@ from dinov3.eval.classification.scoring import (
     save_results,
     wrap_model,
 )
-from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
-from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
+from dinov3.eval.command.command_line import run_command
+from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.progress import track
-from dinov3.eval.command.provenance import provenance
-from dinov3.eval.command.results import write_atomically, write_results
+from dinov3.eval.command.results import EvaluationResult, write_atomically
 from dinov3.eval.features.cache import extract_cached
 from dinov3.eval.features.extraction import FeatureRows, extract_rows, make_enumerated_loader, model_device
-from dinov3.run.init import job_context
 from dinov3.utils import as_torch_dtype
 from dinov3.utils.command_line import run_command_line
 
@@ -84,7 +80,6 @@ __all__ = [
     "KnnModule",
     "TrainConfig",
     "TransformConfig",
-    "benchmark_launcher",
     "eval_knn",
     "eval_knn_with_model",
     "knn_accuracy",
@@ -208,50 +203,20 @@ def eval_knn_with_model(*, model: nn.Module, autocast_dtype: torch.dtype, config
     Returns:
         The results table: `"<k> Top 1"`, ... in percent.
     """
-    return _evaluate_model(model, autocast_dtype, config)[0]
-
-
-def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
-    """Load the model that `eval_args` (as of `cli_parser`) name, evaluate it, write and print the results."""
-    started = time.perf_counter()
-    config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig)
-    model, context = load_model_and_context(config.model, output_dir)
-    tell_other_normalization(config.model, model, config.transform)
-    results, datasets = _evaluate_model(model, context["autocast_dtype"], config)
-    seconds = time.perf_counter() - started
-    origin = provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds)
-    write_results(results, output_dir, RESULTS_FILENAME, origin)
-    if distributed.is_main_process():
-        print(_format_table(results, config, datasets))
-        print(f"written to {Path(output_dir) / RESULTS_FILENAME}")
-    return results
+    return evaluate_knn(FrozenBackbone(model, autocast_dtype), config).metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate from the command line.
-
-    Args:
-        argv: `key=value` tokens after the program's name; None takes them from the command line.
-
-    Returns:
-        0.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"}.intersection(argv):
-        print(f"{__doc__}\nKeys, their defaults and meanings:\n{format_keys(KnnEvalConfig)}")
-        return 0
-    eval_args = cli_parser(argv)
-    config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig, save_config=False)
-    config.model.check()
-    with job_context(output_dir=output_dir):
-        benchmark_launcher(eval_args)
-    return 0
+    """Evaluate from the command line; see `run_command`."""
+    return run_command(
+        argv, doc=__doc__, config_class=KnnEvalConfig, evaluate=evaluate_knn, results_file=RESULTS_FILENAME
+    )
 
 
-def _evaluate_model(
-    model: nn.Module, autocast_dtype: torch.dtype, config: KnnEvalConfig
-) -> tuple[dict[str, float], dict[str, Any]]:
-    config.transform.check_patches(model)
+def evaluate_knn(backbone: FrozenBackbone, config: KnnEvalConfig) -> EvaluationResult:
+    """Evaluate as `config` describes; see the module."""
+    config.transform.check(backbone)
+    model = backbone.model
     transform = make_transform(config.transform)
     train_dataset, test_dataset = (
         make_dataset(dataset_str=text, transform=transform, target_transform=None)
@@ -270,7 +235,7 @@ def _evaluate_model(
     model = wrap_model(model, normalize=True)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
+    with backbone.autocast():
         train_data_dict = extract_features_for_dataset_dict(
             model,
             tries,
@@ -310,11 +275,18 @@ def _evaluate_model(
         )
     results = _log_and_format_results_dict(per_k, few_shot.n_tries)
     _write_lines(results, config.output_dir)
-    return results, {
+    datasets = {
         "train": {"dataset": config.train.dataset, "images": [len(subset) for subset in tries.values()]},
         "test": {"dataset": config.eval.test_dataset, "images": len(test_dataset)},
         "classes": num_classes,
     }
+    return EvaluationResult(
+        metrics=results,
+        datasets=datasets,
+        model=backbone.description,
+        autocast_dtype=backbone.autocast_dtype,
+        report=_format_table(results, config, datasets, backbone.description),
+    )
 
 
 def _check_datasets(
@@ -391,13 +363,13 @@ def _write_lines(results: Mapping[str, float], output_dir: str) -> None:
         write_atomically(Path(output_dir) / LINES_FILENAME, "".join(lines))
 
 
-def _format_table(results: Mapping[str, float], config: KnnEvalConfig, datasets: Mapping[str, Any]) -> str:
+def _format_table(results: Mapping[str, float], config: KnnEvalConfig, datasets: Mapping[str, Any], model: str) -> str:
     ks = sorted({int(name.split(" ")[0]) for name in results})
     titles = dict.fromkeys(name.split(" ", 1)[1] for name in results)
     widths = {title: max(11, len(title) + 2) for title in titles}
     n_train = "/".join(str(n) for n in sorted(set(datasets["train"]["images"])))
     lines = [
-        f"k-NN, {config.eval.test_metric_type.value}, feature {config.eval.feature.value}, {config.model.describe()}",
+        f"k-NN, {config.eval.test_metric_type.value}, feature {config.eval.feature.value}, {model}",
         f"{n_train} training images, {datasets['test']['images']} test images, {datasets['classes']} classes",
         f"{'k':>6}" + "".join(f"{title:>{width}}" for title, width in widths.items()),
     ]

@@ -96,9 +96,8 @@ from dinov3.eval.classification.scoring import (
     save_results,
 )
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
-from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
-from dinov3.eval.command.provenance import provenance
-from dinov3.eval.command.results import as_file_name, write_results
+from dinov3.eval.command.model import load_model
+from dinov3.eval.command.results import EvaluationResult, as_file_name, provenance, write_results
 from dinov3.eval.features.cache import FeatureCache
 from dinov3.eval.features.extraction import model_device
 from dinov3.run.init import job_context
@@ -337,14 +336,12 @@ def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float | str]:
     """Load the model that `eval_args` (as of `cli_parser`) name, evaluate it, write and print the results."""
     started = time.perf_counter()
     config, output_dir = args_dict_to_dataclass(eval_args, LinearEvalConfig)
-    model, context = load_model_and_context(config.model, output_dir)
-    tell_other_normalization(config.model, model, config.transform)
-    results, datasets, grids = _evaluate_model(model, context["autocast_dtype"], config)
-    seconds = time.perf_counter() - started
-    origin = {
-        "validation": {f"try {name}": scores for name, scores in grids.items()},
-        **provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds),
-    }
+    backbone = load_model(config.model)
+    config.transform.check(backbone)
+    results, datasets, grids = _evaluate_model(backbone.model, backbone.autocast_dtype, config)
+    details = {"validation": {f"try {name}": scores for name, scores in grids.items()}}
+    result = EvaluationResult(results, datasets, backbone.description, backbone.autocast_dtype, "", details)
+    origin = {**details, **provenance(config, result, time.perf_counter() - started)}
     write_results(results, output_dir, RESULTS_FILENAME, origin)
     if distributed.is_main_process():
         print(_format_report(results, config, datasets, grids))

@@ -25,7 +25,6 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dinov3 import distributed
-from dinov3.configs.settings import format_keys
 from dinov3.data import make_classification_eval_transform, make_dataset
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.classification.config import FewShotConfig, TransformConfig
@@ -75,13 +73,11 @@ from dinov3.eval.classification.metrics import (
     scalar_results,
 )
 from dinov3.eval.classification.scoring import average_metrics, evaluate, save_per_class, save_results
-from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
-from dinov3.eval.command.model import load_model_and_context, tell_other_normalization
-from dinov3.eval.command.provenance import provenance
-from dinov3.eval.command.results import write_results
+from dinov3.eval.command.command_line import run_command
+from dinov3.eval.command.model import FrozenBackbone
+from dinov3.eval.command.results import EvaluationResult
 from dinov3.eval.features.cache import extract_cached
-from dinov3.eval.features.extraction import FeatureRows, gather_rows, make_enumerated_loader, model_device
-from dinov3.run.init import job_context
+from dinov3.eval.features.extraction import FeatureRows, gather_rows, make_enumerated_loader
 from dinov3.utils.command_line import run_command_line
 
 __all__ = [
@@ -97,7 +93,6 @@ __all__ = [
     "Sweep",
     "TrainConfig",
     "TransformConfig",
-    "benchmark_launcher",
     "eval_log_regression_with_model",
     "evaluate_logreg_model",
     "get_best_logreg_with_features",
@@ -197,50 +192,18 @@ def eval_log_regression_with_model(
     Returns:
         The test metrics in percent: `"top-1"`, ..., or with several tries `"top-1_mean"`, `"top-1_std"`, ...
     """
-    return _evaluate_model(model, autocast_dtype, config)[0]
-
-
-def benchmark_launcher(eval_args: dict[str, Any]) -> dict[str, float]:
-    """Load the model that `eval_args` (as of `cli_parser`) name, evaluate it, write and print the results."""
-    started = time.perf_counter()
-    config, output_dir = args_dict_to_dataclass(eval_args, LogregEvalConfig)
-    model, context = load_model_and_context(config.model, output_dir)
-    tell_other_normalization(config.model, model, config.transform)
-    results, datasets, sweeps = _evaluate_model(model, context["autocast_dtype"], config)
-    seconds = time.perf_counter() - started
-    origin = {
-        "chosen_C": {f"try {name}": sweep.Cs[sweep.best] for name, sweep in sweeps.items()},
-        "sweep": sweep_table(sweeps),
-        "solver": config.train.resolved_solver().value,
-        **provenance(config, config.model.describe(), datasets, context["autocast_dtype"], seconds),
-    }
-    write_results(results, output_dir, RESULTS_FILENAME, origin)
-    if distributed.is_main_process():
-        written = [Path(output_dir) / RESULTS_FILENAME, *write_sweeps(sweeps, output_dir)]
-        print(_format_report(results, config, datasets, sweeps))
-        print("written to " + ", ".join(str(path) for path in written))
-    return results
+    return _score(FrozenBackbone(model, autocast_dtype), config)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate from the command line.
-
-    Args:
-        argv: `key=value` tokens after the program's name; None takes them from the command line.
-
-    Returns:
-        0.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"}.intersection(argv):
-        print(f"{__doc__}\nKeys, their defaults and meanings:\n{format_keys(LogregEvalConfig)}")
-        return 0
-    eval_args = cli_parser(argv)
-    config, output_dir = args_dict_to_dataclass(eval_args, LogregEvalConfig, save_config=False)
-    config.model.check()
-    with job_context(output_dir=output_dir):
-        benchmark_launcher(eval_args)
-    return 0
+    """Evaluate from the command line; see `run_command`."""
+    return run_command(
+        argv,
+        doc=__doc__,
+        config_class=LogregEvalConfig,
+        evaluate=evaluate_log_regression,
+        results_file=RESULTS_FILENAME,
+    )
 
 
 class _Probabilities(nn.Module):
@@ -255,12 +218,31 @@ class _Probabilities(nn.Module):
         return {"preds": preds, "target": targets}
 
 
-def _evaluate_model(
-    model: nn.Module, autocast_dtype: torch.dtype, config: LogregEvalConfig
+def evaluate_log_regression(backbone: FrozenBackbone, config: LogregEvalConfig) -> EvaluationResult:
+    """Evaluate as `config` describes, and write the sweep as a table and a picture; see the module."""
+    results, datasets, sweeps = _score(backbone, config)
+    details = {
+        "chosen_C": {f"try {name}": sweep.Cs[sweep.best] for name, sweep in sweeps.items()},
+        "sweep": sweep_table(sweeps),
+        "solver": config.train.resolved_solver().value,
+    }
+    return EvaluationResult(
+        metrics=results,
+        datasets=datasets,
+        model=backbone.description,
+        autocast_dtype=backbone.autocast_dtype,
+        report=_format_report(results, config, datasets, sweeps, backbone.description),
+        details=details,
+        files=write_sweeps(sweeps, config.output_dir) if distributed.is_main_process() else [],
+    )
+
+
+def _score(
+    backbone: FrozenBackbone, config: LogregEvalConfig
 ) -> tuple[dict[str, float], dict[str, Any], dict[int, Sweep]]:
     if config.train.resolved_solver() is Solver.SKLEARN:
         check_sklearn()
-    config.transform.check_patches(model)
+    config.transform.check(backbone)
     transform = make_transform(config.transform)
     train_dataset, val_dataset = make_train_val_datasets(config, transform)
     test_dataset = _make_dataset(config.eval.test_dataset, transform)
@@ -274,8 +256,8 @@ def _evaluate_model(
     )
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    with torch.autocast(model_device(model).type, dtype=autocast_dtype, enabled=autocast_dtype != torch.float32):
-        train, val_rows, test_rows = _extract(model, tries, val_dataset, test_dataset, config)
+    with backbone.autocast():
+        train, val_rows, test_rows = _extract(backbone.model, tries, val_dataset, test_dataset, config)
     val_labels = val_rows.targets
     if val_mapping is not None and val_labels.ndim == 1:
         val_labels = val_mapping.to(val_labels.device)[val_labels]
@@ -423,12 +405,16 @@ def _test(
 
 
 def _format_report(
-    results: Mapping[str, float], config: LogregEvalConfig, datasets: Mapping[str, Any], sweeps: Mapping[int, Sweep]
+    results: Mapping[str, float],
+    config: LogregEvalConfig,
+    datasets: Mapping[str, Any],
+    sweeps: Mapping[int, Sweep],
+    model: str,
 ) -> str:
     n_train = "/".join(str(n) for n in sorted(set(datasets["train"]["images"])))
     chosen = ", ".join(f"{sweep.Cs[sweep.best]:.3g}" for sweep in sweeps.values())
     lines = [
-        f"logistic regression, {_test_metric_type(config).value}, {config.model.describe()}",
+        f"logistic regression, {_test_metric_type(config).value}, {model}",
         f"{n_train} training images, {datasets['val']['images']} validation images, "
         f"{datasets['test']['images']} test images, {datasets['classes']} classes, C = {chosen}",
     ]

@@ -17,7 +17,9 @@ from dinov3.eval import log_regression
 from dinov3.eval.classification.log_regression_module import C_VALUES, Sweep
 from dinov3.eval.classification.log_regression_plot import format_sweep, write_sweeps
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.command import command_line
+from dinov3.eval.command.config import parse_arguments
+from dinov3.eval.command.model import FrozenBackbone, ModelConfig
 from dinov3.eval.command.results import as_file_name
 from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.eval.log_regression import LogRegModule, Solver, TrainConfig
@@ -488,20 +490,15 @@ def test_chosen_value_is_marked_in_the_printed_sweep() -> None:
     assert "50.00" in lines[31]
 
 
-def test_launcher_writes_and_prints_everything(
+def test_command_writes_and_prints_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        log_regression, "load_model_and_context", lambda *_: (toy.Backbone(), {"autocast_dtype": torch.float32})
-    )
-    results = log_regression.benchmark_launcher(
-        {
-            "model": {"dino_hub": "dinov3_vits16"},
-            "train": {"dataset": "train:120", "num_workers": 0, "solver": "torch"},
-            "eval": {"test_dataset": "test:50", "num_workers": 0},
-            "features": {"cache": False},
-            "output_dir": str(tmp_path),
-        }
+    monkeypatch.setattr(command_line, "load_model", lambda _: FrozenBackbone(toy.Backbone()))
+    tokens = ["model.dino_hub=dinov3_vits16", "train.dataset=train:120", "train.num_workers=0", "train.solver=torch"]
+    tokens += ["eval.test_dataset=test:50", "eval.num_workers=0", "features.cache=false", f"output_dir={tmp_path}"]
+    config = parse_arguments(tokens, log_regression.LogregEvalConfig)
+    results = command_line.run_evaluation(
+        config, evaluate=log_regression.evaluate_log_regression, results_file=log_regression.RESULTS_FILENAME
     )
     names = ["eval_config.yaml", "results-log-regression.csv", "results-log-regression.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dinov3.data.datasets import NYU
-from dinov3.eval.command.command_line import plain
+from dinov3.eval.command.results import plain
 from dinov3.eval.depth.config import DepthConfig, ResultConfig, TrainTransformConfig
 from dinov3.eval.depth.eval import evaluate_depther_with_dataloader
 from dinov3.eval.depth.loss import LossType, MultiLoss

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dinov3.data.datasets import ADE20K
-from dinov3.eval.command.command_line import plain
+from dinov3.eval.command.results import plain
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.eval import evaluate_segmentation_model
 from dinov3.eval.segmentation.inference import make_inference

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from dinov3.configs.settings import key
+from dinov3.eval.command.model import FrozenBackbone
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov3")
@@ -32,6 +34,23 @@ class TransformConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or min(values) < 0 or max(values) > 1 or (name == "std" and min(values) == 0):
                 raise ValueError(f"transform.{name}={list(values)}: expected three numbers between 0 and 1")
+
+    def check(self, backbone: FrozenBackbone) -> None:
+        """Refuse crops smaller than a patch of the model; warn if images are not prepared as the model needs them.
+
+        Raises:
+            ValueError: names both sizes.
+        """
+        self.check_patches(backbone.model)
+        if backbone.normalization is None:
+            return
+        wanted = [list(map(float, values)) for values in backbone.normalization]
+        if not np.allclose(wanted, [self.mean, self.std], atol=1e-3):
+            logger.warning(
+                "%s was trained on images normalised differently: give transform.mean=[%s] transform.std=[%s]",
+                backbone.description,
+                *(",".join(f"{value:.6g}" for value in values) for values in wanted),
+            )
 
     def check_patches(self, model: nn.Module) -> None:
         """Refuse crops that are smaller than a patch of the model; warns where some pixels belong to no patch.

@@ -159,3 +159,7 @@ class LinearEvalConfig:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     save_results: bool = key(False, "write the chosen classifier's scores and targets as .npy")
     output_dir: str = key("", "where results go; . on the command line")
+
+    def check(self) -> None:
+        """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""
+        self.model.check()

@@ -1,104 +1,121 @@
-"""From the command line of a dense task to its configuration, and what every run leaves behind.
-
-python dinov3/eval/depth/run.py config=FILE key=value ... output_dir=DIR
-"""
+"""The command that every evaluation is: read its settings, load the model, evaluate, write and print the results."""
 
 from __future__ import annotations
 
-import logging
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from enum import Enum
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
 from omegaconf import OmegaConf
 
 from dinov3 import distributed
 from dinov3.configs import write_config
-from dinov3.configs.merging import resolve_config_path
-from dinov3.distributed import runtime
-from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
-from dinov3.utils import get_sha
+from dinov3.configs.settings import format_keys
+from dinov3.eval.command.config import parse_arguments
+from dinov3.eval.command.model import FrozenBackbone, ModelConfig, load_model
+from dinov3.eval.command.results import EvaluationResult, provenance, write_results
+from dinov3.run.init import job_context
 
-logger = logging.getLogger("dinov3")
-
-Config = TypeVar("Config")
-
-
-def parse_arguments(argv: Sequence[str], config_class: type[Config]) -> Config:
-    """The configuration of a run: defaults < the file of `config=` (or `config_file=`) < the other arguments.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type, or a missing one; names the key.
-        FileNotFoundError: there is no such file.
-    """
-    settings = cli_parser(argv)
-    if file := settings.pop("config", None):
-        settings["config_file"] = file
-    config, output_dir = args_dict_to_dataclass(settings, config_class, save_config=False)
-    config.output_dir = output_dir  # type: ignore[attr-defined]
-    return config
+CONFIG_FILENAME = "eval_config.yaml"
 
 
-def read_config(path: Path, config_class: type[Config]) -> Config:
-    """The configuration that a run wrote.
+class EvaluationConfig(Protocol):
+    """What `run_command` needs of the configuration dataclass of an evaluation."""
 
-    Raises:
-        ConfigError, FileNotFoundError: as of `parse_arguments`.
-    """
-    return args_dict_to_dataclass({"config_file": str(resolve_config_path(path))}, config_class, save_config=False)[0]
+    @property
+    def model(self) -> ModelConfig | None:
+        """The backbone; None if the evaluation brings its own."""
 
+    @property
+    def output_dir(self) -> str | None:
+        """Where the files go. Default: the current directory."""
 
-def save_config(config: Any, name: str) -> None:
-    """Write the resolved configuration to `<output_dir>/<name>`; the main process does it."""
-    write_config(OmegaConf.structured(config), config.output_dir, name)
-
-
-def provenance(
-    config: Any, model: str, datasets: Mapping[str, Any], dtype: torch.dtype, seconds: float
-) -> dict[str, Any]:
-    """What a results file says about where its figures come from."""
-    return {
-        "config": plain(asdict(config)),
-        "model": model,
-        "datasets": dict(datasets),
-        "processes": distributed.get_world_size(),
-        "device": str(runtime.device()),
-        "autocast_dtype": str(dtype),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "code": get_sha()},
-        "seconds": round(seconds, 2),
-    }
+    def check(self) -> None:
+        """Raise a ValueError or FileNotFoundError if the settings cannot work, before anything is loaded."""
 
 
-def training_settings(config: Any, *, ignored: Sequence[str]) -> dict[str, Any]:
-    """The settings that a training depends on, by dotted key, and the images per step of all processes.
+Config = TypeVar("Config", bound=EvaluationConfig)
+
+
+def run_command(
+    argv: Sequence[str] | None,
+    *,
+    doc: str | None,
+    config_class: type[Config],
+    evaluate: Callable[[Any, Config], EvaluationResult],
+    results_file: str,
+    config_file: str = CONFIG_FILENAME,
+    needs_model: Callable[[Config], bool] = lambda config: True,
+) -> int:
+    """Run an evaluation from its command line; the whole `main` of an evaluation is one call of this.
+
+        def main(argv: Sequence[str] | None = None) -> int:
+            return run_command(argv, doc=__doc__, config_class=KnnEvalConfig, evaluate=evaluate_knn, results_file=...)
+
+    Settings come from the defaults, then the file given by `config=` (or `config_file=`), then the other arguments.
+    They are parsed and checked once, before the output directory is made or anything is loaded. A class whose settings
+    depend on each other fills them in `__post_init__`: nothing is changed after that, and what is written is what ran.
 
     Args:
-        config: of the run.
-        ignored: keys and sections that change nothing about it.
+        argv: `key=value` tokens after the program's name. Default: those of the command line.
+        doc: the module's docstring, shown by `--help` above the list of keys.
+        config_class: the dataclass of the settings, with `model`, `output_dir` and `check()`.
+        evaluate: called with the loaded model and the settings in every process; it writes its own files except for
+            `results_file`, prints nothing, and returns its figures and what is to be reported.
+        results_file: name of the CSV file with the figures; the JSON file beside it adds where they come from.
+        config_file: name of the file with the resolved settings, which can be given again as `config=`.
+        needs_model: whether a configuration needs `config.model` loaded; if it returns False, `evaluate` gets None.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError, ValueError: the settings are wrong; names the key.
+        FileNotFoundError: a file that the settings name does not exist.
     """
-    flat = {name: value for name, value in _flatten(plain(asdict(config))) if not _is_below(name, ignored)}
-    return {**flat, "bs x processes": config.bs * distributed.get_world_size()}
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"}.intersection(argv):
+        print(f"{doc}\nKeys, their defaults and meanings:\n{format_keys(config_class)}")
+        return 0
+    config = parse_arguments(argv, config_class)
+    config.check()
+    with job_context(output_dir=config.output_dir):
+        run_evaluation(
+            config, evaluate=evaluate, results_file=results_file, config_file=config_file, needs_model=needs_model
+        )
+    return 0
 
 
-def plain(value: Any) -> Any:
-    """Nested values with enumerations by name, and all sequences lists."""
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {key.name if isinstance(key, Enum) else key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+def run_evaluation(
+    config: Config,
+    *,
+    evaluate: Callable[[Any, Config], EvaluationResult],
+    results_file: str,
+    config_file: str = CONFIG_FILENAME,
+    needs_model: Callable[[Config], bool] = lambda config: True,
+) -> dict[str, Any]:
+    """Run an evaluation inside a job that is already set up (`run.init.job_context`), from settings already checked.
 
+    Args:
+        config: the settings.
+        evaluate, results_file, config_file, needs_model: as for `run_command`.
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, entry in value.items():
-        rows += _flatten(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else [(f"{prefix}{key}", entry)]
-    return rows
-
-
-def _is_below(name: str, sections: Sequence[str]) -> bool:
-    return any(name == section or name.startswith(section + ".") for section in sections)
+    Returns:
+        The figures, as in the results file.
+    """
+    started = time.perf_counter()
+    output_dir = Path(config.output_dir or ".")
+    write_config(OmegaConf.structured(config), output_dir, config_file)
+    backbone: FrozenBackbone | None = None
+    if needs_model(config):
+        assert config.model is not None  # config.check() refuses it
+        backbone = load_model(config.model)
+    result = evaluate(backbone, config)
+    origin = provenance(config, result, time.perf_counter() - started)
+    write_results(result.metrics, output_dir, results_file, {**result.details, **origin})
+    if distributed.is_main_process():
+        print(result.report)
+        print("written to " + ", ".join(str(path) for path in (output_dir / results_file, *result.files)))
+    return result.metrics

@@ -9,14 +9,18 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dinov3 import distributed
 from dinov3.configs import ConfigError, resolve_config_path, write_config
 from dinov3.configs.merging import load_yaml, parse_options
 from dinov3.configs.settings import ask_for, check_settings
+from dinov3.eval.command.results import plain
 
 Config = TypeVar("Config")
 
@@ -100,3 +104,43 @@ def args_dict_to_dataclass(
     if save_config:
         write_config(cfg, output_dir, "eval_config.yaml")
     return typing.cast(Config, config), output_dir
+
+
+def parse_arguments(argv: Sequence[str], config_class: type[Config]) -> Config:
+    """Read the settings of a command: defaults < the file of `config=` (or `config_file=`) < the other arguments.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a missing one; names the key.
+        FileNotFoundError: the file does not exist.
+    """
+    settings = cli_parser(argv)
+    if file := settings.pop("config", None):
+        settings["config_file"] = file
+    return args_dict_to_dataclass(settings, config_class, save_config=False)[0]
+
+
+def read_config(path: Path, config_class: type[Config]) -> Config:
+    """Read the settings that a run wrote; raises as `parse_arguments` does."""
+    return args_dict_to_dataclass({"config_file": str(resolve_config_path(path))}, config_class, save_config=False)[0]
+
+
+def training_settings(config: Any, *, ignored: Sequence[str]) -> dict[str, Any]:
+    """List the settings that a training depends on, by dotted key, and the images per step of all processes.
+
+    Args:
+        config: a dataclass with `bs`, the images per step and process.
+        ignored: keys and sections that have no effect on the training.
+    """
+    flat = {name: value for name, value in _flatten(plain(asdict(config))) if not _is_below(name, ignored)}
+    return {**flat, "bs x processes": config.bs * distributed.get_world_size()}
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, entry in value.items():
+        rows += _flatten(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else [(f"{prefix}{key}", entry)]
+    return rows
+
+
+def _is_below(name: str, sections: Sequence[str]) -> bool:
+    return any(name == section or name.startswith(section + ".") for section in sections)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import nn
@@ -25,7 +24,6 @@ from torch import nn
 from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_path
 from dinov3.configs.settings import key
 from dinov3.distributed import runtime
-from dinov3.eval.classification.config import TransformConfig
 from dinov3.hub import backbones
 from dinov3.hub.architectures import build_like, published_name
 from dinov3.hub.backbones import Weights
@@ -107,69 +105,80 @@ class ModelConfig:
         return None
 
 
+@dataclass(frozen=True)
+class FrozenBackbone:
+    """The model that is evaluated, and what an evaluation has to know about it.
+
+    Attributes:
+        model: in evaluation mode, on its device; most give the class token [B, D] for images [B, 3, H, W].
+        autocast_dtype: the precision that it runs in; float32 means without autocast.
+        description: the weights, for reports and results files.
+        normalization: mean and standard deviation, by channel, of the images that it was trained on. Default: unknown.
+    """
+
+    model: nn.Module
+    autocast_dtype: torch.dtype = torch.float32
+    description: str = ""
+    normalization: Sequence[Sequence[float]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        tensor = next(self.model.parameters(), next(self.model.buffers(), None))
+        return runtime.device() if tensor is None else tensor.device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model is to be run."""
+        is_enabled = self.autocast_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=is_enabled)
+
+
+def load_model(config: ModelConfig) -> FrozenBackbone:
+    """Load the backbone that `config` names, in evaluation mode, on this process's device.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: no model is named, its name is unknown, or the weights do not fit it.
+    """
+    config.check()
+    config_file = config.find_config_file()
+    dtype = torch.float32
+    if config.dino_hub:
+        entry = getattr(backbones, config.dino_hub)
+        model: nn.Module = entry(weights=config.weights) if config.weights else entry()
+        model = model.to(runtime.device()).eval()
+    elif config_file is not None:
+        model, dtype = _build_as_trained(config_file, config.pretrained_weights)
+        if not config.config_file:
+            logger.info("the structure of the model is that of %s", config_file)
+    else:
+        assert config.pretrained_weights is not None
+        model = load_without_config(config.pretrained_weights)
+    description = config.describe()
+    logger.info("model: %s, run in %s on %s", description, dtype, runtime.device())
+    return FrozenBackbone(model, dtype, description, find_trained_normalization(config, model))
+
+
 def load_model_and_context(
     model_config: ModelConfig, output_dir: str | os.PathLike[str] = ""
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone on this process's device, in evaluation mode.
-
-    Args:
-        model_config: which one.
-        output_dir: becomes `train.output_dir` of the model's configuration; nothing is written.
-
-    Returns:
-        The model, and `{"autocast_dtype": dtype}` that it is to be run in.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: no model is named, its name is unknown, or the weights are not its.
-    """
-    model_config.check()
-    config_file = model_config.find_config_file()
-    dtype = torch.float32
-    if model_config.dino_hub:
-        model: nn.Module = _load_from_hub(model_config.dino_hub, model_config.weights)
-    elif config_file is not None:
-        model, dtype = setup_and_build_model(config_file, model_config.pretrained_weights, output_dir=output_dir)
-        if not model_config.config_file:
-            logger.info("the structure of the model is that of %s", config_file)
-    else:
-        assert model_config.pretrained_weights is not None
-        model = load_without_config(model_config.pretrained_weights)
-    logger.info("model: %s, run in %s on %s", model_config.describe(), dtype, runtime.device())
-    return model, {"autocast_dtype": dtype}
+    """`load_model` as a pair: the model, and `{"autocast_dtype": dtype}`."""
+    backbone = load_model(model_config)
+    return backbone.model, {"autocast_dtype": backbone.autocast_dtype}
 
 
-def tell_other_normalization(model_config: ModelConfig, model: nn.Module, transform: TransformConfig) -> None:
-    """Warn where images are not normalised as those that a model was trained on, as far as that is known.
-
-    Args:
-        model_config: which model.
-        model: the same, loaded.
-        transform: of the images.
-    """
-    known = _normalization_of(model_config, model)
-    if known is None:
-        return
-    wanted = [list(map(float, values)) for values in known]
-    if not np.allclose(wanted, [transform.mean, transform.std], atol=1e-3):
-        logger.warning(
-            "%s was trained on images that were normalised otherwise: give transform.mean=[%s] transform.std=[%s]",
-            model_config.describe(),
-            *(",".join(f"{value:.6g}" for value in values) for values in wanted),
-        )
-
-
-def _normalization_of(model_config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
-    if model_config.dino_hub:
-        return find_normalization(ModelChoice(model_config.dino_hub, model_config.weights), model)[1]
-    if config_file := model_config.find_config_file():
+def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
+    """Return mean and standard deviation, by channel, of the images that a model was trained on; None if unknown."""
+    if config.dino_hub:
+        return find_normalization(ModelChoice(config.dino_hub, config.weights), model)[1]
+    if config_file := config.find_config_file():
         cfg: Any = OmegaConf.load(resolve_config_path(config_file))
         crops = cfg.get("crops", {})
         return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
-    directory = _expand(str(model_config.pretrained_weights))
+    directory = _expand(str(config.pretrained_weights))
     for name, section, mean, std in (
-        ("preprocessor_config.json", None, "image_mean", "image_std"),
-        ("config.json", "pretrained_cfg", "mean", "std"),
+        ("preprocessor_config.json", None, "image_mean", "image_std"),  # Hugging Face
+        ("config.json", "pretrained_cfg", "mean", "std"),  # timm
     ):
         if (directory / name).is_file():
             content = json.loads((directory / name).read_text(encoding="utf-8"))
@@ -179,31 +188,13 @@ def _normalization_of(model_config: ModelConfig, model: nn.Module) -> Sequence[S
     return None
 
 
-def setup_and_build_model(
-    config_file: str | os.PathLike[str],
-    pretrained_weights: str | None = None,
-    shard_unsharded_model: bool = False,
-    output_dir: str | os.PathLike[str] = "",
-    opts: Sequence[str] | None = None,
-) -> tuple[nn.Module, torch.dtype]:
-    """The backbone that a training configuration describes; writes no file.
-
-    Args:
-        config_file: a configuration, e.g. the `config.yaml` of a run.
-        pretrained_weights: see `ModelConfig`.
-        shard_unsharded_model: shard the model over the processes.
-        output_dir: becomes `train.output_dir` of the configuration.
-        opts: `key=value` options of the configuration.
-
-    Returns:
-        The model in evaluation mode, and its autocast dtype: bfloat16 if it was trained so, else float32.
-    """
-    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file, output_dir=output_dir, opts=list(opts or [])))
-    if not pretrained_weights:
+def _build_as_trained(config_file: str, weights: str | None) -> tuple[nn.Module, torch.dtype]:
+    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
+    if not weights:
         logger.warning("model.pretrained_weights is empty: the model is a %s, results are a baseline", RANDOM_WEIGHTS)
     with torch.random.fork_rng():
         torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
-        model = build_model_for_eval(cfg, pretrained_weights, shard_unsharded_model)
+        model = build_model_for_eval(cfg, weights)
     is_bfloat16 = as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16
     return model, torch.bfloat16 if is_bfloat16 else torch.float32
 
@@ -234,13 +225,6 @@ def load_without_config(weights: str) -> nn.Module:
             "as in those; if you have the configuration of its training, give model.config_file",
             weights,
         )
-    return model.to(runtime.device()).eval()
-
-
-def _load_from_hub(name: str, weights: str | None) -> nn.Module:
-    _check_hub_name(name)
-    entry = getattr(backbones, name)
-    model: nn.Module = entry(weights=weights) if weights else entry()
     return model.to(runtime.device()).eval()
 
 

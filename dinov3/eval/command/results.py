@@ -6,23 +6,32 @@ NaN and None are missing values, empty in CSV and Excel. Files are written under
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from dinov3 import distributed
+from dinov3.distributed import runtime
+from dinov3.utils import get_sha
+from dinov3.utils.files import atomic_write
 
+#: Installed packages whose version may change a figure.
+PACKAGES = ("numpy", "pillow", "scikit-learn")
 MAX_NAME_LENGTH = 150
 OpenFile = io.TextIOBase | io.BufferedIOBase | io.RawIOBase
 
@@ -153,6 +162,62 @@ def load_collection(directory: str | os.PathLike[str], file_format: FileFormat =
     return {path.stem: load(path) for path in sorted(paths) if not path.name.startswith(".")}
 
 
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found out; `run_command` writes and prints it.
+
+    Attributes:
+        metrics: the row of the results file, by column.
+        datasets: names and sizes of the datasets, by their role.
+        model: what was evaluated.
+        autocast_dtype: the precision that the model ran in.
+        report: text for the terminal.
+        details: further entries of the JSON file.
+        files: further files that were written, to be named on the terminal.
+    """
+
+    metrics: dict[str, Any]
+    datasets: dict[str, Any]
+    model: str
+    autocast_dtype: torch.dtype
+    report: str
+    details: dict[str, Any] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+
+
+def provenance(config: Any, result: EvaluationResult, seconds: float) -> dict[str, Any]:
+    """Describe where the figures of a result come from, in plain values as JSON has them.
+
+    Args:
+        config: the settings, a dataclass.
+        result: of the evaluation.
+        seconds: how long it took.
+    """
+    versions = {"code": get_sha(), "python": platform.python_version(), "torch": torch.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "config": plain(asdict(config)),
+        "model": result.model,
+        "datasets": result.datasets,
+        "processes": distributed.get_world_size(),
+        "device": str(runtime.device()),
+        "autocast_dtype": str(result.autocast_dtype),
+        "versions": versions,
+        "seconds": round(seconds, 2),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return nested values with enumeration members by name, as they can be given again, and sequences as lists."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def write_results(
     results: Mapping[str, Any],
     output_dir: str | os.PathLike[str],
@@ -179,11 +244,8 @@ def write_results(
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file under a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_bytes(_as_bytes(content))
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(_as_bytes(content))
 
 
 def as_file_name(text: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import read_config
+from dinov3.eval.command.config import read_config
 from dinov3.eval.dense.pictures import depth_picture
 from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
 from dinov3.eval.depth.config import HUB_DEPTHERS, DepthConfig, make_depth_eval_transforms_from_config

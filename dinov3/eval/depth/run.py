@@ -30,13 +30,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 
 from dinov3 import distributed
+from dinov3.configs import write_config
 from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import parse_arguments, provenance, save_config
+from dinov3.eval.command.config import parse_arguments
 from dinov3.eval.command.model import load_model_and_context
-from dinov3.eval.command.results import without_nan, write_atomically, write_results
+from dinov3.eval.command.results import EvaluationResult, provenance, without_nan, write_atomically, write_results
 from dinov3.eval.depth.config import HUB_DEPTHERS, IMAGENET_MEAN, IMAGENET_STD, DepthConfig
 from dinov3.eval.depth.data import make_depth_dataset
 from dinov3.eval.depth.eval import evaluate_depther_with_config, mean_of_finite
@@ -68,7 +70,7 @@ def run_depth(config: DepthConfig) -> dict[str, float]:
     if config.load_from in HUB_DEPTHERS:
         _set_as_released(config)
     split = "test" if config.datasets.test else "val"
-    save_config(config, CONFIG_FILENAME)
+    write_config(OmegaConf.structured(config), config.output_dir or ".", CONFIG_FILENAME)
     datasets = [make_depth_dataset(config, split)]
     datasets += [] if config.load_from else [make_depth_dataset(config, name) for name in ("train", "val")]
     depther, dtype, description = load_depther(config)
@@ -93,7 +95,7 @@ def run_depth(config: DepthConfig) -> dict[str, float]:
         results,
         config.output_dir,
         RESULTS_FILENAME,
-        provenance(config, description, sets, dtype, time.perf_counter() - started),
+        provenance(config, EvaluationResult(results, sets, description, dtype, ""), time.perf_counter() - started),
     )
     logger.info("depth: %s", ", ".join(f"{key} {value:.4f}" for key, value in results.items()))
     if distributed.is_main_process():

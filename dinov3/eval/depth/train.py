@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import training_settings
+from dinov3.eval.command.config import training_settings
 from dinov3.eval.dense.batches import collate_pairs
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.data import make_depth_dataset

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import read_config
+from dinov3.eval.command.config import read_config
 from dinov3.eval.command.model import load_model_and_context
 from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images

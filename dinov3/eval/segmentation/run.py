@@ -25,14 +25,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from dinov3 import distributed
+from dinov3.configs import write_config
 from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import parse_arguments, provenance, save_config
+from dinov3.eval.command.config import parse_arguments
 from dinov3.eval.command.model import load_model_and_context
-from dinov3.eval.command.results import write_results
+from dinov3.eval.command.results import EvaluationResult, provenance, write_results
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import make_segmentation_dataset, write_class_names
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
@@ -62,7 +64,7 @@ def run_segmentation(config: SegmentationConfig) -> dict[str, float]:
     started = time.perf_counter()
     config.check()
     output_dir = config.output_dir or "."
-    save_config(config, CONFIG_FILENAME)
+    write_config(OmegaConf.structured(config), config.output_dir or ".", CONFIG_FILENAME)
     val_set = make_segmentation_dataset(config, "val", use_tta=bool(config.load_from) and config.eval.use_tta)
     sets: dict[str, Any] = {"val": {"dataset": config.datasets.val, "images": len(val_set)}}
     if not config.load_from:
@@ -94,7 +96,9 @@ def run_segmentation(config: SegmentationConfig) -> dict[str, float]:
         results,
         output_dir,
         RESULTS_FILENAME,
-        provenance(config, description, sets, config.model_dtype.autocast_dtype, seconds),
+        provenance(
+            config, EvaluationResult(results, sets, description, config.model_dtype.autocast_dtype, ""), seconds
+        ),
     )
     logger.info("segmentation: %s", ", ".join(f"{name} {value:.2f}" for name, value in results.items()))
     if distributed.is_main_process():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.distributed import runtime
-from dinov3.eval.command.command_line import training_settings
+from dinov3.eval.command.config import training_settings
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_dataset, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config

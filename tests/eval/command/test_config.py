@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,7 +10,6 @@ from omegaconf import OmegaConf
 from dinov3.configs.settings import format_keys
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
-from dinov3.eval.command.results import write_results
 from dinov3.eval.dense.config import Dtype
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.knn import Feature, KnnEvalConfig
@@ -132,19 +129,6 @@ def test_every_key_is_listed_with_its_default_and_meaning() -> None:
     assert lines["eval.batch_size"][0] == "null" and lines["eval.feature"][0] == "CLS"
     assert "model.pretrained_weights" in lines and "output_dir" in lines
     assert all(len(words) > 2 for words in lines.values())
-
-
-def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
-    provenance: dict[str, Any] = {"config": {"feature": Feature.CLS}, "processes": 1}
-    write_results({"10 Top 1": 80.0}, tmp_path / "new", "results-knn.csv", provenance)
-    assert (tmp_path / "new" / "results-knn.csv").read_text() == "10 Top 1\n80\n"
-    content = json.loads((tmp_path / "new" / "results-knn.json").read_text())
-    assert content["results"] == {"10 Top 1": 80.0} and content["processes"] == 1
-
-
-def test_figures_that_are_not_numbers_are_null_in_json(tmp_path: Path) -> None:
-    write_results({"10 Top 1": 80.0, "10 Top 1 std": float("nan")}, tmp_path, "results-knn.csv", {"processes": 1})
-    assert '"10 Top 1 std": null' in (tmp_path / "results-knn.json").read_text()
 
 
 def parse_depth(*tokens: str) -> DepthConfig:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.classification.config import TransformConfig
-from dinov3.eval.command.model import ModelConfig, load_model_and_context, tell_other_normalization
+from dinov3.eval.command.model import FrozenBackbone, ModelConfig, find_trained_normalization, load_model
 from dinov3.hub.backbones import dinov3_vits16
 from dinov3.hub.convert import convert
 from dinov3.hub.runs import dinov3_from_run
@@ -29,10 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features(**model: Any) -> torch.Tensor:
-    backbone, context = load_model_and_context(ModelConfig(**model))
-    assert context == {"autocast_dtype": torch.float32} and not backbone.training
+    backbone = load_model(ModelConfig(**model))
+    assert backbone.autocast_dtype == torch.float32 and not backbone.model.training
     with torch.no_grad():
-        return backbone(IMAGES)
+        return backbone.model(IMAGES)
 
 
 def features_of_run(run: Path) -> torch.Tensor:
@@ -155,36 +155,39 @@ def test_weights_of_something_else_are_refused(name: str, tmp_path: Path) -> Non
         features(pretrained_weights=str(path))
 
 
-def told(caplog: pytest.LogCaptureFixture, transform: TransformConfig | None = None, **model: Any) -> str:
+def warned(caplog: pytest.LogCaptureFixture, transform: TransformConfig | None = None, **model: Any) -> str:
     caplog.clear()
     config = ModelConfig(**model)
     with caplog.at_level("WARNING", logger="dinov3"):
-        tell_other_normalization(config, torch.nn.Identity(), transform or TransformConfig())
+        known = find_trained_normalization(config, torch.nn.Identity())
+        (transform or TransformConfig()).check(FrozenBackbone(torch.nn.Identity(), normalization=known))
     return caplog.text
 
 
-def test_images_of_another_normalisation_are_told(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert told(caplog, pretrained_weights=str(run)) == ""
+def test_images_normalised_differently_give_a_warning(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warned(caplog, pretrained_weights=str(run)) == ""
     cfg = OmegaConf.load(run / "config.yaml")
     cfg.crops.rgb_mean, cfg.crops.rgb_std = [0.5, 0.25, 0.125], [0.1, 0.2, 0.3]
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     OmegaConf.save(cfg, tmp_path / "run" / "config.yaml")
-    text = told(caplog, pretrained_weights=str(tmp_path / "run"))
+    text = warned(caplog, pretrained_weights=str(tmp_path / "run"))
     assert "give transform.mean=[0.5,0.25,0.125] transform.std=[0.1,0.2,0.3]" in text
     same = TransformConfig(mean=[0.5, 0.25, 0.125], std=[0.1, 0.2, 0.3])
-    assert told(caplog, same, pretrained_weights=str(tmp_path / "run")) == ""
+    assert warned(caplog, same, pretrained_weights=str(tmp_path / "run")) == ""
 
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
-def test_normalisation_of_satellite_images_is_told(
+def test_normalisation_of_satellite_images_gives_a_warning(
     library: Any, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     published = with_published_norms(run, tmp_path / "run")
     for data in ("lvd1689m", "sat493m"):
         convert(published, tmp_path / data, to=library, data=data)  # type: ignore[arg-type]
-        text = told(caplog, pretrained_weights=str(tmp_path / data))
+        text = warned(caplog, pretrained_weights=str(tmp_path / data))
         assert ("transform.mean=[0.43,0.411,0.296]" in text) is (data == "sat493m")
-    assert "transform.mean=[0.43,0.411,0.296]" in told(caplog, dino_hub="dinov3_vit7b16", weights="SAT493M")
+    assert "transform.mean=[0.43,0.411,0.296]" in warned(caplog, dino_hub="dinov3_vit7b16", weights="SAT493M")
 
 
 @pytest.mark.parametrize("settings", [{"mean": [0.5]}, {"std": [0.0, 0.1, 0.1]}, {"mean": [123.0, 117.0, 104.0]}])

@@ -1,15 +1,20 @@
-"""Result tables as files."""
+"""Result tables as files, and what they say about where their figures come from."""
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dinov3.eval.command import results
-from dinov3.eval.command.results import FileFormat
+from dinov3.eval.command.model import ModelConfig
+from dinov3.eval.command.results import EvaluationResult, FileFormat, provenance, write_results
+from dinov3.eval.knn import EvalConfig, Feature, KnnEvalConfig, TrainConfig
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".yaml", ".excel", ".xlsx"])
@@ -113,3 +118,33 @@ def test_names_that_are_no_file_names_are_refused(tmp_path: Path, name: str) -> 
 def test_a_collection_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         results.load_collection(tmp_path / "nowhere")
+
+
+def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
+    provenance: dict[str, Any] = {"config": {"feature": Feature.CLS}, "processes": 1}
+    write_results({"10 Top 1": 80.0}, tmp_path / "new", "results-knn.csv", provenance)
+    assert (tmp_path / "new" / "results-knn.csv").read_text() == "10 Top 1\n80\n"
+    content = json.loads((tmp_path / "new" / "results-knn.json").read_text())
+    assert content["results"] == {"10 Top 1": 80.0} and content["processes"] == 1
+
+
+def test_figures_that_are_not_numbers_are_null_in_json(tmp_path: Path) -> None:
+    write_results({"10 Top 1": 80.0, "10 Top 1 std": float("nan")}, tmp_path, "results-knn.csv", {"processes": 1})
+    assert '"10 Top 1 std": null' in (tmp_path / "results-knn.json").read_text()
+
+
+def test_settings_are_written_as_they_can_be_given_again() -> None:
+    config = KnnEvalConfig(
+        model=ModelConfig(),
+        train=TrainConfig(dataset="A", ks=[3]),
+        eval=EvalConfig(test_dataset="B", feature=Feature.PATCH_MEAN),
+    )
+    result = EvaluationResult({}, {"classes": 7}, model="ViT", autocast_dtype=torch.bfloat16, report="")
+    content = provenance(config, result, 1.234)
+    assert json.loads(json.dumps(content)) == content
+    assert content["config"]["eval"]["feature"] == "PATCH_MEAN"
+    assert content["config"]["eval"]["test_metric_type"] == "MEAN_ACCURACY"
+    assert content["config"]["train"]["ks"] == [3]
+    assert (content["model"], content["datasets"], content["seconds"]) == ("ViT", {"classes": 7}, 1.23)
+    assert content["processes"] == 1 and content["autocast_dtype"] == "torch.bfloat16"
+    assert content["versions"]["torch"] == torch.__version__ and "scikit-learn" in content["versions"]

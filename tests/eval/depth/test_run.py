@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dinov3.configs import ConfigError
-from dinov3.eval.command.command_line import read_config
+from dinov3.eval.command.config import read_config
 from dinov3.eval.depth import run
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.training.checkpoints import load_checkpoint
