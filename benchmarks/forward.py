@@ -32,7 +32,9 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov3.hub import backbones
-from dinov3.hub.formats import from_release, huggingface_config, timm_config
+from dinov3.hub.formats.conversion import from_release
+from dinov3.hub.formats.huggingface import huggingface_config
+from dinov3.hub.formats.timm import timm_config
 from dinov3.hub.optimize import optimize
 
 MODELS = ["vits16", "vitb16", "vitl16", "convnext_tiny"]

@@ -181,11 +181,11 @@ def load_by_hub(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
 def load_by_floor(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
     import torch
 
-    from dinov3.hub.architectures import PUBLISHED_VITS
+    from dinov3.hub.architectures import PUBLISHED
     from dinov3.models.vision_transformer import DinoVisionTransformer
 
     with torch.device("meta"):
-        model = DinoVisionTransformer(**PUBLISHED_VITS[entry].options())
+        model = DinoVisionTransformer(**PUBLISHED[entry].options())
     model.load_state_dict(torch.load(path, mmap=True, weights_only=True), assign=True)
     return model.eval()
 

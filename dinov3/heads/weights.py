@@ -1,34 +1,36 @@
-"""Weights of a task's head: found among what a file holds, and into the head.
+"""Weights of a task's head: found among what a file holds, and loaded into the head.
 
 Notable:
 - Published files hold a head's entries bare, trainings write `{"model": {...}}`, and state dicts of whole models have
-  prefixes: all are taken, and the backbone in them is left out.
-- Loading is strict: what is missing, unknown or of another shape is an error that says what the weights are.
-- A head that was built on the meta device takes over the tensors as they are mapped: nothing is initialised in vain and
-  nothing is copied. The file must stay in place while the head lives; it is never written to.
+  prefixes: all of them are accepted, and the backbone in them is left out.
+- Loading is strict: an entry that is missing, unknown or of another shape is an error that says what the weights are.
+- A head that was built on the meta device takes over the tensors as they are mapped: nothing is initialised or copied
+  in vain. The file must stay in place while the head lives; it is never written to.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError, read_file
 
-__all__ = ["WeightsError", "head_entries", "load_head_", "read_head"]
+__all__ = ["WeightsError", "cast_like", "head_entries", "list_differences", "load_head_", "read_head"]
 
 Head = TypeVar("Head", bound=nn.Module)
 
-N_LISTED = 5
+#: Heads of at most so many entries are described by all of them.
+_N_FEW = 5
 
 
 def read_head(path: str | os.PathLike[str], *, prefix: str = "decoder.", mmap: bool = True) -> dict[str, Any]:
-    """The entries of a head in a local file, see `head_entries`.
+    """Read the entries of a head from a local file, see `head_entries`.
 
     Args:
         path: what torch.save or safetensors wrote; `~` is the home directory.
@@ -37,7 +39,7 @@ def read_head(path: str | os.PathLike[str], *, prefix: str = "decoder.", mmap: b
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        WeightsError: it is no checkpoint, or damaged.
+        WeightsError: it is not a checkpoint, or is damaged.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -48,7 +50,7 @@ def read_head(path: str | os.PathLike[str], *, prefix: str = "decoder.", mmap: b
 
 
 def head_entries(content: Mapping[str, Any], prefix: str = "decoder.") -> dict[str, Any]:
-    """A head's entries under their plain names.
+    """Return a head's entries under their plain names.
 
     Args:
         content: a head's state dict or that of a whole model, possibly under the key `model`, with or without
@@ -59,20 +61,20 @@ def head_entries(content: Mapping[str, Any], prefix: str = "decoder.") -> dict[s
         content = content["model"]
     entries = {re.sub(r"^(module\.)+", "", str(name)): value for name, value in content.items()}
     if any(name.startswith(prefix) for name in entries):
-        named = re.compile(rf"^{re.escape(prefix)}(module\.)*")
-        entries = {named.sub("", name): value for name, value in entries.items() if named.match(name)}
+        pattern = re.compile(rf"^{re.escape(prefix)}(module\.)*")
+        entries = {pattern.sub("", name): value for name, value in entries.items() if pattern.match(name)}
     return entries
 
 
 def load_head_(head: Head, entries: Mapping[str, Any], *, source: str, target: str) -> Head:
-    """Put weights into a head, strictly.
+    """Load weights into a head, strictly.
 
     On the meta device the head takes the tensors over, on the CPU and without a copy; otherwise they go to the head's
     device. Values are converted to the head's dtypes, `requires_grad` stays.
 
     Args:
         head: changed in place.
-        entries: what `read_head` or `head_entries` returned.
+        entries: as returned by `read_head` or `head_entries`.
         source: where the weights come from, for error messages.
         target: what the head is, for error messages.
 
@@ -83,56 +85,57 @@ def load_head_(head: Head, entries: Mapping[str, Any], *, source: str, target: s
         WeightsError: the weights are not those of this head.
     """
     expected = head.state_dict()
-    if _forms(entries) != _forms(expected):
-        raise WeightsError(_describe_mismatch(entries, expected, source, target))
-    head.load_state_dict({name: _like(entries[name], entry) for name, entry in expected.items()}, assign=True)
+    differences = list_differences(expected, entries)
+    if differences:
+        message = f"{source} does not fit {target}: expected {_describe(expected)}, found {_describe(entries)}"
+        details = differences if len(expected) > _N_FEW else []
+        raise WeightsError("; ".join([message, *details]) + ".")
+    head.load_state_dict({name: cast_like(entries[name], entry) for name, entry in expected.items()}, assign=True)
     return head
 
 
-def _like(tensor: Tensor, entry: Tensor) -> Tensor:
+def list_differences(expected: Mapping[str, Tensor], entries: Mapping[str, Any]) -> list[str]:
+    """Say which entries are missing, unknown, or of another shape or type, each in one phrase; nothing if all fit."""
+    common = {name: (entries[name], entry) for name, entry in expected.items() if name in entries}
+    kinds = {
+        "missing": [name for name in expected if name not in entries],
+        "unknown": [name for name in entries if name not in expected],
+        "of another shape": [
+            f"{name} is {list(found.shape)}, expected {list(entry.shape)}"
+            for name, (found, entry) in common.items()
+            if isinstance(found, Tensor) and found.shape != entry.shape
+        ],
+        "of another type": [
+            f"{name} is {found.dtype if isinstance(found, Tensor) else type(found).__name__}"
+            for name, (found, entry) in common.items()
+            if not isinstance(found, Tensor) or (entry.is_floating_point() and not found.is_floating_point())
+        ],
+    }
+    return [f"{len(names)} {kind} ({list_names(names)})" for kind, names in kinds.items() if names]
+
+
+def cast_like(tensor: Tensor, entry: Tensor) -> Tensor:
+    """Convert weights to the dtype and device of the entry they are for; one on the meta device lets them stay."""
     device = tensor.device if entry.is_meta else entry.device
     return tensor.detach().to(device=device, dtype=entry.dtype).contiguous()
 
 
-def _forms(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(e.shape) if isinstance(e, Tensor) else type(e).__name__ for name, e in entries.items()}
+def _describe(entries: Mapping[str, Any]) -> str:
+    shapes = {name: list(entry.shape) for name, entry in entries.items() if isinstance(entry, Tensor)}
+    if kind := _kind_of({name: shape for name, shape in shapes.items() if len(shape) == 4}):
+        return f"{kind} ({len(entries)} entries)"
+    return list_names([f"{name} {shapes.get(name, type(entry).__name__)}" for name, entry in entries.items()], _N_FEW)
 
 
-def _describe_mismatch(entries: Mapping[str, Any], expected: Mapping[str, Tensor], source: str, target: str) -> str:
-    found, wanted = _forms(entries), _forms(expected)
-    text = f"{source} does not fit {target}: expected {_name(wanted, ' and ')}, found {_name(found, ', ')}"
-    if len(wanted) > N_LISTED:
-        missing = [name for name in wanted if name not in found]
-        unknown = [name for name in found if name not in wanted]
-        other = [f"{name} {found[name]}, not {form}" for name, form in wanted.items() if found.get(name, form) != form]
-        kinds = {"missing": missing, "unknown": unknown, "of another form": other}
-        text += "".join(f"; {len(names)} {kind} ({_listing(names)})" for kind, names in kinds.items() if names)
-    return f"{text}."
-
-
-def _name(forms: Mapping[str, Any], separator: str) -> str:
-    """What kind of weights has such entries, or the first of them."""
-    if kind := _kind_of(forms):
-        return f"{kind} ({len(forms)} entries)"
-    more = f", ... ({len(forms)} entries)" if len(forms) > N_LISTED else ""
-    return separator.join(f"{name} {form}" for name, form in list(forms.items())[:N_LISTED]) + more or "nothing"
-
-
-def _kind_of(forms: Mapping[str, Any]) -> str | None:
-    # Entries whose shapes tell the sizes of a head; of another type than a tensor's they tell nothing.
-    shapes = {name: form for name, form in forms.items() if isinstance(form, list) and len(form) == 4}
-    projects = [shapes[name] for i in range(4) if (name := f"reassemble_blocks.projects.{i}.conv.weight") in shapes]
-    fused, last = shapes.get("fusion_blocks.0.project.conv.weight"), shapes.get("conv_depth.head.4.weight")
+def _kind_of(kernels: Mapping[str, list[int]]) -> str | None:
+    # The shapes of convolutions show the sizes of a head.
+    projects = [kernels[name] for i in range(4) if (name := f"reassemble_blocks.projects.{i}.conv.weight") in kernels]
+    fused, last = kernels.get("fusion_blocks.0.project.conv.weight"), kernels.get("conv_depth.head.4.weight")
     if len(projects) == 4 and fused and last:
         widths = ", ".join(str(shape[1]) for shape in projects)
-        return f"a DPT head of levels of {widths} channels, {fused[0]} channels within and {last[0]} outputs"
-    if linear := shapes.get("conv_depth.weight"):
-        return f"a linear depth head of {linear[1]} channels and {linear[0]} outputs"
-    if linear := shapes.get("conv.weight"):
-        return f"a linear segmentation head of {linear[1]} channels and {linear[0]} classes"
-    return "a backbone" if "patch_embed.proj.weight" in shapes or "downsample_layers.0.0.weight" in shapes else None
-
-
-def _listing(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:N_LISTED]) + (", ..." if len(names) > N_LISTED else "")
+        return f"a DPT head with levels of {widths} channels, {fused[0]} channels inside and {last[0]} outputs"
+    if linear := kernels.get("conv_depth.weight"):
+        return f"a linear depth head with {linear[1]} channels and {linear[0]} outputs"
+    if linear := kernels.get("conv.weight"):
+        return f"a linear segmentation head with {linear[1]} channels and {linear[0]} classes"
+    return "a backbone" if "patch_embed.proj.weight" in kernels or "downsample_layers.0.0.weight" in kernels else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from dinov3.models import vision_transformer
 from dinov3.models.convnext import ConvNeXt, convnext_sizes
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
-#: What all published ViTs share.
+#: Arguments that all published ViTs share.
 SHARED_VIT_OPTIONS: dict[str, Any] = {
     "img_size": 224,
     "patch_size": 16,
@@ -33,12 +33,13 @@ SHARED_VIT_OPTIONS: dict[str, Any] = {
     "untie_cls_and_patch_norms": False,
 }
 
+#: The argument that only the weights decide.
 UNTIED_CLS_NORM = "untie_global_and_local_cls_norm"
 
 
 @dataclass(frozen=True)
 class PublishedViT:
-    """One entry of the hub.
+    """A ViT of the hub.
 
     Attributes:
         embed_dim: D, channels of a token.
@@ -61,7 +62,7 @@ class PublishedViT:
     untied: frozenset[str] = field(default_factory=frozenset)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `DinoVisionTransformer`, all but `untie_global_and_local_cls_norm`."""
+        """Return the arguments of `DinoVisionTransformer`, all but `untie_global_and_local_cls_norm`."""
         return SHARED_VIT_OPTIONS | {
             "embed_dim": self.embed_dim,
             "depth": self.depth,
@@ -72,31 +73,9 @@ class PublishedViT:
         }
 
 
-PUBLISHED_VITS: dict[str, PublishedViT] = {
-    "dinov3_vits16": PublishedViT(384, 12, 6, 4, "mlp", {"LVD1689M": "08c60483"}),
-    "dinov3_vits16plus": PublishedViT(384, 12, 6, 6, "swiglu", {"LVD1689M": "4057cbaa"}),
-    "dinov3_vitb16": PublishedViT(768, 12, 12, 4, "mlp", {"LVD1689M": "73cec8be"}),
-    "dinov3_vitl16": PublishedViT(
-        1024, 24, 16, 4, "mlp", {"LVD1689M": "8aa4cbdd", "SAT493M": "eadcf0ff"}, untied=frozenset({"SAT493M"})
-    ),
-    "dinov3_vitl16plus": PublishedViT(1024, 24, 16, 6, "swiglu", {"LVD1689M": "46503df0"}),
-    "dinov3_vith16plus": PublishedViT(1280, 32, 20, 6, "swiglu", {"LVD1689M": "7c1da9a5"}),
-    "dinov3_vit7b16": PublishedViT(
-        4096,
-        40,
-        32,
-        3,
-        "swiglu64",
-        {"LVD1689M": "a955f4ea", "SAT493M": "a6675841"},
-        qkv_bias=False,
-        untied=frozenset({"LVD1689M", "SAT493M"}),
-    ),
-}
-
-
 @dataclass(frozen=True)
 class PublishedConvNeXt:
-    """One entry of the hub.
+    """A ConvNeXt of the hub.
 
     Attributes:
         depths: blocks of each of the four stages.
@@ -109,82 +88,101 @@ class PublishedConvNeXt:
     hashes: dict[str, str]
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `ConvNeXt`."""
-        return {
-            "in_chans": 3,
-            "depths": self.depths,
-            "dims": self.dims,
-            "drop_path_rate": 0.0,
-            "layer_scale_init_value": 1e-6,
-            "patch_size": None,
-        }
+        """Return the arguments of `ConvNeXt`; all others keep their defaults."""
+        return {"depths": self.depths, "dims": self.dims}
 
 
-PUBLISHED_CONVNEXTS: dict[str, PublishedConvNeXt] = {
+_CONVNEXT_HASHES = {"tiny": "21b726bb", "small": "296db49d", "base": "801f2ba9", "large": "61fa432d"}
+_BOTH = frozenset({"LVD1689M", "SAT493M"})
+#: The structure of each published backbone, by its hub entry.
+PUBLISHED: dict[str, PublishedViT | PublishedConvNeXt] = {
+    "dinov3_vits16": PublishedViT(384, 12, 6, 4, "mlp", {"LVD1689M": "08c60483"}),
+    "dinov3_vits16plus": PublishedViT(384, 12, 6, 6, "swiglu", {"LVD1689M": "4057cbaa"}),
+    "dinov3_vitb16": PublishedViT(768, 12, 12, 4, "mlp", {"LVD1689M": "73cec8be"}),
+    "dinov3_vitl16": PublishedViT(
+        1024, 24, 16, 4, "mlp", {"LVD1689M": "8aa4cbdd", "SAT493M": "eadcf0ff"}, untied=frozenset({"SAT493M"})
+    ),
+    "dinov3_vitl16plus": PublishedViT(1024, 24, 16, 6, "swiglu", {"LVD1689M": "46503df0"}),
+    "dinov3_vith16plus": PublishedViT(1280, 32, 20, 6, "swiglu", {"LVD1689M": "7c1da9a5"}),
+    "dinov3_vit7b16": PublishedViT(
+        4096, 40, 32, 3, "swiglu64", {"LVD1689M": "a955f4ea", "SAT493M": "a6675841"}, qkv_bias=False, untied=_BOTH
+    ),
+} | {
     f"dinov3_convnext_{size}": PublishedConvNeXt(**convnext_sizes[size], hashes={"LVD1689M": file_hash})
-    for size, file_hash in {"tiny": "21b726bb", "small": "296db49d", "base": "801f2ba9", "large": "61fa432d"}.items()
+    for size, file_hash in _CONVNEXT_HASHES.items()
 }
-
-FACTORIES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_so400m", "vit_huge2", "vit_giant2", "vit_7b")
 
 
 def has_untied_cls_norm(state: Mapping[str, Tensor]) -> bool:
-    """Whether weights hold the extra norm for the class tokens of local crops."""
+    """Return whether weights hold the extra norm for the class tokens of local crops."""
     return any(name.startswith("local_cls_norm.") for name in state)
 
 
 def has_gated_ffn(state: Mapping[str, Tensor]) -> bool:
-    """Whether the FFNs of a ViT are SwiGLUs."""
+    """Return whether the FFNs of a ViT are SwiGLUs."""
     return "blocks.0.mlp.w1.weight" in state
 
 
 def identify(state: Mapping[str, Tensor]) -> str | None:
-    """Say, in a sentence for an error message, what model the entries of `state` belong to; None if unknown."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    """Say in a sentence, for an error message, what model the entries of `state` belong to; None if unknown."""
     for description, is_that in _OTHER_MODELS.items():
-        if is_that(shapes):
-            return f"It is {description}."
+        if is_that(state.keys()):
+            return f"{description}."
     if name := published_name(state):
         return f"Its entries are those of {name}: use that instead."
-    if "cls_token" not in shapes:
+    if "cls_token" not in state:
         return None
-    dim, depth = shapes["cls_token"][-1], count_blocks(shapes)
-    names = [name for name, sizes in _factory_sizes().items() if sizes == (dim, depth)]
-    same = f", as many as in a {names[0]}" if names else ""
-    return f"It is a ViT of {dim} channels and {depth} blocks{same}."
+    sizes = dim, depth = state["cls_token"].shape[-1], count_blocks(state)
+    with torch.device("meta"):
+        factories = {name: make() for name, make in vars(vision_transformer).items() if name.startswith("vit_")}
+    names = [name for name, model in factories.items() if (model.embed_dim, model.n_blocks) == sizes]
+    same = f", like a {names[0]}" if names else ""
+    return f"It is a ViT with {dim} channels and {depth} blocks{same}."
 
 
 def published_name(state: Mapping[str, Tensor]) -> str | None:
-    """The hub entry that has exactly the entries of `state`, by their names and shapes; None if none has."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name, model in _candidates(shapes):
-        if shapes == {key: tuple(entry.shape) for key, entry in model.state_dict().items()}:
+    """Return the hub entry that has exactly the entries of `state`, by their names and shapes; None if none has."""
+    is_convnext, is_vit = "downsample_layers.0.0.weight" in state, "cls_token" in state
+    sizes = (state["cls_token"].shape[-1], count_blocks(state)) if is_vit else None
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for name, published in PUBLISHED.items():
+        options = published.options()
+        with torch.device("meta"):
+            if isinstance(published, PublishedConvNeXt) and is_convnext:
+                model: nn.Module = ConvNeXt(**options)
+            elif isinstance(published, PublishedViT) and sizes == (published.embed_dim, published.depth):
+                model = DinoVisionTransformer(**options | {UNTIED_CLS_NORM: has_untied_cls_norm(state)})
+            else:
+                continue
+        if shapes == {key: entry.shape for key, entry in model.state_dict().items()}:
             return name
     return None
 
 
-def published_vit_like(state: Mapping[str, Tensor]) -> PublishedViT | None:
-    """The published ViT of as many channels and blocks; None if there is none."""
+def published_vit_of_size(state: Mapping[str, Tensor]) -> PublishedViT | None:
+    """Return the first published ViT with the channels and blocks of `state`, a ViT in our names; None if none has."""
     sizes = state["cls_token"].shape[-1], count_blocks(state)
-    return next((vit for vit in PUBLISHED_VITS.values() if (vit.embed_dim, vit.depth) == sizes), None)
+    vits = [published for published in PUBLISHED.values() if isinstance(published, PublishedViT)]
+    return next((vit for vit in vits if (vit.embed_dim, vit.depth) == sizes), None)
 
 
-def build_like(state: Mapping[str, Tensor]) -> DinoVisionTransformer | ConvNeXt | None:
-    """The backbone that `state` looks like, on the meta device, with the sizes that its entries tell.
+def build_from_shapes(state: Mapping[str, Tensor]) -> DinoVisionTransformer | ConvNeXt | None:
+    """Build on the meta device the backbone whose sizes the entries of `state` show.
 
-    Whether it is complete, a comparison with the state dict of the result tells. What entries do not tell is as in the
-    published models.
+    To find out whether `state` is complete, compare it with the state dict of the result. What entries do not show is
+    as in the published models.
 
     Args:
         state: in our names.
 
     Returns:
-        The model; None if there is too little to go by.
+        The model; None if the entries do not suffice to tell.
     """
     try:
-        is_convnext = "downsample_layers.0.0.weight" in state
         with torch.device("meta"):
-            return ConvNeXt(**_convnext_options(state)) if is_convnext else DinoVisionTransformer(**_vit_options(state))
+            if "downsample_layers.0.0.weight" in state:
+                return ConvNeXt(**_convnext_options(state))
+            return DinoVisionTransformer(**_vit_options(state))
     except (KeyError, ValueError, IndexError, ZeroDivisionError, AssertionError):
         return None
 
@@ -199,19 +197,20 @@ def _convnext_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    dim, depth = state["cls_token"].shape[-1], count_blocks(state)
-    is_gated = has_gated_ffn(state)
-    hidden = state["blocks.0.mlp.w1.weight" if is_gated else "blocks.0.mlp.fc1.weight"].shape[0]
+    dim, is_gated = state["cls_token"].shape[-1], has_gated_ffn(state)
+    first_linear = "blocks.0.mlp.w1" if is_gated else "blocks.0.mlp.fc1"
+    hidden = state[f"{first_linear}.weight"].shape[0]
     return SHARED_VIT_OPTIONS | {
         "embed_dim": dim,
-        "depth": depth,
+        "depth": count_blocks(state),
+        # The rotation has one period for every four channels of a head.
         "num_heads": dim // (4 * len(state["rope_embed.periods"])),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "in_chans": state["patch_embed.proj.weight"].shape[1],
         # A gated FFN keeps two thirds of its hidden channels, and rounds them down first.
         "ffn_ratio": (1.5 * hidden + 0.5) / dim if is_gated else (hidden + 0.5) / dim,
         "ffn_layer": "swiglu" if is_gated else "mlp",
-        "ffn_bias": f"blocks.0.mlp.{'w1' if is_gated else 'fc1'}.bias" in state,
+        "ffn_bias": f"{first_linear}.bias" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "mask_k_bias": "blocks.0.attn.qkv.bias_mask" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
@@ -224,57 +223,38 @@ def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def count_blocks(names: Iterable[str], pattern: str = r"blocks\.(\d+)\.") -> int:
-    """How many blocks the entries of a ViT belong to.
+    """Count the blocks that the entries of a ViT belong to.
 
     Args:
         names: of the entries.
         pattern: matches the beginning of those of a block, with its index as a group.
     """
-    matches = (re.match(pattern, name) for name in names)
-    return len({match[1] for match in matches if match})
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+def _some_name_has(*parts: str) -> Callable[[Collection[str]], bool]:
+    return lambda names: all(any(part in name for name in names) for part in parts)
 
 
-def _has(*witnesses: str) -> Callable[[Shapes], bool]:
-    return lambda shapes: all(any(witness in name for name in shapes) for witness in witnesses)
-
-
-#: What people also have on their disks, and what tells it.
-_OTHER_MODELS: dict[str, Callable[[Shapes], bool]] = {
-    "a single linear layer, such as the head of a classifier (load it with the entry of that head, e.g. "
-    "dinov3_vit7b16_lc(weights=...), and the backbone with backbone_weights=...)": lambda shapes: (
-        shapes.keys() <= {"weight", "bias"}
+#: Other weights that people have on their disks, and the names by which they are recognised.
+_OTHER_MODELS: dict[str, Callable[[Collection[str]], bool]] = {
+    "It is a single linear layer, such as the head of a classifier (load it with the entry of that head, e.g. "
+    "dinov3_vit7b16_lc(weights=...), and the backbone with backbone_weights=...)": lambda names: (
+        set(names) <= {"weight", "bias"}
     ),
-    "the head of a depth estimator (DPT), not a backbone": _has("reassemble_blocks."),
-    "the weights of a detector, not a backbone": _has("transformer.decoder."),
-    "the weights of a segmentation model, not a backbone": _has("segmentation_model."),
-    "a text encoder and the vision head that belongs to it (dino.txt), not a backbone": _has("text_model."),
-    "the DINOHead of a training, not a backbone": lambda shapes: (
-        "last_layer.weight" in shapes and "cls_token" not in shapes
+    "It is the head of a depth estimator (DPT), not a backbone": _some_name_has("reassemble_blocks."),
+    "These are the weights of a detector, not of a backbone": _some_name_has("transformer.decoder."),
+    "These are the weights of a segmentation model, not of a backbone": _some_name_has("segmentation_model."),
+    "It is a text encoder with the vision head that belongs to it (dino.txt), not a backbone": _some_name_has(
+        "text_model."
     ),
-    "a DINOv2 model of Hugging Face transformers, or another ViT with learned positions": _has(
+    "It is the DINO head of a training, not a backbone": lambda names: (
+        "last_layer.weight" in names and "cls_token" not in names
+    ),
+    "It is a DINOv2 model of Hugging Face transformers, or another ViT with learned positions": _some_name_has(
         "embeddings.position_embeddings"
     ),
-    "a DINOv2 model, or another ViT with learned positions (pos_embed)": lambda shapes: "pos_embed" in shapes,
-    "a CLIP model": _has("visual.", "logit_scale"),
-    "a ResNet": _has("layer1.0.conv1.weight"),
+    "It is a DINOv2 model, or another ViT with learned positions (pos_embed)": lambda names: "pos_embed" in names,
+    "It is a CLIP model": _some_name_has("visual.", "logit_scale"),
+    "It is a ResNet": _some_name_has("layer1.0.conv1.weight"),
 }
-
-
-def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, nn.Module]]:
-    untied = "local_cls_norm.weight" in shapes
-    with torch.device("meta"):
-        for name, published in PUBLISHED_VITS.items():
-            if shapes.get("cls_token") == (1, 1, published.embed_dim) and count_blocks(shapes) == published.depth:
-                yield name, DinoVisionTransformer(**published.options() | {UNTIED_CLS_NORM: untied})
-        if "downsample_layers.0.0.weight" in shapes:
-            for name, sizes in PUBLISHED_CONVNEXTS.items():
-                yield name, ConvNeXt(**sizes.options())
-
-
-def _factory_sizes() -> dict[str, tuple[int, int]]:
-    with torch.device("meta"):
-        models = {name: getattr(vision_transformer, name)() for name in FACTORIES}
-    return {name: (model.embed_dim, model.n_blocks) for name, model in models.items()}

@@ -3,15 +3,13 @@
 Notable:
 - Models come back in evaluation mode, with all parameters trainable. In training mode their positions are rescaled at
   random, so that two forwards of one image differ.
-- Which norms a model has is read off the weights, so files may have any name.
+- The entries of the weights show which norms the model has, so files may have any name.
 - With `dtype=torch.bfloat16` a bfloat16 file stays mapped as it is; the positions are computed in float32 all the same.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
@@ -19,19 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dinov3.hub.architectures import (
-    PUBLISHED_CONVNEXTS,
-    PUBLISHED_VITS,
-    UNTIED_CLS_NORM,
-    PublishedConvNeXt,
-    PublishedViT,
-    has_untied_cls_norm,
-)
-from dinov3.hub.sources import BASE_URL, convert_path_or_url_to_url, is_download, is_url, locate
-from dinov3.hub.weights import WeightsError, backbone_entries, load_backbone_, read_state_dict
+from dinov3.hub.architectures import PUBLISHED, UNTIED_CLS_NORM, PublishedViT, has_untied_cls_norm
+from dinov3.hub.sources import BASE_URL, Source, choose_weights, convert_path_or_url_to_url, is_url, read_weights
+from dinov3.hub.weights import backbone_entries, load_backbone_, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.utils.dtype import as_torch_dtype
+from dinov3.utils.messages import did_you_mean
 
 __all__ = [
     "Weights",
@@ -58,71 +50,67 @@ class Weights(Enum):
     SAT493M = "SAT493M"
 
 
-WeightsLike = Weights | str | os.PathLike[str] | Mapping[str, Tensor]
+WeightsLike = Weights | Source
 
 #: Entries with several published versions of their weights.
 VERSIONED = ("dinov3_vitl16plus", "dinov3_vith16plus")
-FILE_OPTIONS = ("hash", "version", "mmap", "progress")
-PLACE_OPTIONS = ("device", "dtype")
 #: Options of the models that change neither their weights nor, but for `patch_size`, what they compute in evaluation.
-VIT_OPTIONS = (
-    "drop_path_rate",
-    "pos_embed_rope_shift_coords",
-    "pos_embed_rope_jitter_coords",
-    "pos_embed_rope_rescale_coords",
-)
-CONVNEXT_OPTIONS = ("drop_path_rate", "patch_size")
+MODEL_OPTIONS: dict[type, tuple[str, ...]] = {
+    DinoVisionTransformer: (
+        "drop_path_rate",
+        "pos_embed_rope_shift_coords",
+        "pos_embed_rope_jitter_coords",
+        "pos_embed_rope_rescale_coords",
+    ),
+    ConvNeXt: ("drop_path_rate", "patch_size"),
+}
 
-_ARGUMENTS = """
+_ARGUMENTS = """{summary}
 
     Args:
         pretrained: load `weights`; if False, initialise at random and read nothing.
         weights: {weights}, or its name.
-            Or a local path or file:// URL, read where it lies: keep it in place while the model lives. It is told by
-            its content: a file in the published layout (.pth or .safetensors); the teacher of a training, as a file or
-            as a directory of torch.distributed.checkpoint; a DINOv3 model of Hugging Face transformers or of timm, as
-            the directory of the model, a file of its weights or the index of several.
+            Or a local path or file:// URL, read where it lies, so keep it in place while the model lives. Its content,
+            not its name, decides how it is read: a file in the published layout (.pth or .safetensors); the teacher of
+            a training, as a file or as a directory of torch.distributed.checkpoint; a DINOv3 model of Hugging Face
+            transformers or of timm, as the directory of the model, a file of its weights or the index of several.
             Or an https:// URL, downloaded once into torch.hub's cache. Or a state dict in any of these layouts.
         check_hash: compare the file with the SHA-256 digits at the end of its name.
         **kwargs: `device`; `dtype`, floating point or its name, of all parameters (by default float32): images must
             have it too, or the call be under autocast.
-            {options}
+            Of the model: {options}.
             Of the file: `mmap=False` reads a local file instead of mapping it, `progress=False` hides the bar of a
-            download, `hash` and `version` choose another published file.
+            download, `hash` and `version` select another published file.
 
     Returns:
         A `{model}` in evaluation mode, its parameters trainable, on the CPU unless `device` is given.
 
     Raises:
         FileNotFoundError: there is no such local file.
-        ValueError: there are no such published weights, or the file is not a checkpoint of this model.
+        ValueError: such weights were not published, or the file is not a checkpoint of this model.
         ConnectionError: the download failed.
         TypeError: an unknown keyword, or one that this model fixes.
     """
-_VIT_ARGUMENTS = _ARGUMENTS.format(
-    weights="`Weights.LVD1689M` (web images) or, where published, `Weights.SAT493M` (satellite images)",
-    options="""Of the model: `drop_path_rate`, `pos_embed_rope_shift_coords`, `pos_embed_rope_jitter_coords`,
-            `pos_embed_rope_rescale_coords`, which act in training mode alone.""",
-    model="DinoVisionTransformer",
-)
-_CONVNEXT_ARGUMENTS = _ARGUMENTS.format(
-    weights="`Weights.LVD1689M` (web images)",
-    options="""Of the model: `patch_size`, to which `get_intermediate_layers` resizes its maps; `drop_path_rate`, which
-            acts in training mode alone.""",
-    model="ConvNeXt",
-)
 
 Entry = TypeVar("Entry", bound=Callable[..., Any])
 Backbone = TypeVar("Backbone", DinoVisionTransformer, ConvNeXt)
 
 
-def _with_arguments_documented(entry: Entry) -> Entry:
-    is_convnext = entry.__name__ in PUBLISHED_CONVNEXTS
-    entry.__doc__ = (entry.__doc__ or "") + (_CONVNEXT_ARGUMENTS if is_convnext else _VIT_ARGUMENTS)
+def _document_arguments(entry: Entry) -> Entry:
+    if isinstance(PUBLISHED[entry.__name__], PublishedViT):
+        model = "DinoVisionTransformer"
+        weights = "`Weights.LVD1689M` (web images) or, where published, `Weights.SAT493M` (satellite images)"
+        options = """`drop_path_rate`, `pos_embed_rope_shift_coords`, `pos_embed_rope_jitter_coords`,
+            `pos_embed_rope_rescale_coords`, which only act in training mode"""
+    else:
+        model, weights = "ConvNeXt", "`Weights.LVD1689M` (web images)"
+        options = """`patch_size`, to which `get_intermediate_layers` resizes its maps; `drop_path_rate`, which
+            only acts in training mode"""
+    entry.__doc__ = _ARGUMENTS.format(summary=entry.__doc__, model=model, weights=weights, options=options)
     return entry
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vits16(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -130,7 +118,7 @@ def dinov3_vits16(
     return _make(DinoVisionTransformer, "dinov3_vits16", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vits16plus(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -138,7 +126,7 @@ def dinov3_vits16plus(
     return _make(DinoVisionTransformer, "dinov3_vits16plus", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vitb16(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -146,7 +134,7 @@ def dinov3_vitb16(
     return _make(DinoVisionTransformer, "dinov3_vitb16", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vitl16(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -154,7 +142,7 @@ def dinov3_vitl16(
     return _make(DinoVisionTransformer, "dinov3_vitl16", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vitl16plus(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -162,7 +150,7 @@ def dinov3_vitl16plus(
     return _make(DinoVisionTransformer, "dinov3_vitl16plus", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vith16plus(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -170,7 +158,7 @@ def dinov3_vith16plus(
     return _make(DinoVisionTransformer, "dinov3_vith16plus", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_vit7b16(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> DinoVisionTransformer:
@@ -178,7 +166,7 @@ def dinov3_vit7b16(
     return _make(DinoVisionTransformer, "dinov3_vit7b16", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_convnext_tiny(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> ConvNeXt:
@@ -186,7 +174,7 @@ def dinov3_convnext_tiny(
     return _make(ConvNeXt, "dinov3_convnext_tiny", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_convnext_small(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> ConvNeXt:
@@ -194,7 +182,7 @@ def dinov3_convnext_small(
     return _make(ConvNeXt, "dinov3_convnext_small", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_convnext_base(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> ConvNeXt:
@@ -202,7 +190,7 @@ def dinov3_convnext_base(
     return _make(ConvNeXt, "dinov3_convnext_base", pretrained, weights, check_hash, kwargs)
 
 
-@_with_arguments_documented
+@_document_arguments
 def dinov3_convnext_large(
     *, pretrained: bool = True, weights: WeightsLike = Weights.LVD1689M, check_hash: bool = False, **kwargs: Any
 ) -> ConvNeXt:
@@ -211,16 +199,16 @@ def dinov3_convnext_large(
 
 
 def url_of(entry: str, weights: Weights, *, version: str | None = None, file_hash: str | None = None) -> str:
-    """Where published weights are.
+    """Return the address of published weights.
 
     Args:
         entry: name of the hub entry, e.g. `dinov3_vits16`.
         weights: the data that they were trained on, one of those published for this entry.
         version: added to the file name.
-        file_hash: first digits of the SHA-256 in the file name; None: those of the published file.
+        file_hash: first digits of the SHA-256 in the file name. Default: those of the published file.
     """
     suffix = f"_{version}" if version else ""
-    file_hash = file_hash or _published(entry).hashes[weights.name]
+    file_hash = file_hash or PUBLISHED[entry].hashes[weights.name]
     return f"{BASE_URL}/{entry}/{entry}_pretrain_{weights.name.lower()}{suffix}-{file_hash}.pth"
 
 
@@ -233,41 +221,50 @@ def _make(
     kwargs: dict[str, Any],
 ) -> Backbone:
     _check_keywords(model_class, entry, kwargs)
-    published = _published(entry)
-    data = _published_data(entry, weights)
+    published = PUBLISHED[entry]
+    selectors = {name: kwargs.get(name) for name in ("hash", "version")}
+    available = [Weights[name] for name in published.hashes]
+    source = choose_weights(entry, weights, available, pretrained=pretrained, selectors=selectors)
     dtype = _floating_dtype(entry, kwargs.get("dtype"))
-    device = kwargs.get("device")
-    options = published.options() | {k: v for k, v in kwargs.items() if k in _model_options(model_class)}
-    if not pretrained:
-        if data is None:
-            raise ValueError(f"{entry}: weights are given, but pretrained=False reads none; leave out one of the two")
-        model = _on_meta(model_class, options, untied=_is_untied(published, data))
-        # Built on the meta device, because constructors would initialise everything a first time.
-        place = torch.device(device or torch.get_default_device())
-        if place.type != "meta":
-            model.to_empty(device=place)
-            model.init_weights()
-        return _cast(model, dtype).eval()  # Cast last: random numbers of few bits have another distribution.
-    state, source = _read(entry, data or weights, check_hash, kwargs)
-    untied = _is_untied(published, data) if data else has_untied_cls_norm(state)
-    model = _cast(_on_meta(model_class, options, untied=untied), dtype)
-    load_backbone_(model, state, source=source, target=entry)
-    return model.to(device).eval()
-
-
-def _published(entry: str) -> PublishedViT | PublishedConvNeXt:
-    return PUBLISHED_VITS[entry] if entry in PUBLISHED_VITS else PUBLISHED_CONVNEXTS[entry]
-
-
-def _is_untied(published: PublishedViT | PublishedConvNeXt, data: Weights) -> bool:
-    return isinstance(published, PublishedViT) and data.name in published.untied
-
-
-def _on_meta(model_class: type[Backbone], options: dict[str, Any], *, untied: bool) -> Backbone:
-    if model_class is DinoVisionTransformer:
-        options = options | {UNTIED_CLS_NORM: untied}
+    options = published.options() | {k: v for k, v in kwargs.items() if k in MODEL_OPTIONS[model_class]}
+    state: dict[str, Tensor] | None = None
+    if pretrained:
+        state, name = _read(entry, source, check_hash, **kwargs)
+    if isinstance(published, PublishedViT):
+        # The data decide which norms there are; of other weights their entries do.
+        untied = source.name in published.untied if isinstance(source, Weights) else has_untied_cls_norm(state or {})
+        options[UNTIED_CLS_NORM] = untied
+    # Built on the meta device, because constructors would initialise what is overwritten.
     with torch.device("meta"):
-        return model_class(**options)
+        model = model_class(**options)
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    if state is not None:
+        return load_backbone_(_cast(model, dtype), state, source=name, target=entry).to(kwargs.get("device")).eval()
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights()
+    return _cast(model, dtype).eval()  # Cast last: random numbers of few bits have another distribution.
+
+
+def _read(
+    entry: str,
+    source: Weights | Source,
+    check_hash: bool,
+    *,
+    hash: str | None = None,
+    version: str | None = None,
+    mmap: bool = True,
+    progress: bool = True,
+    **_: Any,
+) -> tuple[dict[str, Tensor], str]:
+    if isinstance(source, Mapping):
+        entries = backbone_entries(source, source="the state dict")
+        for name, tensor in entries.items():
+            entries[name] = tensor.clone()  # Because the model takes its tensors over.
+        return entries, "the state dict"
+    if isinstance(source, Weights):
+        source = url_of(entry, source, version=version, file_hash=hash)
+    return read_weights(source, lambda path: read_state_dict(path, mmap=mmap), check_hash=check_hash, progress=progress)
 
 
 def _cast(model: Backbone, dtype: torch.dtype | None) -> Backbone:
@@ -282,67 +279,26 @@ def _cast(model: Backbone, dtype: torch.dtype | None) -> Backbone:
 
 
 def _floating_dtype(entry: str, dtype: Any) -> torch.dtype | None:
-    if dtype is None:
-        return None
     try:
-        found = as_torch_dtype(dtype)
+        found = None if dtype is None else as_torch_dtype(dtype)
     except KeyError:
         found = torch.bool
-    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if found not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{entry}: dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     return found
 
 
-def _published_data(entry: str, weights: WeightsLike) -> Weights | None:
-    if isinstance(weights, str) and weights.upper() in Weights.__members__:
-        weights = Weights[weights.upper()]
-    if not isinstance(weights, Weights):
-        return None
-    available = _published(entry).hashes
-    if weights.name not in available:
-        raise ValueError(f"{entry} was not published with weights {weights.name}, only with {', '.join(available)}")
-    return weights
-
-
-def _read(entry: str, weights: WeightsLike, check_hash: bool, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    if not isinstance(weights, Weights) and (kwargs.get("hash") or kwargs.get("version")):
-        raise ValueError(f"{entry}: hash and version choose among published files, but weights are given")
-    if isinstance(weights, Mapping):
-        entries = backbone_entries(weights, source="the state dict")
-        for name, tensor in entries.items():
-            entries[name] = tensor.clone()  # Because the model takes its tensors over.
-        return entries, "the state dict"
-    if isinstance(weights, Weights):
-        weights = url_of(entry, weights, version=kwargs.get("version"), file_hash=kwargs.get("hash"))
-    if not isinstance(weights, str | os.PathLike):
-        raise TypeError(f"{entry}: weights must be a Weights, a path, a URL or a state dict, got {weights!r}")
-    path = locate(weights, check_hash=check_hash, progress=kwargs.get("progress", True))
-    try:
-        return read_state_dict(path, mmap=kwargs.get("mmap", True)), str(path)
-    except WeightsError as error:
-        if is_download(weights):
-            raise WeightsError(f"{error} (It lies in the cache: delete it there to download it again.)") from error
-        raise
-
-
-def _model_options(model_class: type[DinoVisionTransformer] | type[ConvNeXt]) -> tuple[str, ...]:
-    return CONVNEXT_OPTIONS if model_class is ConvNeXt else VIT_OPTIONS
-
-
-def _check_keywords(
-    model_class: type[DinoVisionTransformer] | type[ConvNeXt], entry: str, kwargs: dict[str, Any]
-) -> None:
-    optional = (*PLACE_OPTIONS, *_model_options(model_class), *FILE_OPTIONS)
+def _check_keywords(model_class: type[DinoVisionTransformer | ConvNeXt], entry: str, kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("version") is not None and entry not in VERSIONED:
+        raise TypeError(f"{entry}: its weights have only one version, got version={kwargs['version']!r}")
+    optional = ("device", "dtype", *MODEL_OPTIONS[model_class], "hash", "version", "mmap", "progress")
     constructor = inspect.signature(model_class).parameters
-    for name, value in kwargs.items():
-        if name == "version" and value is not None and entry not in VERSIONED:
-            raise TypeError(f"{entry}: there is only one version of its weights, got version={value!r}")
+    for name in kwargs:
         if name in optional:
             continue
         if name in constructor and constructor[name].kind is not inspect.Parameter.VAR_KEYWORD:
-            fixed = _published(entry).options() | {UNTIED_CLS_NORM: "given by the weights"}
+            fixed = PUBLISHED[entry].options() | {UNTIED_CLS_NORM: "determined by the weights"}
             raise TypeError(f"{entry} fixes {name} ({fixed.get(name, constructor[name].default)}): leave it out")
         known = ["pretrained", "weights", "check_hash", *optional]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
-        raise TypeError(f"{entry} has no keyword argument {name!r}; {hint}")
+        hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+        raise TypeError(f"{entry} has no keyword argument {name!r}{hint}")

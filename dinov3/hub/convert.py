@@ -23,19 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinov3.hub.architectures import build_like, published_name
+from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.command_line import SAT_MARKS, describe_bytes, make_parser, written_whole
-from dinov3.hub.formats import (
-    CONFIG_FILE,
-    LAYER_NORM_EPS,
-    Converted,
-    Foreign,
-    Library,
-    from_release,
-    huggingface_config,
-    timm_config,
-)
-from dinov3.hub.formats.huggingface import preprocessor_config
+from dinov3.hub.formats.conversion import Converted, Foreign, from_release
+from dinov3.hub.formats.huggingface import huggingface_config, preprocessor_config
+from dinov3.hub.formats.layouts import LAYER_NORM_EPS, Library
+from dinov3.hub.formats.reading import CONFIG_FILE
+from dinov3.hub.formats.timm import timm_config
 from dinov3.hub.runs import CONFIG_FILE as RUN_CONFIG_FILE
 from dinov3.hub.runs import find_teacher, read_run_config
 from dinov3.hub.sources import locate
@@ -121,7 +115,7 @@ def convert(
             file = _write_release(destination, weights.state, bar)
         return Written(name, len(weights.state), size, (file,))
     foreign = _convert(weights, to, source=path)
-    metadata = {"format": "pt"} | foreign.kept
+    metadata = {"format": "pt"} | foreign.metadata
     size = sum(tensor.nbytes for tensor in foreign.state.values())
     with _Progress(size, progress) as bar:
         if destination.suffix == ".safetensors":
@@ -149,7 +143,7 @@ def _read(path: Path) -> _Weights:
     if (path / RUN_CONFIG_FILE).is_file():
         return _read_run(path)
     state = read_state_dict(path)
-    model = build_like(state)
+    model = build_from_shapes(state)
     check_complete(state, model, source=str(path))
     eps = LAYER_NORM_EPS["convnext" if isinstance(model, ConvNeXt) else "vit"]
     return _Weights(state, float(state.config.get("layer_norm_eps", eps)) if isinstance(state, Converted) else eps)
@@ -160,7 +154,7 @@ def _read_run(path: Path) -> _Weights:
 
     teacher = find_teacher(path)
     state = read_state_dict(teacher)
-    check_complete(state, build_like(state), source=str(teacher))
+    check_complete(state, build_from_shapes(state), source=str(teacher))
     model, _ = build_model_from_cfg(read_run_config(path), only_teacher=True, fp8=False)
     rope = getattr(model, "rope_embed", None)
     eps = getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])

@@ -1,12 +1,21 @@
-"""Weights of the published heads: from what users give as `weights=` to the head.
+"""Published heads on published backbones: what their hub entries have in common.
+
+To add one, write a module beside this one (`classifiers.py` is the shortest to follow) with
+
+1. an enumeration of the data that heads of this kind were trained on,
+2. a `PublishedHead`: its backbone, its file, and where the head sits in the whole model,
+3. a function that builds the whole model around a backbone, with the head on a given device,
+4. the entry, decorated with `document_arguments`, which calls `load_published`;
+
+then export the entry in `hubconf.py`, and add it to the entries in `tests/hub/test_hubconf.py`.
 
 Notable: a head is built on the meta device and takes over the tensors of its file, which stay mapped.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -14,111 +23,131 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.heads.weights import head_entries, load_head_, read_head
-from dinov3.hub.sources import is_download, locate
+from dinov3.hub import backbones
+from dinov3.hub.backbones import WeightsLike
+from dinov3.hub.sources import BASE_URL, Source, choose_weights, read_weights
 from dinov3.utils.weight_files import WeightsError
 
-Head = TypeVar("Head", bound=nn.Module)
-Published = TypeVar("Published", bound=Enum)
-
-WeightsFrom = str | os.PathLike[str] | Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+Entry = TypeVar("Entry", bound=Callable[..., Any])
 
 
-def choose_weights(
-    target: str,
-    weights: Enum | WeightsFrom,
-    choices: type[Published],
-    *,
-    available: Collection[Published],
-    pretrained: bool,
-    file_hash: str | None,
-) -> Published | WeightsFrom:
-    """The published weights that are meant, or where others are.
+@dataclass(frozen=True)
+class PublishedHead:
+    """A head that was published for one backbone.
 
-    Args:
-        target: what the head is, for error messages.
-        weights: what the user gave.
-        choices: the enumeration of all published weights of such heads.
-        available: those of this head.
-        pretrained: whether they are read at all.
-        file_hash: chooses another published file, if given.
-
-    Returns:
-        A member of `available`, or `weights`.
-
-    Raises:
-        ValueError: they were not published for this head; or weights from elsewhere that are not read, or with a hash.
-        TypeError: weights of another type.
+    Attributes:
+        entry: its hub entry.
+        backbone: the hub entry of the backbone.
+        weights: the data that the published head was trained on.
+        file: the published file below `BASE_URL`, without `-<hash>.pth`.
+        file_hash: first digits of the file's SHA-256.
+        module: name of the head in the whole model, e.g. `decoder`.
     """
-    if isinstance(weights, str) and weights.upper() in choices.__members__:
-        weights = choices[weights.upper()]
-    if isinstance(weights, Enum):
-        published = next((member for member in available if member is weights), None)
-        if published is None:
-            names = ", ".join(str(member) for member in available)
-            raise ValueError(f"{target} was not published with {weights}, only with {names}")
-        return published
-    if not isinstance(weights, str | os.PathLike | Mapping):
-        raise TypeError(
-            f"{target}: weights must be a {choices.__name__}, a path, a URL or a state dict, got {weights!r}"
-        )
-    if not pretrained:
-        raise ValueError(f"{target}: weights are given, but pretrained=False reads none; leave out one of the two")
-    if file_hash:
-        raise ValueError(f"{target}: hash chooses among published files, but weights are given")
-    return weights
+
+    entry: str
+    backbone: str
+    weights: Enum
+    file: str
+    file_hash: str
+    module: str
+
+    def url(self, file_hash: str | None = None) -> str:
+        """Return the address of the published head, or of a version of it with another hash."""
+        return f"{BASE_URL}/{self.file}-{file_hash or self.file_hash}.pth"
 
 
-def load_head(
-    head: Head,
-    weights: WeightsFrom,
-    *,
-    target: str,
-    prefix: str,
-    device: torch.device,
-    check_hash: bool,
-    options: Mapping[str, Any],
-) -> Head:
-    """A head that was built on the meta device, with its weights.
+def document_arguments(head: PublishedHead, *, returns: str, arguments: str = "", keywords: str = "") -> Any:
+    """Return a decorator that documents the arguments which all entries with a head share.
 
     Args:
-        head: changed in place.
-        weights: a path, a URL or a state dict: of the head, or of a whole model.
-        target: what the head is, for error messages.
-        prefix: of the head's entries in the state dict of a whole model.
-        device: where the head goes.
-        check_hash: compare a file with the SHA-256 digits at the end of its name.
-        options: `progress` and `mmap`, as for a backbone's file.
+        head: what the entry loads.
+        returns: what the entry returns, in words that follow "A".
+        arguments: lines about arguments that only this entry has, indented as in a docstring.
+        keywords: what `**kwargs` also takes.
+    """
+
+    def decorate(entry: Entry) -> Entry:
+        entry.__doc__ = f"""{entry.__doc__}
+
+    Args:
+        pretrained: load the weights of backbone and head; if False, initialise both at random and read nothing.
+        weights: of the head: `{head.weights}` or its name; or a local path (the file is mapped, so keep it in place
+            while the model lives), a file:// or https:// URL, or a state dict. They may hold the head alone, as
+            published or as a training saved it, or the whole model.
+        backbone_weights: of the backbone, as `weights=` of `{head.backbone}`.
+        check_hash: compare both files with the SHA-256 digits at the end of their names.{arguments}
+        **kwargs: as for `{head.backbone}`, e.g. `device` and `dtype`, which hold for the head too; `hash` selects
+            another published head{keywords}.
 
     Returns:
-        `head`.
+        A {returns}, in evaluation mode, on the CPU unless `device` is given.
 
     Raises:
         FileNotFoundError: there is no such local file.
-        WeightsError: the file is damaged, or not of this head.
-        ConnectionError: the download failed.
+        ValueError: such weights were not published, or a file is not a checkpoint of its part of this model.
+        ConnectionError: a download failed.
+        TypeError: an unknown keyword, or one that this model fixes.
     """
-    entries, source = _read(weights, prefix, check_hash, options)
-    try:
-        return load_head_(head, entries, source=source, target=target).to(device)
-    except WeightsError as error:
-        if any(name.endswith("patch_embed.proj.weight") for name in entries):
-            hint = f"It is a backbone: give it as backbone_weights=, and {target} alone as weights=."
-            raise WeightsError(f"{error} {hint}") from error
-        raise
+        return entry
+
+    return decorate
+
+
+def load_published(
+    published: PublishedHead,
+    build: Callable[[Any, torch.device], Model],
+    *,
+    pretrained: bool,
+    weights: Enum | Source,
+    backbone_weights: WeightsLike,
+    check_hash: bool,
+    **kwargs: Any,
+) -> Model:
+    """Build a backbone and the model around it, and load the weights of both.
+
+    Args:
+        published: which head on which backbone.
+        build: makes the whole model, given the backbone and the device to build the head on.
+        pretrained: see `document_arguments`, as for all that follow.
+        weights: of the head.
+        backbone_weights: of the backbone.
+        check_hash: of both files.
+        **kwargs: of the backbone's entry, and `hash`.
+
+    Returns:
+        The model in evaluation mode.
+    """
+    target = f"the head of {published.entry}"
+    selectors = {"hash": kwargs.pop("hash", None)}
+    source = choose_weights(target, weights, [published.weights], pretrained=pretrained, selectors=selectors)
+    make_backbone = getattr(backbones, published.backbone)
+    backbone = make_backbone(pretrained=pretrained, weights=backbone_weights, check_hash=check_hash, **kwargs)
+    parameter = next(backbone.parameters())
+    # On the meta device nothing is initialised that the weights overwrite.
+    model = build(backbone, torch.device("meta") if pretrained else parameter.device)
+    head = model.get_submodule(published.module).to(parameter.dtype)
+    if pretrained:
+        if isinstance(source, Enum):
+            source = published.url(selectors["hash"])
+        entries, name = _read(source, f"{published.module}.", check_hash, **kwargs)
+        try:
+            load_head_(head, entries, source=name, target=target).to(parameter.device)
+        except WeightsError as error:
+            if any(entry.endswith("patch_embed.proj.weight") for entry in entries):
+                hint = f"These are the weights of a backbone: pass them as backbone_weights=, and {target} as weights=."
+                raise WeightsError(f"{error} {hint}") from error
+            raise
+    return model.eval()
 
 
 def _read(
-    weights: WeightsFrom, prefix: str, check_hash: bool, options: Mapping[str, Any]
+    source: Source, prefix: str, check_hash: bool, *, progress: bool = True, mmap: bool = True, **_: Any
 ) -> tuple[dict[str, Any], str]:
-    if isinstance(weights, Mapping):
-        entries = head_entries(weights, prefix)
+    if isinstance(source, Mapping):
         # Copied, because the head takes its tensors over.
-        copies = {name: entry.clone() if isinstance(entry, Tensor) else entry for name, entry in entries.items()}
-        return copies, "the state dict"
-    path = locate(weights, check_hash=check_hash, progress=options.get("progress", True))
-    try:
-        return read_head(path, prefix=prefix, mmap=options.get("mmap", True)), str(path)
-    except WeightsError as error:
-        if is_download(weights):
-            raise WeightsError(f"{error} (It lies in the cache: delete it there to download it again.)") from error
-        raise
+        entries = head_entries(source, prefix)
+        return {name: e.clone() if isinstance(e, Tensor) else e for name, e in entries.items()}, "the state dict"
+    return read_weights(
+        source, lambda path: read_head(path, prefix=prefix, mmap=mmap), check_hash=check_hash, progress=progress
+    )

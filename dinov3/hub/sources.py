@@ -1,4 +1,4 @@
-"""From what users give as `weights=` to a file on this machine.
+"""From what users give as `weights=` to a published file, a file on this machine, or a state dict.
 
 Local files are used where they lie. Downloads go to the cache of torch.hub, under the last part of their URL.
 """
@@ -8,35 +8,118 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable, Collection, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
+from torch import Tensor
 
 from dinov3.hub.downloads import GATED, download, without_query
 from dinov3.utils.weight_files import WeightsError, read_file
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
 
+#: Weights that are not the published ones: a path, a URL or a state dict.
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+Published = TypeVar("Published", bound=Enum)
+Entries = TypeVar("Entries")
+
 
 def is_url(path: str) -> bool:
-    """Whether `path` is an https or file URL."""
+    """Return whether `path` is an https or file URL."""
     return urlparse(path).scheme in ("https", "file")
 
 
-def is_download(weights: str | os.PathLike[str]) -> bool:
-    """Whether `weights` is what `locate` downloads: an https or http URL."""
-    return urlparse(os.fspath(weights)).scheme in ("https", "http")
-
-
 def convert_path_or_url_to_url(path: str) -> str:
-    """An https or file URL as it is; anything else is taken for a local path and becomes a file URL."""
+    """Return an https or file URL as it is; anything else is taken for a local path and becomes a file URL."""
     return path if is_url(path) else Path(path).expanduser().resolve().as_uri()
 
 
+def choose_weights(
+    target: str,
+    weights: Enum | Source,
+    published: Collection[Published],
+    *,
+    pretrained: bool,
+    selectors: Mapping[str, Any],
+) -> Published | Source:
+    """Decide between published weights, which may be given by their name, and weights from elsewhere.
+
+    Args:
+        target: the model or head that the weights are for, as error messages name it.
+        weights: what the user gave.
+        published: the data for which weights of `target` were published.
+        pretrained: whether any weights are to be read.
+        selectors: keyword arguments that select among published files (`hash`, `version`), with their values.
+
+    Returns:
+        A member of `published`, or `weights`.
+
+    Raises:
+        ValueError: such weights were not published; or other weights are given with `pretrained=False` or a selector.
+        TypeError: weights of another type.
+    """
+    choices = type(next(iter(published)))
+    if isinstance(weights, str) and weights.upper() in choices.__members__:
+        weights = choices[weights.upper()]
+    if isinstance(weights, Enum):
+        for member in published:
+            if member is weights:
+                return member
+        names = ", ".join(member.name for member in published)
+        raise ValueError(f"{target} was not published with weights {weights.name}, only with {names}")
+    if not isinstance(weights, str | os.PathLike | Mapping):
+        raise TypeError(
+            f"{target}: weights must be a {choices.__name__}, a path, a URL or a state dict, got {weights!r}"
+        )
+    if not pretrained:
+        raise ValueError(f"{target}: weights are given, but pretrained=False reads none; leave out one of the two")
+    if given := [name for name, value in selectors.items() if value]:
+        raise ValueError(
+            f"{target}: {' and '.join(given)} can only select published weights, but other weights are given"
+        )
+    return weights
+
+
+def read_weights(
+    weights: str | os.PathLike[str],
+    read: Callable[[Path], Entries],
+    *,
+    check_hash: bool = False,
+    progress: bool = True,
+) -> tuple[Entries, str]:
+    """Locate weights, downloading them if need be, and read them.
+
+    Args:
+        weights: see `locate`.
+        read: reads the local file or directory.
+        check_hash: see `locate`.
+        progress: see `locate`.
+
+    Returns:
+        What `read` returns, and the local path for error messages.
+
+    Raises:
+        WeightsError: what `read` raises; if the file was downloaded, the message says that it is in the cache.
+        OSError, ValueError: see `locate`.
+    """
+    path = locate(weights, check_hash=check_hash, progress=progress)
+    try:
+        return read(path), str(path)
+    except WeightsError as error:
+        if _is_download(weights):
+            hint = "This file is in the download cache: delete it there to download it again."
+            raise WeightsError(f"{error} ({hint})") from error
+        raise
+
+
 def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progress: bool = True) -> Path:
-    """The local path of some weights, downloaded if they are not here yet.
+    """Return the local path of some weights, which are downloaded if they are not here yet.
 
     Args:
         weights: a path (`~` is the home directory), or a file, https or http URL.
@@ -47,16 +130,16 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
         FileNotFoundError: there is nothing at the path.
         ConnectionError: the download failed.
         OSError: the disk is too small for the download.
-        WeightsError: the hash differs, or what was downloaded is no checkpoint.
+        WeightsError: the hash differs, or the download is not a checkpoint.
         ValueError: another kind of URL, or `check_hash` for a name without a hash.
     """
     text = os.fspath(weights)
     scheme = urlparse(text).scheme
-    if is_download(text):
+    if _is_download(text):
         return _download(text, check_hash=check_hash, progress=progress)
     if scheme != "file" and "://" in text:
         raise ValueError(
-            f"weights={text!r}: cannot read {scheme}:// URLs, only https, http and file ones and local paths"
+            f"weights={text!r}: cannot read {scheme}:// URLs, only https, http and file URLs and local paths"
         )
     path = Path(url2pathname(urlparse(text).path)) if scheme == "file" else Path(text).expanduser()
     if not path.exists():
@@ -66,47 +149,51 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
     return path
 
 
+def _is_download(weights: str | os.PathLike[str]) -> bool:
+    return urlparse(os.fspath(weights)).scheme in ("https", "http")
+
+
 def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     name = os.path.basename(urlparse(url).path)
     if not name:
-        raise ValueError(f"weights={without_query(url)!r}: the URL names no file")
+        raise ValueError(f"weights={without_query(url)!r}: the URL does not name a file")
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.exists():
         if check_hash:
             _check_hash(path, name)
         return path
     if check_hash:
-        _digits_in(name)
+        _hash_in(name)  # Refuses a name without a hash before gigabytes arrive.
 
     def check(partial: Path) -> None:
-        # What is truncated or a log-in page must not become the cached file.
+        # A truncated file or a log-in page must not become the cached file.
         try:
             read_file(partial)
             if check_hash:
                 _check_hash(partial, name)
         except WeightsError as error:
             reason = str(error).replace(str(partial), "what the server sent")
-            raise WeightsError(f"{without_query(url)} gave no weights that can be used: {reason}. {GATED}") from error
+            raise WeightsError(f"{without_query(url)} did not return usable weights: {reason}. {GATED}") from error
 
     download(url, path, progress=progress, check=check)
     return path
 
 
 def _check_hash(path: Path, name: str) -> None:
-    digits = _digits_in(name)
+    expected = _hash_in(name)
     if not path.is_file():
         raise ValueError(f"check_hash=True, but {path} is a directory: only files have a hash")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(digits):
+    if not digest.startswith(expected):
         raise WeightsError(
-            f"{path} is not the file that its name promises: its SHA-256 begins with {digest[: len(digits)]}, not "
-            f"with {digits}; it was damaged or changed, fetch it again"
+            f"{path} does not match the hash in its name: its SHA-256 starts with {digest[: len(expected)]}, not with "
+            f"{expected}; it was damaged or changed, so fetch it again"
         )
 
 
-def _digits_in(name: str) -> str:
+def _hash_in(name: str) -> str:
     found = re.search(r"-([0-9a-f]{8,64})(\.[a-z]+)*$", name)
     if not found:
-        raise ValueError(f"check_hash=True, but {name} is no file whose name ends in -<hash>.pth")
+        raise ValueError(f"check_hash=True, but the name of {name} does not end in -<hash>.pth")
     return found[1]

@@ -1,9 +1,9 @@
-"""Backbone weights as a plain state dict, from every form in which this project meets them, and into a model.
+"""Backbone weights: from every form in which this project meets them to a plain state dict, and into a model.
 
 Notable:
 - Loading is strict: an entry that is missing, unknown or of another shape is an error that says what the weights are.
 - A model that was built on the meta device takes over the tensors of the file as they are mapped: nothing is
-  initialised in vain and nothing is copied. The file must stay in place while the model lives; it is never written to.
+  initialised or copied in vain. The file must stay in place while the model lives; it is never written to.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from dinov3.heads.weights import cast_like, list_differences
 from dinov3.hub.architectures import has_untied_cls_norm, identify
-from dinov3.hub.formats import Converted, Layout, is_model_directory, read_content, to_release
+from dinov3.hub.formats.conversion import Converted, to_release
+from dinov3.hub.formats.reading import is_model_directory, read_content
+from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError
 
 __all__ = ["WeightsError", "load_backbone_", "read_state_dict"]
@@ -31,7 +34,6 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Where a distributed checkpoint holds the teacher: in training checkpoints, and in an export of the teacher alone.
 TEACHER_PREFIXES = ("model.teacher.backbone.", "model.model_ema.backbone.", "model.backbone.")
 HEADS = ("dino_head.", "ibot_head.")
-N_LISTED = 5
 
 
 def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[str, Tensor]:
@@ -51,13 +53,23 @@ def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        WeightsError: it is not a checkpoint, is damaged, or holds no backbone.
+        WeightsError: it is not a checkpoint, is damaged, or does not hold a backbone.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: there is no such file or directory")
-    if path.is_dir():
-        return _read_directory(path, mmap=mmap)
+    if (path / "config.yaml").is_file():
+        raise WeightsError(
+            f"{path} is the directory of a training run, not of one checkpoint: use dinov3_from_run({str(path)!r})"
+        )
+    if (path / ".metadata").is_file():
+        return _read_distributed(path)
+    if path.is_dir() and not is_model_directory(path):
+        held = list_names(sorted(file.name for file in path.iterdir()))
+        raise WeightsError(
+            f"{path} is a directory, but neither a distributed checkpoint (which has a file .metadata) nor a model of "
+            f"transformers or timm (which has a config.json or a .safetensors file); it holds {held}"
+        )
     content = read_content(path, mmap=mmap)
     return backbone_entries(content.entries, source=str(path), config=content.config, metadata=content.metadata)
 
@@ -69,7 +81,7 @@ def backbone_entries(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """The backbone's entries of what a file holds, under their plain names.
+    """Return the backbone's entries of what a file holds, under their plain names.
 
     Args:
         content: a state dict, possibly under the key `teacher`, with or without the prefixes `module.` and `backbone.`,
@@ -79,33 +91,36 @@ def backbone_entries(
         metadata: of the safetensors file.
 
     Raises:
-        WeightsError: an entry is no tensor.
+        WeightsError: an entry is not a tensor.
     """
     if isinstance(content.get("teacher"), Mapping):
         content = content["teacher"]
     entries = {re.sub(r"^(module\.)+", "", str(name)): value for name, value in content.items()}
     if any(name.startswith("backbone.") for name in entries):
-        named = re.compile(r"^backbone\.(module\.)*")
-        entries = {named.sub("", name): value for name, value in entries.items() if named.match(name)}
+        pattern = re.compile(r"^backbone\.(module\.)*")
+        entries = {pattern.sub("", name): value for name, value in entries.items() if pattern.match(name)}
     else:
         entries = {name: value for name, value in entries.items() if not name.startswith(HEADS)}
-    strangers = [name for name, value in entries.items() if not isinstance(value, Tensor)]
-    if strangers or not entries:
-        problem = f"{_listing(strangers)} of its {len(content)} entries are not tensors" if strangers else "it is empty"
-        hint = _hint_of_nested(content)
-        raise WeightsError(f"{source} is not a state dict of a backbone: {problem}" + (f". {hint}" if hint else ""))
+    others = [name for name, value in entries.items() if not isinstance(value, Tensor)]
+    if others or not entries:
+        problem = f"{len(others)} of its {len(content)} entries are not tensors ({list_names(others)})"
+        parts = [
+            f"{source} is not a state dict of a backbone: {problem if others else 'it is empty'}.",
+            _describe_nested(content),
+        ]
+        raise WeightsError(" ".join(part for part in parts if part))
     try:
         return to_release(entries, config=config, metadata=metadata)
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
 
 
-def _hint_of_nested(content: Mapping[str, Any]) -> str | None:
+def _describe_nested(content: Mapping[str, Any]) -> str | None:
     for key, value in content.items():
         tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
         if tensors:
-            what = identify(tensors) or f"{len(tensors)} tensors are below {key!r}: save that part alone and load it."
-            return f"Below {key!r}: {what}" if what.startswith("It") else what
+            what = identify(tensors) or f"It has {len(tensors)} tensors: save only this part, and load that file."
+            return f"About its entry {key!r}: {what}"
     return None
 
 
@@ -116,7 +131,7 @@ def load_backbone_(
     source: str | None = None,
     target: str | None = None,
 ) -> Model:
-    """Put weights into a backbone, strictly.
+    """Load weights into a backbone, strictly.
 
     On the meta device the model takes the tensors over, on the CPU and without a copy; otherwise they go to the model's
     device. Values are converted to the model's dtypes, `requires_grad` stays. Weights without `local_cls_norm` load
@@ -124,9 +139,9 @@ def load_backbone_(
 
     Args:
         model: a backbone, changed in place.
-        state_or_path: what `read_state_dict` returned, or what it takes.
-        source: where the weights come from, for error messages; by default the path.
-        target: what the model is, for error messages; by default its class.
+        state_or_path: as returned by `read_state_dict`, or what it takes.
+        source: where the weights come from, for error messages. Default: the path.
+        target: what the model is, for error messages. Default: its class.
 
     Returns:
         `model`.
@@ -140,58 +155,45 @@ def load_backbone_(
         state, source = to_release(state_or_path), source or "the state dict"
     else:
         state, source = read_state_dict(state_or_path), source or str(state_or_path)
-    layout = state.layout if isinstance(state, Converted) else None
+    expected, origin = model.state_dict(), None
     if isinstance(state, Converted):
+        origin = f"It came in the layout of {state.layout}; these are the names after conversion."
         _warn_of_other_norms(model, state, source)
-    expected = model.state_dict()
-    state = _without_needless_bias(expected, _with_local_cls_norm(expected, state), layout)
-    differences = _differences(expected, state)
+        state = _without_invented_biases(expected, state)
+    if not has_untied_cls_norm(state):
+        # Only local crops in training see this norm: weights without it are complete, and training starts from `norm`.
+        copies = {name: name.replace("local_cls_norm.", "norm.") for name in expected if "local_cls_norm." in name}
+        state = {**state, **{name: state[norm].clone() for name, norm in copies.items() if norm in state}}
+    differences = list_differences(expected, state)
     if differences:
-        parts = [
-            f"{source} does not fit {target or type(model).__name__}: {'; '.join(differences)}.",
-            f"It came in the layout of {layout}; these are the names after conversion." if layout else None,
-            identify(state),
-        ]
-        raise WeightsError(" ".join(part for part in parts if part))
-    _check_masks(state, source)
-    model.load_state_dict({name: _like(state[name], entry) for name, entry in expected.items()}, assign=True)
+        problem = f"{source} does not fit {target or type(model).__name__}: {'; '.join(differences)}."
+        raise WeightsError(" ".join(part for part in (problem, origin, identify(state)) if part))
+    _check_initialised(state, source)
+    model.load_state_dict({name: cast_like(state[name], entry) for name, entry in expected.items()}, assign=True)
     on_meta = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
     assert not on_meta, f"not part of the state dict: {on_meta}"
     return model
 
 
 def check_complete(state: Mapping[str, Tensor], model: nn.Module | None, *, source: str) -> None:
-    """Refuse a state dict that has not exactly the entries of a backbone.
+    """Refuse a state dict that does not have exactly the entries of a backbone.
 
     Args:
         state: in our names.
-        model: what it looks like, see `build_like`; None: nothing at all.
+        model: the backbone that its entries show, as returned by `build_from_shapes`; None if they show none.
         source: where the weights come from, for error messages.
 
     Raises:
-        WeightsError: it has not, or was saved from a model that was never initialised.
+        WeightsError: entries are missing, unknown or misshapen, or were saved from a model that was never initialised.
     """
-    differences = _differences(model.state_dict(), state) if model else [f"it has {_listing(state)}"]
+    differences = list_differences(model.state_dict(), state) if model else [f"it has {list_names(state)}"]
     if differences:
-        parts = [f"{source} does not hold a complete DINOv3 backbone: {'; '.join(differences)}.", identify(state)]
-        raise WeightsError(" ".join(part for part in parts if part))
-    _check_masks(state, source)
+        problem = f"{source} does not hold a complete DINOv3 backbone: {'; '.join(differences)}."
+        raise WeightsError(" ".join(part for part in (problem, identify(state)) if part))
+    _check_initialised(state, source)
 
 
-def _read_directory(path: Path, *, mmap: bool) -> dict[str, Tensor]:
-    if (path / "config.yaml").is_file():
-        raise WeightsError(
-            f"{path} is the directory of a training run, not of one checkpoint: use dinov3_from_run({str(path)!r})"
-        )
-    if not (path / ".metadata").is_file():
-        if is_model_directory(path):
-            content = read_content(path, mmap=mmap)
-            return backbone_entries(content.entries, source=str(path), config=content.config, metadata=content.metadata)
-        held = ", ".join(sorted(p.name for p in path.iterdir())[:N_LISTED]) or "nothing"
-        raise WeightsError(
-            f"{path} is a directory, but neither a distributed checkpoint (it has no file .metadata) nor a model of "
-            f"transformers or timm (no config.json, no .safetensors file); it holds {held}"
-        )
+def _read_distributed(path: Path) -> dict[str, Tensor]:
     from dinov3.checkpointer import CheckpointError, read_tensors
 
     for prefix in TEACHER_PREFIXES:
@@ -201,15 +203,7 @@ def _read_directory(path: Path, *, mmap: bool) -> dict[str, Tensor]:
             raise WeightsError(str(error)) from error
         if state:
             return state
-    raise WeightsError(f"{path} holds no teacher: no entry starts with any of {', '.join(TEACHER_PREFIXES)}")
-
-
-def _with_local_cls_norm(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    # Only the local crops of a training see this norm: weights without it are complete, training starts from `norm`.
-    if has_untied_cls_norm(state):
-        return state
-    wanted = {name: name.replace("local_cls_norm.", "norm.") for name in expected if name.startswith("local_cls_norm.")}
-    return {**state, **{name: state[other].clone() for name, other in wanted.items() if other in state}}
+    raise WeightsError(f"{path} does not hold a teacher: no entry starts with any of {', '.join(TEACHER_PREFIXES)}")
 
 
 def _warn_of_other_norms(model: nn.Module, state: Converted, source: str) -> None:
@@ -218,12 +212,8 @@ def _warn_of_other_norms(model: nn.Module, state: Converted, source: str) -> Non
         logger.warning("%s was made for layer norms with eps=%s, but the model has eps=%s", source, given, eps)
 
 
-def _without_needless_bias(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], layout: Layout | None
-) -> Mapping[str, Tensor]:
+def _without_invented_biases(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     # Converting could not know whether the model has the masks, nor, from timm, whether it has the biases.
-    if layout is None:
-        return state
     masks = [name for name in state if name.endswith(".qkv.bias_mask") and name not in expected]
     biases = [name for name in state if name.endswith(".qkv.bias") and name not in expected]
     if any(bool(state[name].any()) for name in biases):
@@ -231,40 +221,9 @@ def _without_needless_bias(
     return {name: tensor for name, tensor in state.items() if name not in (*masks, *biases)}
 
 
-def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    reshaped = [
-        f"{name} is {_shape(state[name])}, expected {_shape(entry)}"
-        for name, entry in expected.items()
-        if name in state and state[name].shape != entry.shape
-    ]
-    recast = [
-        f"{name} is {state[name].dtype}"
-        for name, entry in expected.items()
-        if name in state and state[name].is_floating_point() != entry.is_floating_point()
-    ]
-    kinds = {"missing": missing, "unknown": unknown, "of another shape": reshaped, "of another kind": recast}
-    return [f"{len(names)} {kind} ({_listing(names)})" for kind, names in kinds.items() if names]
-
-
-def _check_masks(state: Mapping[str, Tensor], source: str) -> None:
+def _check_initialised(state: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in state.items():
         if name.endswith("bias_mask") and tensor.isnan().any():
             raise WeightsError(
-                f"{source} was saved from a model that was never initialised: {name} is NaN, as all features would be"
+                f"{source} was saved from a model that was never initialised: {name} is NaN, so all features would be"
             )
-
-
-def _like(tensor: Tensor, entry: Tensor) -> Tensor:
-    device = tensor.device if entry.is_meta else entry.device
-    return tensor.detach().to(device=device, dtype=entry.dtype).contiguous()
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(size) for size in tensor.shape) or "scalar"
-
-
-def _listing(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:N_LISTED]) + (", ..." if len(names) > N_LISTED else "")

@@ -49,6 +49,6 @@ def test_values_are_converted_and_frozen_parameters_stay_frozen() -> None:
 def test_entries_that_do_not_fit() -> None:
     with pytest.raises(
         WeightsError,
-        match=r"^here does not fit a head: expected weight \[2, 4\] and bias \[2\], found weight \[2, 3\], b",
+        match=r"^here does not fit a head: expected weight \[2, 4\], bias \[2\], found weight \[2, 3\], b",
     ):
         load_head_(nn.Linear(4, 2), HEAD, source="here", target="a head")

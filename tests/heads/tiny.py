@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinov3.heads.depth.depther import DecoderConfig, Depther, make_depther_from_config
 from dinov3.hub import depthers
-from dinov3.hub.architectures import PUBLISHED_VITS, PublishedViT
+from dinov3.hub.architectures import PUBLISHED, PublishedViT
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
 BACKBONE = {
@@ -97,8 +97,8 @@ def make_published_depthers_small(monkeypatch: pytest.MonkeyPatch) -> None:
     both = {"LVD1689M": "a955f4ea", "SAT493M": "a6675841"}
     for name, ffn_layer, untied in (("dinov3_vit7b16", "swiglu64", both), ("dinov3_vitl16", "mlp", ["SAT493M"])):
         small = PublishedViT(16, 8, 1, 2, ffn_layer, both, untied=frozenset(untied))
-        monkeypatch.setitem(PUBLISHED_VITS, name, small)
+        monkeypatch.setitem(PUBLISHED, name, small)
     for entry, kind in (("dinov3_vit7b16_dd", "dd"), ("dinov3_vitl16_chmv2", "chmv2")):
-        config = depthers.PUBLISHED[entry].config
+        config = depthers.CONFIGS[entry]
         for key in ("head_kwargs", "backbone_out_layers"):
             monkeypatch.setitem(config, key, CONFIGS[kind][key])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.hub.architectures import PUBLISHED_CONVNEXTS, PUBLISHED_VITS, PublishedConvNeXt, PublishedViT
+from dinov3.hub.architectures import PUBLISHED, PublishedConvNeXt, PublishedViT
 
 DIM, DEPTH, HEADS, REGISTERS = 32, 2, 2, 4
 DEPTHS, DIMS = [1, 1, 2, 1], [8, 16, 24, 32]
@@ -25,13 +25,11 @@ HIDDEN = {False: 64, True: 48}
 def make_entries_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give three ViTs and a ConvNeXt of the hub the sizes of the models here."""
     small = partial(PublishedViT, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, hashes={"LVD1689M": "0" * 8})
-    monkeypatch.setitem(PUBLISHED_VITS, "dinov3_vits16", small(ffn_ratio=2, ffn_layer="mlp"))
-    monkeypatch.setitem(PUBLISHED_VITS, "dinov3_vits16plus", small(ffn_ratio=2.25, ffn_layer="swiglu"))
-    monkeypatch.setitem(
-        PUBLISHED_VITS, "dinov3_vit7b16", small(depth=3, ffn_ratio=2.25, ffn_layer="swiglu", qkv_bias=False)
-    )
+    monkeypatch.setitem(PUBLISHED, "dinov3_vits16", small(ffn_ratio=2, ffn_layer="mlp"))
+    monkeypatch.setitem(PUBLISHED, "dinov3_vits16plus", small(ffn_ratio=2.25, ffn_layer="swiglu"))
+    monkeypatch.setitem(PUBLISHED, "dinov3_vit7b16", small(depth=3, ffn_ratio=2.25, ffn_layer="swiglu", qkv_bias=False))
     convnext = PublishedConvNeXt(depths=DEPTHS, dims=DIMS, hashes={"LVD1689M": "0" * 8})
-    monkeypatch.setitem(PUBLISHED_CONVNEXTS, "dinov3_convnext_tiny", convnext)
+    monkeypatch.setitem(PUBLISHED, "dinov3_convnext_tiny", convnext)
 
 
 def randomise_(model: nn.Module, seed: int = 0) -> Any:

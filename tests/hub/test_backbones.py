@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3.hub import backbones, sources
-from dinov3.hub.architectures import PUBLISHED_CONVNEXTS, PUBLISHED_VITS, PublishedConvNeXt, PublishedViT
+from dinov3.hub.architectures import PUBLISHED, PublishedConvNeXt, PublishedViT
 from dinov3.hub.backbones import Weights, dinov3_convnext_tiny, dinov3_vitl16, dinov3_vits16
 from dinov3.utils.weight_files import WeightsError
 
@@ -29,12 +29,12 @@ def small_models_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """Three entries in a size for tests, and a cache of their own; returns the cache's directory of checkpoints."""
     small = partial(PublishedViT, depth=2, ffn_ratio=4)
     monkeypatch.setitem(
-        PUBLISHED_VITS,
+        PUBLISHED,
         "dinov3_vits16",
         small(embed_dim=32, num_heads=2, ffn_layer="mlp", hashes={"LVD1689M": "08c60483"}),
     )
     monkeypatch.setitem(
-        PUBLISHED_VITS,
+        PUBLISHED,
         "dinov3_vitl16",
         small(
             embed_dim=48,
@@ -45,7 +45,7 @@ def small_models_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ),
     )
     monkeypatch.setitem(
-        PUBLISHED_CONVNEXTS,
+        PUBLISHED,
         "dinov3_convnext_tiny",
         PublishedConvNeXt(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], hashes={"LVD1689M": "21b726bb"}),
     )
@@ -281,7 +281,7 @@ def test_model_compiles_to_machine_code(entry: Any) -> None:
         ({"layer_scale_init_value": 0.1}, "fixes layer_scale_init_value"),
         ({"pos_embed_rope_jitter_coords": 1.5}, "has no keyword argument 'pos_embed_rope_jitter_coords'"),
         ({"unknown": 1}, "has no keyword argument 'unknown'"),
-        ({"version": "v2"}, "only one version of its weights"),
+        ({"version": "v2"}, "its weights have only one version"),
         ({"weights": Weights.SAT493M}, "was not published with weights SAT493M, only with LVD1689M"),
     ],
 )
@@ -306,26 +306,28 @@ def test_published_weights_come_from_their_address(
     assert asked == [backbones.url_of("dinov3_vits16", Weights.LVD1689M)]
     name = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
     assert [path.name for path in small_models_and_an_empty_cache.iterdir()] == [name]
-    with pytest.raises(WeightsError, match="not the file that its name promises"):
+    with pytest.raises(WeightsError, match="does not match the hash in its name"):
         dinov3_vits16(check_hash=True)
     dinov3_vits16(hash="01234567")
     assert asked[1].endswith("dinov3_vits16_pretrain_lvd1689m-01234567.pth")
     cached = small_models_and_an_empty_cache / name
     cached.write_bytes(cached.read_bytes()[:5000])
-    with pytest.raises(WeightsError, match=r"truncated.*It lies in the cache: delete it there to download it again"):
+    with pytest.raises(
+        WeightsError, match=r"truncated.*This file is in the download cache: delete it there to download it again"
+    ):
         dinov3_vits16(weights=f"https://somewhere/{name}?Signature=secret")
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"weight": "a.pth"}, "dinov3_vits16 has no keyword argument 'weight'; did you mean 'weights'"),
+        ({"weight": "a.pth"}, "dinov3_vits16 has no keyword argument 'weight' .did you mean 'weights'"),
         ({"drop_path": 0.1}, "did you mean 'drop_path_rate'"),
-        ({"zzz": 1}, "has no keyword argument 'zzz'; known are pretrained, weights, check_hash, "),
+        ({"zzz": 1}, "has no keyword argument 'zzz'; it takes pretrained, weights, check_hash, "),
         ({"embed_dim": 8}, r"dinov3_vits16 fixes embed_dim \(32\)"),
         ({"patch_size": 8}, r"dinov3_vits16 fixes patch_size \(16\)"),
         ({"untie_global_and_local_cls_norm": True}, "fixes untie_global_and_local_cls_norm"),
-        ({"version": "v2"}, "only one version of its weights, got version='v2'"),
+        ({"version": "v2"}, "its weights have only one version, got version='v2'"),
         ({"weights": 3}, "weights must be a Weights, a path, a URL or a state dict, got 3"),
     ],
 )
@@ -337,7 +339,7 @@ def test_keywords_that_are_unknown_or_fixed(kwargs: dict[str, Any], message: str
 def test_unknown_kind_of_url_and_needless_hash(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights='s3://b/w.pth': cannot read s3:// URLs"):
         dinov3_vits16(weights="s3://b/w.pth")
-    with pytest.raises(ValueError, match="hash and version choose among published files, but weights are given"):
+    with pytest.raises(ValueError, match="hash can only select published weights, but other weights are given"):
         dinov3_vits16(weights=save(random_state(), tmp_path / "w.pth"), hash="01234567")
 
 
@@ -349,9 +351,9 @@ def test_check_hash_of_a_local_file(tmp_path: Path) -> None:
     shutil.copy(plain, named)
     assert_holds(dinov3_vits16(weights=named, check_hash=True), state)
     named.write_bytes(named.read_bytes() + b"!")
-    with pytest.raises(WeightsError, match=f"{named} is not the file that its name promises.*not with {digest[:8]}"):
+    with pytest.raises(WeightsError, match=f"{named} does not match the hash in its name.*not with {digest[:8]}"):
         dinov3_vits16(weights=named, check_hash=True)
-    with pytest.raises(ValueError, match="check_hash=True, but w.pth is no file whose name ends in -<hash>.pth"):
+    with pytest.raises(ValueError, match="check_hash=True, but the name of w.pth does not end in -<hash>.pth"):
         dinov3_vits16(weights=plain, check_hash=True)
 
 

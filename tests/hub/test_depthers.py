@@ -14,7 +14,7 @@ from dinov3.heads.depth.depther import Depther
 from dinov3.heads.weights import read_head
 from dinov3.hub import backbones, depthers, head_weights, sources
 from dinov3.hub.backbones import Weights
-from dinov3.hub.depthers import DepthWeights, dinov3_vit7b16_dd, dinov3_vitl16_chmv2, head_url_of
+from dinov3.hub.depthers import CHMV2, SYNTHMIX, DepthWeights, dinov3_vit7b16_dd, dinov3_vitl16_chmv2
 from dinov3.hub.transforms import make_transform, normalization_of
 from dinov3.utils.weight_files import WeightsError
 from tests.heads.tiny import images, make_published_depthers_small, randomise_
@@ -124,7 +124,7 @@ def test_published_weights_come_from_their_addresses(files: Files, monkeypatch: 
         "https://dl.fbaipublicfiles.com/dinov3/dinov3_vit7b16/dinov3_vit7b16_synthmix_dpt_head-02040be1.pth",
     ]
     dinov3_vit7b16_dd(hash="01234567", backbone_weights=files["backbone"])
-    assert asked[2:] == [head_url_of("dinov3_vit7b16_dd", file_hash="01234567")] and "01234567" in asked[2]
+    assert asked[2:] == [SYNTHMIX.url("01234567")] and "01234567" in asked[2]
 
 
 @pytest.mark.parametrize("files", ["dinov3_vitl16_chmv2"], indirect=True)
@@ -135,17 +135,16 @@ def test_canopy_heights_come_with_the_satellite_backbone(files: Files, monkeypat
         asked.append(weights)
         return files["head" if "head" in weights else "backbone"]
 
-    monkeypatch.setattr(backbones, "locate", locate)
-    monkeypatch.setattr("dinov3.hub.head_weights.locate", locate)
+    monkeypatch.setattr(sources, "locate", locate)
     assert_holds(dinov3_vitl16_chmv2(True), files["state"])
-    assert asked == [backbones.url_of("dinov3_vitl16", Weights.SAT493M), head_url_of("dinov3_vitl16_chmv2")]
+    assert asked == [backbones.url_of("dinov3_vitl16", Weights.SAT493M), CHMV2.url()]
 
 
 def test_hash_of_both_files_is_checked(files: Files, tmp_path: Path) -> None:
     backbone = files["model"].encoder.backbone.state_dict()
     for part, other in (("head", {"backbone_weights": backbone}), ("backbone", {})):
         wrong = files[part].rename(tmp_path / f"{part}-01234567.pth")
-        with pytest.raises(WeightsError, match=f"{wrong.name} is not the file that its name promises"):
+        with pytest.raises(WeightsError, match=f"{wrong.name} does not match the hash in its name"):
             load({**files, part: wrong}, **other, check_hash=True)
 
 
@@ -198,10 +197,10 @@ def test_configurations_are_not_shared() -> None:
 @pytest.mark.parametrize(
     ("entry", "weights", "message"),
     [
-        (dinov3_vit7b16_dd, DepthWeights.CHMV2, "only with DepthWeights.SYNTHMIX"),
-        (dinov3_vit7b16_dd, "chmv2", "was not published with DepthWeights.CHMV2"),
-        (dinov3_vitl16_chmv2, DepthWeights.SYNTHMIX, "only with DepthWeights.CHMV2"),
-        (dinov3_vitl16_chmv2, Weights.SAT493M, "was not published with Weights.SAT493M"),
+        (dinov3_vit7b16_dd, DepthWeights.CHMV2, "only with SYNTHMIX"),
+        (dinov3_vit7b16_dd, "chmv2", "was not published with weights CHMV2"),
+        (dinov3_vitl16_chmv2, DepthWeights.SYNTHMIX, "only with CHMV2"),
+        (dinov3_vitl16_chmv2, Weights.SAT493M, "was not published with weights SAT493M"),
     ],
 )
 @pytest.mark.parametrize("pretrained", [True, False])
@@ -215,13 +214,13 @@ def test_head_of_the_other_model(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "chmv2.pth"
     torch.save(dinov3_vitl16_chmv2(pretrained=False).decoder.state_dict(), path)
     fit = "does not fit the head of dinov3_vit7b16_dd: expected a DPT head .*, found a DPT head .*; 22 missing"
-    with pytest.raises(WeightsError, match=f"^{path} {fit} .*; 22 unknown .*; 18 of another form"):
+    with pytest.raises(WeightsError, match=f"^{path} {fit} .*; 22 unknown .*; 18 of another shape"):
         load(files, weights=path)
 
 
 def test_interchanged_and_damaged_files(files: Files, tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match="found a backbone .* It is a backbone: give it as backbone_weights=, and the he"
+        WeightsError, match="found a backbone .* the weights of a backbone: pass them as backbone_weights=, and the he"
     ):
         load(files, weights=files["backbone"])
     with pytest.raises(WeightsError, match="head.pth"):
@@ -235,11 +234,11 @@ def test_interchanged_and_damaged_files(files: Files, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"weight": 1}, "no keyword argument 'weight'; did you mean 'weights'"),
+        ({"weight": 1}, "no keyword argument 'weight' .did you mean 'weights'"),
         ({"head_kwargs": {}}, "no keyword argument 'head_kwargs'"),
         ({"weights": 3}, "weights must be a DepthWeights, a path, a URL or a state dict, got 3"),
         ({"weights": "none.pth"}, "no weights at none.pth"),
-        ({"hash": "01234567"}, "hash chooses among published files, but weights are given"),
+        ({"hash": "01234567"}, "hash can only select published weights"),
         ({"backbone_weights": "none.pth"}, "no weights at none.pth"),
         ({"autocast_dtype": torch.float64}, "autocast_dtype=torch.float64: expected torch.float32"),
     ],
@@ -271,13 +270,13 @@ def test_signatures() -> None:
     assert {member.name: member.value for member in DepthWeights} == {"CHMV2": "CHMV2", "SYNTHMIX": "SYNTHMIX"}
 
 
-@pytest.mark.parametrize("weights", [DepthWeights.CHMV2, "chmv2", head_url_of("dinov3_vitl16_chmv2")])
+@pytest.mark.parametrize("weights", [DepthWeights.CHMV2, "chmv2", CHMV2.url()])
 def test_canopy_heights_have_a_normalisation_of_their_own(weights: Any) -> None:
     assert normalization_of(weights) == ((0.420, 0.411, 0.296), (0.213, 0.156, 0.143))
     # It is neither that of the backbone inside nor that of the other depth model.
     assert normalization_of(Weights.SAT493M).mean == (0.430, 0.411, 0.296)
     assert normalization_of(DepthWeights.SYNTHMIX) == normalization_of(Weights.LVD1689M)
-    assert normalization_of(head_url_of("dinov3_vit7b16_dd")) == normalization_of(Weights.LVD1689M)
+    assert normalization_of(SYNTHMIX.url()) == normalization_of(Weights.LVD1689M)
 
 
 def test_pictures_in_their_own_resolution() -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinov3.hub.backbones import dinov3_convnext_tiny, dinov3_vit7b16, dinov3_vits16, dinov3_vits16plus
-from dinov3.hub.formats import METADATA_KEY, detect, from_release, rope_base, to_release
+from dinov3.hub.formats.conversion import METADATA_KEY, from_release, to_release
+from dinov3.hub.formats.layouts import detect, rope_base
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.utils.weight_files import WeightsError
@@ -198,7 +199,7 @@ def test_there_and_back_changes_no_bit(entry: str, library: Any) -> None:
     state = release_state(entry)
     foreign = from_release(state, library)
     assert detect(foreign.state) is not None
-    assert_bits_equal(to_release(foreign.state, metadata=foreign.kept), state)
+    assert_bits_equal(to_release(foreign.state, metadata=foreign.metadata), state)
 
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
@@ -225,7 +226,7 @@ def test_peculiar_models_there_and_back(
             from_release(state, library)
         return
     foreign = from_release(state, library)
-    assert_bits_equal(to_release(foreign.state, metadata=foreign.kept), state)
+    assert_bits_equal(to_release(foreign.state, metadata=foreign.metadata), state)
 
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
@@ -235,7 +236,7 @@ def test_last_name_of_the_final_norm_of_a_convnext_counts(library: Any) -> None:
     foreign = from_release(state, library)
     name = {"huggingface": "layer_norm.weight", "timm": "head.norm.weight"}[library]
     assert torch.equal(foreign.state[name], state["norms.3.weight"])
-    assert_bits_equal(to_release(foreign.state, metadata=foreign.kept), state)
+    assert_bits_equal(to_release(foreign.state, metadata=foreign.metadata), state)
 
 
 def test_released_zero_biases_are_left_out_for_timm_and_kept_for_transformers() -> None:
@@ -251,7 +252,7 @@ def test_biases_that_were_trained_after_conversion_win_over_what_was_kept() -> N
     state |= {name: torch.zeros_like(tensor) for name, tensor in state.items() if "qkv.bias" in name}
     foreign = from_release(state, "huggingface")
     foreign.state["layer.0.attention.q_proj.bias"] = torch.ones(DIM)
-    back = to_release(foreign.state, metadata=foreign.kept)
+    back = to_release(foreign.state, metadata=foreign.metadata)
     assert torch.equal(back["blocks.0.attn.qkv.bias"][:DIM], torch.ones(DIM))
     assert back["blocks.0.attn.qkv.bias_mask"].view(3, -1).unique(dim=1).flatten().tolist() == [1, 0, 1]
     assert not back["blocks.1.attn.qkv.bias_mask"].any()
@@ -263,7 +264,7 @@ def test_biases_that_were_trained_after_conversion_win_over_what_was_kept() -> N
         (lambda s: s | {"cls_norm.weight": s["norm.weight"], "cls_norm.bias": s["norm.bias"]}, r"\(cls_norm\)"),
         (lambda s: {n: t for n, t in s.items() if n != "norm.bias"}, "RMS norms"),
         (lambda s: {n: t for n, t in s.items() if ".ls" not in n}, "no layer scales"),
-        (lambda s: s | {"rope_embed.periods": torch.tensor([0.5, 7.0, 9.0, 90.0])}, "periods that are no powers"),
+        (lambda s: s | {"rope_embed.periods": torch.tensor([0.5, 7.0, 9.0, 90.0])}, "periods that are not powers"),
     ],
 )
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
@@ -342,7 +343,7 @@ def test_directory_of_another_model(found: str, tmp_path: Path) -> None:
 
 def test_incomplete_directories(huggingface: tuple[Path, Any], tmp_path: Path) -> None:
     shutil.copy(huggingface[0] / "config.json", tmp_path)
-    with pytest.raises(WeightsError, match=r"has a config.json, but no weights: .* it holds config.json: the download"):
+    with pytest.raises(WeightsError, match=r"has a config.json, but no weights: .* found config.json; the download"):
         dinov3_vits16(weights=tmp_path)
     for name in ("a", "b"):
         shutil.copy(huggingface[0] / "model.safetensors", tmp_path / f"{name}.safetensors")
@@ -352,7 +353,7 @@ def test_incomplete_directories(huggingface: tuple[Path, Any], tmp_path: Path) -
     assert isinstance(dinov3_vits16(weights=tmp_path), DinoVisionTransformer)
     wide = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 384}
     write(tmp_path, config__json=wide)
-    with pytest.raises(WeightsError, match=r"contradicts itself: its config.json is that of a model of 384 channels"):
+    with pytest.raises(WeightsError, match=r"contradicts itself: its config.json describes a model of 384 channels"):
         dinov3_vits16(weights=tmp_path)
 
 
@@ -381,7 +382,7 @@ def test_configuration_that_makes_no_sense(
         ({"weight_map": {"a": "../a.safetensors"}}, r"names a shard outside its directory.*'../a.safetensors'"),
         ({"weight_map": {"a": "/etc/passwd"}}, "names a shard outside its directory"),
         ({"weight_map": {"a": "a.safetensors"}}, r"lacks 1 of the 1 shards that .* names: a.safetensors; fetch them"),
-        ({"weight_map": {"a": "there.safetensors"}}, "names a as a part of there.safetensors, but it is not there"),
+        ({"weight_map": {"a": "there.safetensors"}}, "says that a is in there.safetensors, but it is not there"),
         ({"weight_map": 3}, "is not the index of a sharded checkpoint: it has no weight_map"),
         ({}, "is not the index of a sharded checkpoint: it has no weight_map"),
         ([], "holds a list, expected a JSON object"),

@@ -54,11 +54,11 @@ def test_prefixes_go_at_the_start_of_a_name_only(content: dict[str, Any], tmp_pa
         (HEADS, "is not a state dict of a backbone: it is empty"),
         (
             {"state_dict": STATE, "epoch": 3},
-            "is not a state dict of a backbone: state_dict, epoch of its 2 entries are not tensors. .* 'state_dict'",
+            "2 of its 2 entries are not tensors .* About its entry 'state_dict': It is a ViT",
         ),
         (
             {"model": {"transformer.decoder.norm.weight": torch.ones(1)}},
-            "model of its 1 entries are not tensors. Below 'model': It is the weights of a detector, not a backbone",
+            "1 of its 1 entries are not tensors .model.. About its entry 'model': These are the weights of a detector",
         ),
     ],
 )
@@ -109,7 +109,9 @@ def test_damaged_distributed_checkpoints(checkpoint: Path) -> None:
 
 def test_distributed_checkpoint_without_a_teacher(tmp_path: Path) -> None:
     dcp.save({"model.student.backbone.cls_token": torch.zeros(1)}, checkpoint_id=tmp_path, no_dist=True)
-    with pytest.raises(WeightsError, match="holds no teacher: no entry starts with any of model.teacher.backbone., "):
+    with pytest.raises(
+        WeightsError, match="does not hold a teacher: no entry starts with any of model.teacher.backbone., "
+    ):
         read_state_dict(tmp_path)
 
 

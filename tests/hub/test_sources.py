@@ -223,9 +223,7 @@ def test_what_is_no_weights_is_not_kept(server: Server, cache: Path, body: bytes
     server.content = body
     url = server.url("w-01234567.pth") + "?Signature=secret"
     for check_hash in (False, True):
-        with pytest.raises(
-            WeightsError, match=f"w-01234567.pth gave no weights that can be used: .*{reason}"
-        ) as caught:
+        with pytest.raises(WeightsError, match=f"w-01234567.pth did not return usable weights: .*{reason}") as caught:
             locate(url, check_hash=check_hash, progress=False)
         message = str(caught.value)
         assert "accept their license" in message and "pass weights=PATH" in message
@@ -237,12 +235,12 @@ def test_hash_of_a_download_and_of_the_cached_file(server: Server, cache: Path) 
     good = hashlib.sha256(server.content).hexdigest()[:8]
     path = locate(server.url(f"w-{good}.pth"), check_hash=True, progress=False)
     path.write_bytes(path.read_bytes() + b"!")
-    with pytest.raises(WeightsError, match=f"not the file that its name promises: .* not with {good}"):
+    with pytest.raises(WeightsError, match=f"does not match the hash in its name: .* not with {good}"):
         locate(server.url(f"w-{good}.pth"), check_hash=True, progress=False)
-    with pytest.raises(WeightsError, match="what the server sent is not the file that its name promises"):
+    with pytest.raises(WeightsError, match="what the server sent does not match the hash in its name"):
         locate(server.url("v-01234567.pth"), check_hash=True, progress=False)
     asked = len(server.requests)
-    with pytest.raises(ValueError, match=r"check_hash=True, but w.pth is no file whose name ends in -<hash>.pth"):
+    with pytest.raises(ValueError, match=r"check_hash=True, but the name of w.pth does not end in -<hash>.pth"):
         locate(server.url("w.pth"), check_hash=True)
     assert names(cache) == [path.name] and len(server.requests) == asked
 
@@ -266,7 +264,7 @@ def test_server_that_is_not_there(server: Server) -> None:
 
 
 def test_urls_that_are_none(server: Server) -> None:
-    with pytest.raises(ValueError, match="the URL names no file"):
+    with pytest.raises(ValueError, match="the URL does not name a file"):
         locate(server.url("a/?Signature=secret"))
     with pytest.raises(ValueError, match="the URL holds a space") as caught:
         locate(server.url("w.pth?Signature=se cret"))

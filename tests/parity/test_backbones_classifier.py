@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dinov3.hub import classifiers
-from dinov3.hub.classifiers import ClassifierWeights, dinov3_vit7b16_lc
+from dinov3.hub.classifiers import dinov3_vit7b16_lc
 
 from . import backbones_runner, golden
 from .state_dicts import assert_matches_manifest
@@ -24,6 +24,6 @@ def test_state_dict() -> None:
 
 def test_address_of_the_head() -> None:
     want = golden.area("backbones")["facts"]["hub_urls"]["dinov3_vit7b16_lc:head:IMAGENET1K"]
-    assert classifiers.head_url_of("dinov3_vit7b16", ClassifierWeights.IMAGENET1K) == want
+    assert classifiers.PUBLISHED.url() == want
     with torch.device("meta"):
         assert dinov3_vit7b16_lc(pretrained=False).linear_head.in_features == 8192

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.hub.formats import Library, detect, from_release, to_release
+from dinov3.hub.formats.conversion import from_release, to_release
+from dinov3.hub.formats.layouts import Library, detect
 
 from .state_dicts import Entry, read_manifest
 

@@ -12,7 +12,7 @@ from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.heads.depth.depther import Depther
 from dinov3.heads.depth.features_to_depth import create_chmv2_mixlog_bins
 from dinov3.hub import backbones
-from dinov3.hub.depthers import config_of, dinov3_vit7b16_dd, dinov3_vitl16_chmv2, head_url_of
+from dinov3.hub.depthers import CHMV2, SYNTHMIX, config_of, dinov3_vit7b16_dd, dinov3_vitl16_chmv2
 from dinov3.models.convnext import ConvNeXt
 from tests.parity import golden
 from tests.parity.dense import assert_expected, assert_output, by_id, case_of, make_input, tiny_vit
@@ -212,7 +212,7 @@ def test_depth_range_of_a_published_depther() -> None:
 
 def test_addresses_of_published_heads() -> None:
     urls = [load["head_url"] for load in HUB["default_loads"] if "head_url" in load]
-    assert [head_url_of("dinov3_vit7b16_dd"), head_url_of("dinov3_vitl16_chmv2")] == urls
+    assert [SYNTHMIX.url(), CHMV2.url()] == urls
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_pa
 from dinov3.configs.settings import key
 from dinov3.distributed import runtime
 from dinov3.hub import backbones
-from dinov3.hub.architectures import build_like, published_name
+from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.backbones import Weights
 from dinov3.hub.command_line import ModelChoice, find_normalization
-from dinov3.hub.formats import Converted
+from dinov3.hub.formats.conversion import Converted
 from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
 from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
@@ -213,7 +213,7 @@ def load_without_config(weights: str) -> nn.Module:
         ValueError: there is no complete backbone.
     """
     state = read_state_dict(locate(weights))
-    model = build_like(state)
+    model = build_from_shapes(state)
     check_complete(state, model, source=weights)
     assert model is not None
     load_backbone_(model, state, source=weights)

@@ -1,7 +1,7 @@
-"""DINOv3 of Hugging Face transformers: names, the parts of a ViT that are cut another way, and configuration files.
+"""DINOv3 in Hugging Face transformers: names, the parts of a ViT that are divided differently, configuration files.
 
-There, queries, keys and values are three layers; joining them copies their weights, the other way they are views. The
-periods of positions are computed from the configuration, and masks of biases are unknown.
+There, queries, keys and values are three layers; joining them copies their weights, splitting them makes views. The
+periods of positions are computed from the configuration, and there are no masks of biases.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.hub.architectures import build_like, count_blocks, has_gated_ffn
-from dinov3.hub.formats.biases import joined_bias, split_biases
-from dinov3.hub.formats.layouts import State, inverted, rename
-from dinov3.hub.formats.positions import rope_base
+from dinov3.hub.architectures import build_from_shapes, count_blocks, has_gated_ffn
+from dinov3.hub.formats.layouts import State, inverted, join_biases, rename, rope_base, split_biases
 from dinov3.models.convnext import ConvNeXt
 
 _VIT = {
@@ -53,9 +51,9 @@ CONVNEXT = {
 
 
 def vit_to_release(theirs: State) -> State:
-    """The entries of a ViT by our names, all but the periods."""
+    """Return the entries of a ViT by our names, all but the periods."""
     table = _VIT | (_GATED_FFN if "layer.0.mlp.gate_proj.weight" in theirs else _FFN)
-    ours = _with_joined_qkv(rename(theirs, inverted(table)))
+    ours = _join_qkv(rename(theirs, inverted(table)))
     if ours.get("mask_token", torch.empty(0)).ndim == 3:
         ours["mask_token"] = ours["mask_token"].squeeze(1)
     if "storage_tokens" in ours and ours["storage_tokens"].numel() == 0:
@@ -64,7 +62,7 @@ def vit_to_release(theirs: State) -> State:
 
 
 def vit_from_release(state: Mapping[str, Tensor]) -> State:
-    """The entries of a ViT by their names, all but those for which there is no place."""
+    """Return the entries of a ViT by their names, all but those for which there is no place."""
     has_no_place = re.compile(r"rope_embed\.|local_cls_norm\.|.*\.qkv\.")
     table = _VIT | (_GATED_FFN if has_gated_ffn(state) else _FFN)
     theirs = rename({name: tensor for name, tensor in state.items() if not has_no_place.match(name)}, table)
@@ -74,21 +72,21 @@ def vit_from_release(state: Mapping[str, Tensor]) -> State:
     for block in range(count_blocks(state)):
         for part, weight in zip("qkv", state[f"blocks.{block}.attn.qkv.weight"].chunk(3), strict=True):
             theirs[f"layer.{block}.attention.{part}_proj.weight"] = weight
-    # The published models have these biases also if they are zero.
+    # The published models have the biases of queries and values even if they are zero.
     return theirs | split_biases(state, "layer.{}.attention.{}_proj.bias", keep_zeros=True)
 
 
 def huggingface_config(
     state: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, layer_norm_eps: float
 ) -> dict[str, Any]:
-    """The `config.json` of transformers.
+    """Return the content of `config.json` for transformers.
 
     Args:
         state: a complete backbone in our names.
         theirs: the same in theirs.
         layer_norm_eps: what the layer norms add to the variance.
     """
-    model = build_like(state)
+    model = build_from_shapes(state)
     assert model is not None
     shared = {
         "image_size": 224,
@@ -136,11 +134,11 @@ def huggingface_config(
 
 
 def preprocessor_config(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """The `preprocessor_config.json` of transformers.
+    """Return the content of `preprocessor_config.json` for transformers.
 
     Args:
         mean: of pixels in [0, 1], one number for each channel.
-        std: likewise, their standard deviation.
+        std: the standard deviation of each channel.
     """
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
@@ -155,13 +153,13 @@ def preprocessor_config(mean: tuple[float, ...], std: tuple[float, ...]) -> dict
     }
 
 
-def _with_joined_qkv(ours: State) -> State:
+def _join_qkv(ours: State) -> State:
     joined: State = {}
     for block in range(count_blocks(ours, r"layer\.(\d+)\.")):
         start = f"layer.{block}.attention."
         weights = [ours[name] for part in "qkv" if (name := f"{start}{part}_proj.weight") in ours]
-        if len({weight.shape for weight in weights}) == 1 and len(weights) == 3:
+        if len(weights) == 3 and len({weight.shape for weight in weights}) == 1:
             joined[f"blocks.{block}.attn.qkv.weight"] = torch.cat(weights)
-        joined |= joined_bias(f"blocks.{block}", *(ours.get(f"{start}{part}_proj.bias") for part in "qkv"))
+        joined |= join_biases(f"blocks.{block}", *(ours.get(f"{start}{part}_proj.bias") for part in "qkv"))
     rest = {name: tensor for name, tensor in ours.items() if not re.fullmatch(r"layer\.\d+\..*\.[qkv]_proj\.\w+", name)}
     return rest | joined

@@ -1,7 +1,7 @@
-"""Whose names the entries of a state dict have: told by the names themselves, and exchanged by a table.
+"""How other libraries lay out the entries of a backbone: names, the parts of a ViT's biases, periods of positions.
 
-A table goes from our names to another library's. It holds a name with {} for each index, or the name of a module, then
-with the names of its weight and bias as they are.
+A table goes from our names to another library's. It holds the name of an entry, with {} for each index, or the name of
+a module, which then also stands for its weight and bias.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+from dinov3.hub.architectures import count_blocks, published_vit_of_size
+from dinov3.layers import RopePositionEmbedding
+from dinov3.utils.weight_files import WeightsError
 
 Library = Literal["huggingface", "timm"]
 Family = Literal["vit", "convnext"]
@@ -23,6 +28,9 @@ LAYER_NORM_EPS: dict[Family, float] = {"vit": 1e-5, "convnext": 1e-6}
 #: Classifiers that a fine-tuned model may have on top.
 _CLASSIFIERS = ("head.weight", "head.bias", "head.fc.", "classifier.")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+_DEFAULT_ROPE_BASE = 100.0
+_USUAL_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Layout:
 
 
 def detect(names: Iterable[str]) -> Layout | None:
-    """Which other library's layout the names of a state dict belong to; None: none of them."""
+    """Return the layout of another library that the names of a state dict belong to; None if they belong to none."""
     names = set(names)
     for name in names:
         if name.endswith("embeddings.patch_embeddings.weight"):
@@ -60,8 +68,8 @@ def detect(names: Iterable[str]) -> Layout | None:
     return None
 
 
-def own_entries(state: Mapping[str, Tensor], layout: Layout) -> State:
-    """The backbone's entries without the prefix; what else a larger model has, and classifiers, are left out."""
+def select_backbone(state: Mapping[str, Tensor], layout: Layout) -> State:
+    """Return the backbone's entries without the prefix, and nothing else of a larger model, such as a classifier."""
     theirs: State = {}
     for name, tensor in state.items():
         if name.startswith(layout.prefix):
@@ -76,16 +84,16 @@ def own_entries(state: Mapping[str, Tensor], layout: Layout) -> State:
 
 
 def rename(state: Mapping[str, Tensor], table: Table) -> State:
-    """The entries by the names of a table; those that it does not know keep theirs."""
-    return {_renamed(name, table): tensor for name, tensor in state.items()}
+    """Return the entries by the names of a table; those that it does not know keep theirs."""
+    return {_look_up(name, table): tensor for name, tensor in state.items()}
 
 
 def inverted(table: Table) -> Table:
-    """The table back to our names."""
+    """Return the table back to our names."""
     return {theirs: ours for ours, theirs in table.items()}
 
 
-def _renamed(name: str, table: Table) -> str:
+def _look_up(name: str, table: Table) -> str:
     indices = _INDEX.findall(name)
     for pattern in (name, _INDEX.sub("{}", name)):
         module, _, leaf = pattern.rpartition(".")
@@ -94,3 +102,96 @@ def _renamed(name: str, table: Table) -> str:
         if module in table and leaf in ("weight", "bias"):
             return f"{table[module].format(*indices)}.{leaf}"
     return name
+
+
+def masked_bias(state: Mapping[str, Tensor], block: str) -> Tensor | None:
+    """Return the bias [3 D] of queries, keys and values after its mask; None if there is none.
+
+    Args:
+        state: a ViT in our names.
+        block: the block's name, e.g. `blocks.0`.
+    """
+    bias, mask = state.get(f"{block}.attn.qkv.bias"), state.get(f"{block}.attn.qkv.bias_mask")
+    return bias if bias is None or mask is None else bias * mask.to(bias.dtype)
+
+
+def split_biases(state: Mapping[str, Tensor], name: str, *, keep_zeros: bool = False) -> State:
+    """Return the masked biases of queries, keys and values of all blocks, each as an entry of its own.
+
+    Args:
+        state: a ViT in our names.
+        name: of the entries, with {} for the block and for the letter.
+        keep_zeros: also return the biases of queries and values if all are zero.
+    """
+    biases = {block: masked_bias(state, f"blocks.{block}") for block in range(count_blocks(state))}
+    parts = {block: bias.chunk(3) for block, bias in biases.items() if bias is not None}
+    has_q, has_k, has_v = (any(bool(part[i].any()) for part in parts.values()) for i in range(3))
+    is_wanted = {"q": keep_zeros or has_q or has_v, "k": has_k, "v": keep_zeros or has_q or has_v}
+    return {
+        name.format(block, letter): bias
+        for block, three in parts.items()
+        for letter, bias in zip("qkv", three, strict=True)
+        if is_wanted[letter]
+    }
+
+
+def join_biases(block: str, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> State:
+    """Return our two entries of a block, from its biases; nothing if it has no bias at all."""
+    given = [bias for bias in (q, k, v) if bias is not None]
+    if not given:
+        return {}
+    zero, one = torch.zeros_like(given[0]), torch.ones_like(given[0])
+    q, k, v = (zero if bias is None else bias for bias in (q, k, v))
+    return {
+        f"{block}.attn.qkv.bias": torch.cat([q, k, v]),
+        f"{block}.attn.qkv.bias_mask": torch.cat([one, one if bool(k.any()) else zero, one]),
+    }
+
+
+def rope_base(periods: Tensor) -> float | None:
+    """Return the base of which `periods` [d / 4] are the powers, up to their rounding; None if they are not powers."""
+    exact, n = periods.detach().double().cpu(), len(periods)
+    # Published files hold periods that were rounded to bfloat16, whatever their dtype is now.
+    roundings = ((torch.bfloat16, 2**-8), (torch.float16, 2**-10), (torch.float64, 1e-5))
+    tolerance = next(tolerance for dtype, tolerance in roundings if torch.equal(exact.to(dtype).double(), exact))
+    exponents = torch.arange(n, dtype=torch.float64) / n
+    fitted = float((exponents @ exact.log() / (exponents @ exponents).clamp_min(1e-9)).exp())
+    # A round base is likelier than the fitted one, which carries the rounding of the periods.
+    for base in (_DEFAULT_ROPE_BASE, float(f"{fitted:.2g}"), fitted):
+        if torch.allclose(exact, base**exponents, rtol=tolerance, atol=0):
+            return base
+    return None
+
+
+def compute_periods(ours: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor | None:
+    """Compute the periods [d / 4] of a ViT whose weights do not hold them; None if its heads cannot be inferred.
+
+    Args:
+        ours: the other entries, in our names.
+        config: the content of a `config.json`; what it does not set is as in the published models.
+
+    Raises:
+        WeightsError: the configuration makes no sense.
+    """
+    dim = ours["cls_token"].shape[-1]
+    published = published_vit_of_size(ours)
+    heads = _number(config, "num_attention_heads", "num_heads", int)
+    base = _number(config, "rope_theta", "rope_temperature", float)
+    if heads is None:
+        heads = published.num_heads if published else max(1, dim // _USUAL_HEAD_DIM)
+        if dim % (4 * heads):
+            return None
+    if dim % (4 * heads):
+        raise WeightsError(f"the config.json names {heads:g} heads, which do not fit a model of {dim} channels")
+    return RopePositionEmbedding(dim, num_heads=int(heads), base=base or _DEFAULT_ROPE_BASE, device="cpu").periods
+
+
+def _number(config: Mapping[str, Any], name: str, timm_name: str, kind: type[int] | type[float]) -> float | None:
+    """Return a positive number from a configuration of either library; None if it does not set it."""
+    found = config.get(name)
+    for section, key in (("model_args", timm_name), ("rope_parameters", name)):
+        if found is None and isinstance(config.get(section), Mapping):
+            found = config[section].get(key)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, kind)) or found <= 0):
+        raise WeightsError(f"the config.json has {name}={found!r}, expected a positive number")
+    return found

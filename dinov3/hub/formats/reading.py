@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError, is_safetensors, read_file, read_safetensors_header
 
 CONFIG_FILE = "config.json"
@@ -38,24 +39,15 @@ def read_content(path: Path, *, mmap: bool = True) -> Content:
     """Read a weights file of any format, or a directory as transformers and timm save it.
 
     Args:
-        path: a PyTorch checkpoint, a safetensors file, the index of a sharded one, or a directory with `config.json`
-            and one of these.
+        path: a PyTorch checkpoint, a safetensors file, the index of a sharded one, or a directory with one of these
+            and possibly a `config.json`.
         mmap: map the weights into memory instead of reading them.
 
     Raises:
-        WeightsError: there are no weights, they are damaged, or are those of something else.
+        WeightsError: there are no weights, or they are damaged or those of something else.
     """
     if path.is_dir():
-        config = _read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
-        if config is not None:
-            check_config(config, path)
-        content = read_content(_weights_file(path), mmap=mmap)
-        if config is not None and not _agrees(config, content.entries):
-            raise WeightsError(
-                f"{path} contradicts itself: its {CONFIG_FILE} is that of a model of {_size(config)} channels, its "
-                "weights are not; fetch the two again"
-            )
-        return Content(content.entries, content.metadata, config or {})
+        return _read_directory(path, mmap=mmap)
     if path.suffix == ".json":
         return _read_sharded(path, mmap=mmap)
     entries = read_file(path, mmap=mmap)
@@ -63,12 +55,83 @@ def read_content(path: Path, *, mmap: bool = True) -> Content:
     return Content(entries, metadata, _config_beside(path, entries))
 
 
-def check_config(config: Mapping[str, Any], source: Path) -> None:
-    """Refuse the configuration of another model.
+def is_model_directory(path: Path) -> bool:
+    """Return whether a directory looks like a model of transformers or timm."""
+    return (path / CONFIG_FILE).is_file() or any(path.glob("*.safetensors")) or (path / WEIGHTS_FILES[-1]).is_file()
 
-    Raises:
-        WeightsError: it is not one of a DINOv3 backbone, in transformers or in timm.
-    """
+
+def _read_directory(path: Path, *, mmap: bool) -> Content:
+    config: dict[str, Any] = {}
+    if (path / CONFIG_FILE).is_file():
+        config = _read_json(path / CONFIG_FILE)
+        _check_config(config, path)
+    content = read_content(_weights_file(path), mmap=mmap)
+    if not _is_config_of(config, content.entries):
+        raise WeightsError(
+            f"{path} contradicts itself: its {CONFIG_FILE} describes a model of {_channels(config)} channels, its "
+            "weights have another size; fetch both again"
+        )
+    return Content(content.entries, content.metadata, config)
+
+
+def _weights_file(directory: Path) -> Path:
+    for name in WEIGHTS_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(directory.glob(f"*{INDEX_SUFFIX}")) or sorted(directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        names = list_names([path.name for path in others], most=10)
+        raise WeightsError(f"{directory} holds several weights files: pass one of {names}")
+    held = list_names(sorted(path.name for path in directory.iterdir()), most=10)
+    raise WeightsError(
+        f"{directory} has a {CONFIG_FILE}, but no weights: expected {' or '.join(WEIGHTS_FILES[:2])}, found {held}; "
+        "the download was incomplete or left out large files"
+    )
+
+
+def _read_sharded(index: Path, *, mmap: bool) -> Content:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files.values()):
+        raise WeightsError(
+            f"{index} is not the index of a sharded checkpoint: it has no weight_map; expected "
+            f"model{INDEX_SUFFIX}, or pass the directory"
+        )
+    shards = sorted(set(files.values()))
+    for name in shards:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise WeightsError(f"{index} names a shard outside its directory, which is not read: {name!r}")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} names: "
+            f"{list_names(missing)}; fetch them"
+        )
+    entries: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for name in shards:
+        shard = read_content(index.parent / name, mmap=mmap)
+        wanted = {key for key, file in files.items() if file == name}
+        if absent := sorted(wanted - set(shard.entries)):
+            raise WeightsError(f"{index} says that {absent[0]} is in {name}, but it is not there; fetch both again")
+        entries |= {key: tensor for key, tensor in shard.entries.items() if key in wanted}
+        metadata |= shard.metadata
+    return Content(entries, metadata, _config_beside(index, entries))
+
+
+def _config_beside(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    if not (path.parent / CONFIG_FILE).is_file():
+        return {}
+    try:
+        config = _read_json(path.parent / CONFIG_FILE)
+        _check_config(config, path)
+    except WeightsError:  # A file of this name need not have anything to do with these weights.
+        return {}
+    return config if _is_config_of(config, entries) else {}
+
+
+def _check_config(config: Mapping[str, Any], source: Path) -> None:
     model_type, architecture = config.get("model_type"), str(config.get("architecture", ""))
     if model_type in MODEL_TYPES or "dinov3" in architecture or architecture.startswith("convnext_"):
         return
@@ -80,78 +143,13 @@ def check_config(config: Mapping[str, Any], source: Path) -> None:
     )
 
 
-def is_model_directory(path: Path) -> bool:
-    """Whether a directory looks like a model of transformers or timm."""
-    return (path / CONFIG_FILE).is_file() or any(path.glob("*.safetensors")) or (path / WEIGHTS_FILES[-1]).is_file()
+def _is_config_of(config: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
+    channels = _channels(config)
+    tokens = [entry for name, entry in entries.items() if name.endswith("cls_token") and isinstance(entry, Tensor)]
+    return channels is None or all(token.shape[-1] == channels for token in tokens)
 
 
-def _weights_file(directory: Path) -> Path:
-    found = [directory / name for name in WEIGHTS_FILES if (directory / name).is_file()]
-    others = sorted(directory.glob(f"*{INDEX_SUFFIX}")) or sorted(directory.glob("*.safetensors"))
-    if found:
-        return found[0]
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise WeightsError(
-            f"{directory} holds several weights files: pass one of {', '.join(path.name for path in others[:10])}"
-        )
-    held = ", ".join(sorted(path.name for path in directory.iterdir())[:10])
-    raise WeightsError(
-        f"{directory} has a {CONFIG_FILE}, but no weights: expected {' or '.join(WEIGHTS_FILES[:2])}; it holds {held}: "
-        "the download was not complete, or left out large files"
-    )
-
-
-def _read_sharded(index: Path, *, mmap: bool) -> Content:
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsError(
-            f"{index} is not the index of a sharded checkpoint: it has no weight_map; expected "
-            f"model{INDEX_SUFFIX}, or pass the directory"
-        )
-    files = sorted(set(places.values()))
-    for name in files:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise WeightsError(f"{index} names a shard outside its directory, which is not read: {name!r}")
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
-        raise WeightsError(
-            f"{index.parent} lacks {len(missing)} of the {len(files)} shards that {index.name} names: "
-            f"{', '.join(missing[:5])}; fetch them"
-        )
-    entries: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
-    for name in files:
-        shard = read_content(index.parent / name, mmap=mmap)
-        wanted = {key for key, file in places.items() if file == name}
-        if absent := sorted(wanted - set(shard.entries)):
-            raise WeightsError(f"{index} names {absent[0]} as a part of {name}, but it is not there; fetch both again")
-        entries |= {key: tensor for key, tensor in shard.entries.items() if key in wanted}
-        metadata |= shard.metadata
-    return Content(entries, metadata, _config_beside(index, entries))
-
-
-def _config_beside(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
-    if not (path.parent / CONFIG_FILE).is_file():
-        return {}
-    try:
-        config = _read_json(path.parent / CONFIG_FILE)
-        check_config(config, path)
-    except WeightsError:  # It need not have anything to do with this file.
-        return {}
-    return config if _agrees(config, entries) else {}
-
-
-def _agrees(config: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
-    tokens = [
-        entries[name] for name in entries if name.endswith("cls_token") and isinstance(entries[name], torch.Tensor)
-    ]
-    size = _size(config)
-    return size is None or all(tensor.shape[-1] == size for tensor in tokens)
-
-
-def _size(config: Mapping[str, Any]) -> int | None:
+def _channels(config: Mapping[str, Any]) -> int | None:
     if config.get("model_type") == "dinov3_vit":
         return config.get("hidden_size")
     return config.get("num_features") if "dinov3" in str(config.get("architecture")) else None

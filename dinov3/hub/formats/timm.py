@@ -1,7 +1,7 @@
-"""DINOv3 of timm: names, the biases of a ViT, and its configuration file.
+"""DINOv3 in timm: names, the biases of a ViT, and its configuration file.
 
-There is no mask token, the periods of positions are computed, and biases of queries and values that are all zero are
-left out; keys have none.
+There, models have no mask token, the periods of positions are computed, keys have no bias, and the biases of queries
+and values are left out if they are all zero.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.hub.architectures import build_like, count_blocks, has_gated_ffn, published_vit_like
-from dinov3.hub.formats.biases import joined_bias, split_biases
-from dinov3.hub.formats.layouts import State, inverted, rename
-from dinov3.hub.formats.positions import rope_base
+from dinov3.hub.architectures import build_from_shapes, count_blocks, has_gated_ffn, published_vit_of_size
+from dinov3.hub.formats.layouts import State, inverted, join_biases, rename, rope_base, split_biases
 from dinov3.models.convnext import ConvNeXt
 
-#: Names of the published ViTs; ViT-L+ has none.
+#: Names of the published ViTs; timm has no ViT-L+.
 VITS = {
     "dinov3_vits16": "vit_small_patch16_dinov3",
     "dinov3_vits16plus": "vit_small_plus_patch16_dinov3",
@@ -65,16 +63,16 @@ CONVNEXT = {
 
 
 def vit_to_release(theirs: State) -> State:
-    """The entries of a ViT by our names, all but the periods; a mask token of zeros is added."""
+    """Return the entries of a ViT by our names, all but the periods, with a mask token of zeros."""
     table = _VIT | (_GATED_FFN if "blocks.0.mlp.fc1_g.weight" in theirs else _FFN)
     ours = rename(theirs, inverted(table))
     if "cls_token" in ours:
         ours["mask_token"] = torch.zeros_like(ours["cls_token"][0])
-    return _with_joined_biases(ours)
+    return _join_all_biases(ours)
 
 
 def vit_from_release(state: Mapping[str, Tensor]) -> State:
-    """The entries of a ViT by their names, all but those for which there is no place."""
+    """Return the entries of a ViT by their names, all but those for which there is no place."""
     has_no_place = re.compile(r"rope_embed\.|local_cls_norm\.|mask_token|.*\.qkv\.bias")
     table = _VIT | (_GATED_FFN if has_gated_ffn(state) else _FFN)
     theirs = rename({name: tensor for name, tensor in state.items() if not has_no_place.match(name)}, table)
@@ -87,15 +85,15 @@ def timm_config(
     name: str | None,
     normalization: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> dict[str, Any]:
-    """The `config.json` of timm.
+    """Return the content of `config.json` for timm.
 
     Args:
         state: a complete backbone in our names.
         theirs: the same in theirs.
-        name: the hub entry that it is; None: another size, which timm builds from a published one with arguments.
+        name: its hub entry; None for another size, which timm builds from a published architecture with arguments.
         normalization: mean and standard deviation of pixels in [0, 1].
     """
-    model = build_like(state)
+    model = build_from_shapes(state)
     assert model is not None
     arguments: dict[str, Any] = {}
     if isinstance(model, ConvNeXt):
@@ -143,14 +141,14 @@ def timm_config(
     }
 
 
-def _with_joined_biases(ours: State) -> State:
-    # Without biases it may have zeros or none: as the published model of its size, of which one has none.
-    published = published_vit_like(ours) if "cls_token" in ours else None
+def _join_all_biases(ours: State) -> State:
+    # A file without biases may be of a model that has none or whose biases are zero: the published model decides.
+    published = published_vit_of_size(ours) if "cls_token" in ours else None
     joined: State = {}
     for block in range(count_blocks(ours)):
         q, k, v = (ours.get(f"blocks.{block}.attn.{part}_bias") for part in "qkv")
         if q is None and v is None and "cls_token" in ours and (published is None or published.qkv_bias):
             q = torch.zeros_like(ours["cls_token"][0, 0])
-        joined |= joined_bias(f"blocks.{block}", q, k, v)
+        joined |= join_biases(f"blocks.{block}", q, k, v)
     rest = {name: tensor for name, tensor in ours.items() if not re.fullmatch(r"blocks\.\d+\.attn\.[qkv]_bias", name)}
     return rest | joined
