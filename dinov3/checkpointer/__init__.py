@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dinov3.checkpointer.agreement import CheckpointError
-from dinov3.checkpointer.background import BackgroundSaver
-from dinov3.checkpointer.files import remove_stale_temporaries
-from dinov3.checkpointer.hooks import register_dont_save_hooks
-from dinov3.checkpointer.initializing import (
-    fill_from_tensors,
-    init_fsdp_model_from_checkpoint,
-    init_model_from_checkpoint_for_evals,
-)
+from dinov3.checkpointer.dcp import CheckpointError, read_tensors
+from dinov3.checkpointer.initializing import fill_from_tensors, init_fsdp_model_from_checkpoint
 from dinov3.checkpointer.loading import checkpoint_holds, load_checkpoint
-from dinov3.checkpointer.lock import RunLock
 from dinov3.checkpointer.manifest import latest_valid_checkpoint, read_manifest
-from dinov3.checkpointer.reading import read_tensors
-from dinov3.checkpointer.retention import (
+from dinov3.checkpointer.rng import RngState
+from dinov3.checkpointer.run_directory import (
     CheckpointRetentionPolicy,
+    RunLock,
     cleanup_checkpoint,
     find_all_checkpoints,
     find_latest_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
+    remove_stale_temporaries,
 )
-from dinov3.checkpointer.rng import RngState
-from dinov3.checkpointer.saving import save_checkpoint
+from dinov3.checkpointer.saving import BackgroundSaver, save_checkpoint
 
 __all__ = [
     "BackgroundSaver",
@@ -38,14 +31,12 @@ __all__ = [
     "find_all_checkpoints",
     "find_latest_checkpoint",
     "init_fsdp_model_from_checkpoint",
-    "init_model_from_checkpoint_for_evals",
     "keep_checkpoint_copy",
     "keep_last_n_checkpoints",
     "latest_valid_checkpoint",
     "load_checkpoint",
     "read_manifest",
     "read_tensors",
-    "register_dont_save_hooks",
     "remove_stale_temporaries",
     "save_checkpoint",
 ]

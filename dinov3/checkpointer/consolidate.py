@@ -1,7 +1,6 @@
-"""One network of a sharded checkpoint as one file: `python -m dinov3.checkpointer.consolidate DIR OUT.pth`.
+"""Write one network of a sharded checkpoint into one file: `python -m dinov3.checkpointer.consolidate DIR OUT.pth`.
 
-Notable: no process group, no model. The shards are put together in memory-mapped files beside the output, so that the
-network need not fit into memory.
+Notable: it needs no process group and no model, and the network need not fit into memory.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dinov3.checkpointer.agreement import CheckpointError, load_dcp
-from dinov3.checkpointer.files import fsync, temporary_beside
-from dinov3.checkpointer.initializing import BACKBONE
-from dinov3.checkpointer.manifest import check_files, check_is_checkpoint, read_metadata
+from dinov3.checkpointer.dcp import CheckpointError, load_dcp, read_metadata
+from dinov3.checkpointer.initializing import BACKBONE, TEACHER_PREFIXES
+from dinov3.checkpointer.manifest import check_files, check_is_checkpoint
+from dinov3.utils.files import atomic_write
+from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import write_safetensors
 
-#: Where a network is, by its name on the command line; an exported teacher has no name of its own.
-PREFIXES = {"teacher": ("model.model_ema.", "model.teacher.", "model."), "student": ("model.student.",)}
+#: Where a network is, by its name on the command line.
+PREFIXES = {"teacher": TEACHER_PREFIXES, "student": ("model.student.",)}
 
 
 def consolidate(
@@ -41,68 +40,59 @@ def consolidate(
         directory: a training's checkpoint or an exported teacher.
         output: the file; an existing one is replaced.
         model: which network.
-        what: the backbone alone, with bare names, or all with `backbone.*`, `dino_head.*`, `ibot_head.*`.
-        safetensors: this format, without an entry above the tensors; else `torch.save` of `{"teacher": ...}` (for the
-            student too, because loaders look for it) or, for a backbone, of the bare entries.
+        what: only the backbone, with bare names, or all with `backbone.*`, `dino_head.*`, `ibot_head.*`.
+        safetensors: write this format, without an entry above the tensors; otherwise `torch.save` of `{"teacher": ...}`
+            (for the student too, because loaders look for it) or, for a backbone, of the bare entries.
 
     Returns:
         The names of the tensors in the file.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or does not hold that network.
+        CheckpointError: the directory is not a checkpoint, is damaged, or does not hold that network.
         FileNotFoundError: the directory of `output` does not exist.
     """
     directory, output = Path(directory), Path(output)
     check_is_checkpoint(directory)
     if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent}, where {output.name} should be written, does not exist")
+        raise FileNotFoundError(f"the directory {output.parent} for {output.name} does not exist")
     check_files(directory, "auto", None)
+    prefix, entries = _find_network(directory, model, what)
+    # Each tensor is read into a memory-mapped file of its own, so that the network need not fit into memory.
     with tempfile.TemporaryDirectory(prefix=".tmp-consolidate-", dir=output.parent) as scratch:
-        tensors = _read(directory, _names(directory, model, what), Path(scratch))
-        temporary = temporary_beside(output)
-        try:
-            if safetensors:
-                write_safetensors(temporary, tensors, {"format": "pt"})
+        tensors = {}
+        for number, (name, entry) in enumerate(entries.items()):
+            shape, dtype, scratch_file = entry.size, entry.properties.dtype, Path(scratch) / str(number)
+            if shape.numel() == 0:  # an empty file cannot be mapped
+                tensors[name] = torch.empty(shape, dtype=dtype)
             else:
-                torch.save(tensors if what == "backbone" else {"teacher": tensors}, temporary)
-            fsync(temporary)
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+                mapped = torch.from_file(str(scratch_file), shared=True, size=shape.numel(), dtype=dtype)
+                tensors[name] = mapped.reshape(shape)
+        load_dcp({prefix + name: tensor for name, tensor in tensors.items()}, directory, None)
+        if safetensors:
+            write_safetensors(output, tensors, {"format": "pt"})
+        else:
+            with atomic_write(output) as file:
+                torch.save(tensors if what == "backbone" else {"teacher": tensors}, file)
     return list(tensors)
 
 
-def _names(directory: Path, model: str, what: str) -> dict[str, str]:
-    """The names in the checkpoint, by the names in the file."""
+def _find_network(directory: Path, model: str, what: str) -> tuple[str, dict[str, TensorStorageMetadata]]:
+    """Return what precedes the names of a network's entries, and the entries by their names without it."""
     entries = read_metadata(directory).state_dict_metadata
     is_training = any(name.startswith(PREFIXES["student"]) for name in entries)
     for prefix in PREFIXES[model]:
         if prefix == "model." and is_training:
             continue
         start = prefix + (BACKBONE if what == "backbone" else "")
-        names = {
-            name.removeprefix(start): name
+        found = {
+            name.removeprefix(start): entry
             for name, entry in entries.items()
             if name.startswith(start) and isinstance(entry, TensorStorageMetadata)
         }
-        if names:
-            return names
+        if found:
+            return start, found
     held = sorted({".".join(name.split(".")[:2]) for name in entries})
-    raise CheckpointError(f"{directory} holds no {model} ({what}); it holds {', '.join(held)}")
-
-
-def _read(directory: Path, names: dict[str, str], scratch: Path) -> dict[str, Tensor]:
-    entries = read_metadata(directory).state_dict_metadata
-    tensors: dict[str, Tensor] = {}
-    for number, (name, source) in enumerate(names.items()):
-        entry = entries[source]
-        assert isinstance(entry, TensorStorageMetadata)
-        size, dtype = entry.size.numel(), entry.properties.dtype
-        # An empty file cannot be mapped.
-        mapped = torch.from_file(str(scratch / str(number)), shared=True, size=size, dtype=dtype) if size else None
-        tensors[name] = torch.empty(entry.size, dtype=dtype) if mapped is None else mapped.reshape(entry.size)
-    load_dcp({names[name]: tensor for name, tensor in tensors.items()}, directory, None)
-    return tensors
+    raise CheckpointError(f"{directory} has no {model} ({what}); it has {list_names(held, 20)}")
 
 
 def main(argv: list[str] | None = None) -> None:

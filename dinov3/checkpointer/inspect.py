@@ -1,6 +1,6 @@
-"""What a checkpoint directory holds, on the command line: `python -m dinov3.checkpointer.inspect DIR`.
+"""Show what a checkpoint directory holds: `python -m dinov3.checkpointer.inspect DIR`.
 
-Notable: needs no model, no process group and no memory for the tensors; also compares the files with the manifest.
+Notable: it needs no model, no process group and no memory for the tensors, and compares the files with the manifest.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dinov3.checkpointer.agreement import CheckpointError
-from dinov3.checkpointer.manifest import MANIFEST, check_files, check_is_checkpoint, read_manifest, read_metadata
-from dinov3.checkpointer.reading import read_nested
+from dinov3.checkpointer.dcp import CheckpointError, read_metadata, read_nested
+from dinov3.checkpointer.manifest import MANIFEST, check_files, check_is_checkpoint, read_manifest
 
 
 def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator[str]:
-    """Lines about a checkpoint: iteration, origin, number and size of its entries by prefix, and damage.
+    """Yield lines about a checkpoint: iteration, origin, number and size of its entries by prefix, and damage.
 
     Args:
         directory: the checkpoint, of this library or of the official release.
         shows_all: one line for every tensor instead of one for every prefix.
 
     Raises:
-        CheckpointError: the directory is no checkpoint, or is damaged.
+        CheckpointError: the directory is not a checkpoint, or is damaged.
     """
     check_is_checkpoint(directory)
     metadata = read_metadata(directory)

@@ -1,7 +1,6 @@
-"""Reading a checkpoint into a model and an optimizer of any sharding: strictly, after checking the files.
+"""Resuming: a checkpoint is read into a model and an optimizer of any sharding, strictly, after checking the files.
 
-Notable: entries that are missing, unexpected or of another shape are an error that lists them and guesses the reason.
-Official checkpoints hold the teacher twice, as `model_ema` and as `teacher`; either will do.
+Notable: entries that are missing, unexpected or of a different shape are an error that lists them and guesses why.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dinov3.checkpointer.agreement import CheckpointError, load_dcp
-from dinov3.checkpointer.manifest import Verify, check_files, read_metadata
-from dinov3.checkpointer.reading import read_nested
+from dinov3.checkpointer.dcp import CheckpointError, load_dcp, read_metadata, read_nested
+from dinov3.checkpointer.manifest import Verify, check_files
 from dinov3.distributed import get_process_subgroup
+from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
 
@@ -39,26 +38,28 @@ N_LISTED = 20
 
 @dataclass
 class Differences:
-    """How the entries of a checkpoint differ from those that are wanted."""
+    """How the entries of a checkpoint differ from those of a model."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, str] = field(default_factory=dict)
 
     def check(self, source: object, *, strict: bool) -> None:
-        """Raise a `CheckpointError` that lists the differences; if not strict, only for other shapes."""
+        """Raise a `CheckpointError` that lists the differences; if not strict, only for different shapes."""
         if self.misshaped or (strict and (self.missing or self.unexpected)):
             raise CheckpointError(f"{source} does not fit this model:\n{self}")
         if self.missing or self.unexpected:
-            logger.warning("%s does not fit this model, loaded in part:\n%s", source, self)
+            logger.warning("%s does not fit this model and is loaded in part:\n%s", source, self)
 
     def __str__(self) -> str:
         lists = {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": [f"{key}: {shapes}" for key, shapes in self.misshaped.items()],
+            "of a different shape": [f"{key}: {shapes}" for key, shapes in self.misshaped.items()],
         }
-        lines = [f"  {len(entries)} {what}: {_shorten(entries)}" for what, entries in lists.items() if entries]
+        lines = [
+            f"  {len(entries)} {what}: {list_names(entries, N_LISTED)}" for what, entries in lists.items() if entries
+        ]
         return "\n".join([*lines, f"  {self._guess()}"])
 
     def _guess(self) -> str:
@@ -68,13 +69,9 @@ class Differences:
                 "Only heads differ: compare dino.head_* and ibot.head_* (e.g. head_n_prototypes) with the saved run's."
             )
         if all(key.startswith("optimizer.") for key in different):
-            return (
-                "Only the optimizer differs: was the checkpoint written without one, or with other parameters frozen?"
-            )
+            return "Only the optimizer differs: was it saved at all, or were different parameters frozen?"
         if any(".backbone." in key for key in different):
-            return (
-                "The backbone differs: compare student.arch, patch_size and the other student.* with the saved run's."
-            )
+            return "The backbone differs: compare student.arch, patch_size and so on with the saved run's."
         return "Compare the configuration with the one that the checkpoint was saved with."
 
 
@@ -95,14 +92,14 @@ def load_checkpoint(
         ckpt_dir: the checkpoint, of this library or of the official release.
         model: plain or sharded, on its device; its entries are overwritten.
         optimizer: of the model's parameters.
-        strict_loading: entries that are missing or unexpected are an error, else a warning. Another shape always is an
-            error.
+        strict_loading: entries that are missing or unexpected are an error, otherwise a warning. A different shape is
+            always an error.
         process_group: the processes that hold the model, by default the subgroup of this process.
         verify: compare checksums first (`"auto"`: below 8 GB); sizes are always compared.
-        may_lack: beginnings of names in the model's state dict; if the checkpoint has no entry of such a name, those of
-            the model stay as they are.
+        may_lack: prefixes of names in the model's state dict; if the checkpoint has no entries with such a prefix, the
+            model's own keep their values.
         others: objects with `load_state_dict()`, by the name they were saved under. One that the checkpoint does not
-            have stays as it is, with a warning.
+            have keeps its state, with a warning.
 
     Returns:
         The iteration that had just been finished when it was saved; -1 if the checkpoint does not say.
@@ -120,7 +117,7 @@ def load_checkpoint(
     lacking = tuple(name for name in may_lack if not _has_entries(metadata, f"model.{name}"))
     not_loaded = [key for key in model_state if key.startswith(lacking)]
     model_state = {key: value for key, value in model_state.items() if key not in not_loaded}
-    wanted, differences = _match_model(model, model_state, metadata)
+    wanted, differences = _match_model(model_state, metadata)
     wanted |= _match_optimizer(optimizer_state, metadata, differences)
     differences.check(directory, strict=strict_loading)
 
@@ -133,7 +130,7 @@ def load_checkpoint(
     for name, other in others.items():
         saved = read_nested(directory, metadata, name, group)
         if saved is None:
-            logger.warning("%s holds no %r: it is not restored", directory, name)
+            logger.warning("%s has no %r: it is not restored", directory, name)
         else:
             other.load_state_dict(saved)
             restored.append(name)
@@ -148,8 +145,8 @@ def compare_entries(
 
     Args:
         wanted: entries to fill, tensors or other values.
-        available: the shape of each entry that there is; None for what is no tensor.
-        ignored: entries that may be there without being wanted.
+        available: the shape of each entry of the checkpoint; None if it is not a tensor.
+        ignored: entries that are not unexpected in the checkpoint, although they are not wanted.
     """
     may_be_there = set(ignored)
     misshaped = {
@@ -165,7 +162,7 @@ def compare_entries(
 
 
 def checkpoint_holds(ckpt_dir: str | os.PathLike[str], prefix: str) -> bool:
-    """Whether a checkpoint has entries whose names begin with `prefix`, such as `model.gram_teacher.`."""
+    """Return whether a checkpoint has entries whose names begin with `prefix`, such as `model.gram_teacher.`."""
     return _has_entries(read_metadata(Path(ckpt_dir)), prefix)
 
 
@@ -173,13 +170,16 @@ def _has_entries(metadata: Metadata, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in metadata.state_dict_metadata)
 
 
-def _match_model(model: nn.Module, state: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Differences]:
-    """The model's entries by their name in the checkpoint, and how the two differ."""
+def _match_model(state: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Differences]:
+    """Return the model's entries by their name in the checkpoint, and how the two differ."""
     available = _shapes(metadata, "model")
     wanted: dict[str, Any] = {}
-    not_needed = {f"model.{key}" for key in _all_entries(model)}
+    not_needed: set[str] = set()
     for key, value in state.items():
-        name, second_name = f"model.{key}", f"model.{_second_name(key)}"
+        name = second_name = f"model.{key}"
+        if key.startswith("model_ema."):
+            # Official checkpoints hold the teacher twice, as `model_ema` and as `teacher`; either will do.
+            second_name = f"model.teacher.{key.removeprefix('model_ema.')}"
         wanted[second_name if name not in available and second_name in available else name] = value
         not_needed.add(second_name)
     differences = compare_entries(wanted, available, ignored=not_needed)
@@ -187,7 +187,7 @@ def _match_model(model: nn.Module, state: dict[str, Any], metadata: Metadata) ->
 
 
 def _match_optimizer(state: dict[str, Any], metadata: Metadata, differences: Differences) -> dict[str, Any]:
-    """The optimizer's entries by name; adds what does not fit to `differences`."""
+    """Return the optimizer's entries by name, and add those that do not fit to `differences`."""
     if not state:
         return {}
     available = _shapes(metadata, OPTIMIZER_STATE)
@@ -216,31 +216,28 @@ def _set_optimizer(
     if groups is not None and [set(g["params"]) for g in groups] == [set(g["params"]) for g in state["param_groups"]]:
         state["param_groups"] = groups
     else:
-        logger.warning("the checkpoint groups the parameters differently: the present groups and settings stay")
+        logger.warning(
+            "the checkpoint groups the parameters differently: keeping the optimizer's own groups and settings"
+        )
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
 
 
 def _report(
     directory: Path, metadata: Metadata, loaded: Iterable[str], not_loaded: list[str], others: list[str]
 ) -> None:
-    of_optimizer = {key.rpartition(".")[0] for key in loaded if key.startswith(OPTIMIZER_STATE)}
-    n_entries = sum(key.startswith("model.") for key in loaded)
-    done = ("iteration", "model", *(("optimizer",) if of_optimizer else ()), *others)
+    n_in_optimizer = len({key.rpartition(".")[0] for key in loaded if key.startswith(OPTIMIZER_STATE)})
+    done = ("iteration", "model", *(("optimizer",) if n_in_optimizer else ()), *others)
     left = sorted({key.partition(".")[0] for key in metadata.state_dict_metadata} - set(done))
     logger.info(
-        "%s: loaded %d entries of the model, the optimizer's state of %d parameters, and %s; "
+        "%s: loaded %d entries of the model, the optimizer state of %d parameters, and %s; "
         "in the checkpoint but not loaded: %s; in the model but not in the checkpoint: %s",
         directory,
-        n_entries,
-        len(of_optimizer),
-        _listed(others),
-        _listed(left),
-        _shorten(not_loaded) or "nothing",
+        sum(key.startswith("model.") for key in loaded),
+        n_in_optimizer,
+        list_names(others, N_LISTED),
+        list_names(left, N_LISTED),
+        list_names(not_loaded, N_LISTED),
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
 
 
 def _shapes(metadata: Metadata, prefix: str) -> dict[str, torch.Size | None]:
@@ -249,18 +246,3 @@ def _shapes(metadata: Metadata, prefix: str) -> dict[str, torch.Size | None]:
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(f"{prefix}.")
     }
-
-
-def _second_name(key: str) -> str:
-    return f"teacher.{key.removeprefix('model_ema.')}" if key.startswith("model_ema.") else key
-
-
-def _all_entries(model: nn.Module) -> set[str]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {name for name, _ in [*parameters, *buffers]}
-
-
-def _shorten(entries: list[str]) -> str:
-    more = f" and {len(entries) - N_LISTED} more" if len(entries) > N_LISTED else ""
-    return ", ".join(entries[:N_LISTED]) + more

@@ -1,6 +1,6 @@
-"""`checkpoint.json`, the last file of a checkpoint: what belongs to it, with sizes and checksums.
+"""`checkpoint.json`, the last file of a checkpoint: which files belong to it, with sizes and checksums.
 
-torch.distributed.checkpoint notices missing and truncated files when loading, but not a flipped bit; the manifest does.
+torch.distributed.checkpoint notices missing and truncated files when it loads, but not a flipped bit.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ import itertools
 import json
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.metadata import Metadata
 
-from dinov3.checkpointer import files
-from dinov3.checkpointer.agreement import CheckpointError, on_all, on_main
-from dinov3.checkpointer.retention import find_all_checkpoints
-from dinov3.checkpointer.unpickling import SafeReader
+from dinov3.checkpointer.dcp import INDEX, CheckpointError, read_metadata, run_on_all, run_on_main
+from dinov3.checkpointer.run_directory import find_all_checkpoints
 from dinov3.distributed import get_process_subgroup, get_rank, get_world_size
+from dinov3.utils.files import atomic_write, fsync
 
 logger = logging.getLogger("dinov3")
 
@@ -51,29 +50,29 @@ def write_manifest(
         "files": dict(sorted(digests.items())),
         "metadata": metadata,
     }
-    path = directory / MANIFEST
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
-    files.fsync(path)
-    files.fsync(directory)
+    with atomic_write(directory / MANIFEST, "w") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+    fsync(directory)
 
 
-def digest_of(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as the manifest holds them."""
-    return {"bytes": path.stat().st_size, "crc32": files.crc32(path)}
+def digest_file(path: Path) -> dict[str, Any]:
+    """Return the size and the checksum (CRC-32, eight hexadecimal digits) of a file, as the manifest holds them."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": path.stat().st_size, "crc32": f"{checksum:08x}"}
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Args:
-        directory: the checkpoint.
+    """Read the manifest of a checkpoint.
 
     Returns:
         `format`, `iteration`, `world_size`, `torch` (its version), `contents` (names of the top entries), `files`
         (`bytes` and `crc32` by name) and `metadata` (what `save_checkpoint` was given).
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a newer version of this library wrote it.
+        CheckpointError: it is missing or damaged, or a newer version of this library wrote it.
     """
     path = Path(directory) / MANIFEST
     try:
@@ -82,38 +81,24 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {version}, this version of dinov3 reads {FORMAT_VERSION}: update it")
+        raise CheckpointError(
+            f"{path} has format {version}, but this version of dinov3 reads format {FORMAT_VERSION}: update dinov3"
+        )
     return manifest
 
 
-def read_metadata(directory: Path) -> Metadata:
-    """The index of a torch.distributed.checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it could run code.
-    """
-    try:
-        return SafeReader(directory).read_metadata()
-    except OSError as error:
-        raise CheckpointError(f"{directory}/.metadata cannot be read: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}/.metadata is not the index of a distributed checkpoint, or is damaged: {error}"
-        ) from error
-
-
 def check_files(directory: Path, verify: Verify, group: ProcessGroup | None) -> None:
-    """Compare a checkpoint's files with its manifest; the ranks share the work.
+    """Compare the files of a checkpoint with its manifest; the ranks share the work.
 
     Args:
-        directory: the checkpoint; without a manifest (official release), only its index and sizes are looked at.
+        directory: the checkpoint. Without a manifest (official release) only its index and sizes are checked.
         verify: compare checksums too; `"auto"`: below 8 GB. Sizes are always compared.
         group: the processes that call this.
 
     Raises:
         CheckpointError: something is missing or damaged, on all ranks.
     """
-    on_all(group, lambda: _check_share(directory, verify, get_rank(group), get_world_size(group)))
+    run_on_all(group, lambda: _check_share(directory, verify, get_rank(group), get_world_size(group)))
 
 
 def latest_valid_checkpoint(
@@ -123,13 +108,13 @@ def latest_valid_checkpoint(
     not_after: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Path | None:
-    """The newest undamaged checkpoint in `root`; newer ones that are damaged are renamed to `<iteration>.corrupt`.
+    """Find the newest undamaged checkpoint in `root`, and rename newer, damaged ones to `<iteration>.corrupt`.
 
     Args:
         root: directory of checkpoints with integer names.
         verify: compare checksums (`"auto"`: below 8 GB each); sizes are always compared.
-        not_after: the newest iteration that may be chosen; None: any.
-        process_group: processes that call this, by default the subgroup of this process; they share the work.
+        not_after: the newest iteration to consider. Default: any.
+        process_group: processes that call this and share the work, by default the subgroup of this process.
 
     Returns:
         The checkpoint; None if there is none at all.
@@ -139,7 +124,7 @@ def latest_valid_checkpoint(
     """
     group = process_group or get_process_subgroup()
     damaged: dict[Path, str] = {}
-    for directory in reversed(on_main(group, lambda: find_all_checkpoints(root))):
+    for directory in reversed(run_on_main(group, lambda: find_all_checkpoints(root))):
         if not_after is not None and int(directory.name) > not_after:
             continue
         try:
@@ -148,33 +133,30 @@ def latest_valid_checkpoint(
             logger.error("checkpoint %s is damaged: %s", directory, error)
             damaged[directory] = str(error)
             continue
-        on_main(group, lambda: _set_aside(list(damaged)))
+        # Only now: as long as nothing better is found, the damaged ones are all that the user has.
+        run_on_main(group, lambda: _set_aside(list(damaged)))
         return directory
     if damaged:
         reasons = "\n".join(f"  {reason}" for reason in damaged.values())
         raise CheckpointError(
-            f"no undamaged checkpoint is left in {root}:\n{reasons}\nRestore one, or move them away to start anew."
+            f"no undamaged checkpoint is left in {root}:\n{reasons}\nRestore one, or move them away to start over."
         )
     return None
 
 
 def check_is_checkpoint(directory: Path) -> None:
-    """Raise a CheckpointError if a user took something else for a checkpoint; it names the one that lies below.
-
-    Args:
-        directory: what the user gave.
-    """
+    """Raise a CheckpointError unless `directory`, as a user gave it, is a checkpoint; it names one that lies below."""
     if not directory.exists():
         raise CheckpointError(f"{directory} does not exist")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected the directory of a checkpoint, e.g. RUN/ckpt/9999")
-    if any((directory / name).exists() for name in (MANIFEST, ".metadata")):
+    if any((directory / name).exists() for name in (MANIFEST, INDEX)):
         return
-    below = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
-    newest = next((found[-1] for root in below if (found := find_all_checkpoints(root))), None)
+    subdirectories = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
+    newest = next((found[-1] for root in subdirectories if (found := find_all_checkpoints(root))), None)
     if newest is not None:
-        raise CheckpointError(f"{directory} is no checkpoint; the newest one below it is {newest}")
-    raise CheckpointError(f"{directory} is no checkpoint: it has neither {MANIFEST} nor .metadata")
+        raise CheckpointError(f"{directory} is not a checkpoint; the newest one below it is {newest}")
+    raise CheckpointError(f"{directory} is not a checkpoint: it has neither {MANIFEST} nor {INDEX}")
 
 
 def _check_share(directory: Path, verify: Verify, rank: int, world_size: int) -> None:
@@ -186,26 +168,27 @@ def _check_share(directory: Path, verify: Verify, rank: int, world_size: int) ->
     )
     for number, (name, entry) in enumerate(listed.items()):
         path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, should have {entry['bytes']}")
-        if wants_checksums and number % world_size == rank and files.crc32(path) != entry["crc32"]:
-            raise CheckpointError(f"{path} has another checksum than when it was written")
+        _check_size(path, entry["bytes"], entry["bytes"])
+        if wants_checksums and number % world_size == rank and digest_file(path)["crc32"] != entry["crc32"]:
+            raise CheckpointError(f"{path} has a different checksum than when it was written")
 
 
 def _check_without_manifest(directory: Path) -> None:
-    if not (directory / ".metadata").is_file():
-        raise CheckpointError(f"{directory} has neither {MANIFEST} nor .metadata: its save was interrupted")
+    if not (directory / INDEX).is_file():
+        raise CheckpointError(f"{directory} has neither {MANIFEST} nor {INDEX}: its save was interrupted")
     needed: dict[str, int] = {}
     for storage in read_metadata(directory).storage_data.values():
         needed[storage.relative_path] = max(needed.get(storage.relative_path, 0), storage.offset + storage.length)
     for name, size in needed.items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size < size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, needs {size}")
+        _check_size(directory / name, size)
+
+
+def _check_size(path: Path, least: int, most: int | None = None) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    size = path.stat().st_size
+    if size < least or (most is not None and size > most):
+        raise CheckpointError(f"{path} has {size} bytes, but should have {least}{'' if most else ' or more'}")
 
 
 def _set_aside(directories: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The random generators of every rank, as an entry of a checkpoint."""
+"""Saving the state of the random generators of every rank as an entry of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger("dinov3")
 class RngState:
     """Saves and restores the generators of Python, NumPy, torch on the CPU and torch on the device.
 
-    Each rank saves its own under `rank<r>`. They are restored exactly on the same number of processes; with another
-    number they are left as they are, and the log says so.
+    Each rank saves its own under `rank<r>`. They are restored exactly on the same number of processes; with a
+    different number they are left as they are, and the log says so.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's generators, as uint8 tensors, and the number of ranks."""
+        """Return the state of this rank's generators, as uint8 tensors, and the number of ranks."""
         kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         states = {
             "python": _to_bytes(random.getstate()),
@@ -36,10 +36,10 @@ class RngState:
         return {"world_size": get_subgroup_size(), f"rank{get_subgroup_rank()}": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's generators out of what all ranks saved."""
+        """Restore this rank's generators from what all ranks saved."""
         if state["world_size"] != get_subgroup_size():
             logger.warning(
-                "saved by %d processes, resumed by %d: random generators and the split of the data differ",
+                "saved by %d processes and resumed by %d: random numbers and the split of the data will differ",
                 state["world_size"],
                 get_subgroup_size(),
             )
@@ -51,7 +51,7 @@ class RngState:
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
         torch.set_rng_state(states["torch"])
         if ("device" in states) != (runtime.get_rng_state() is not None):
-            logger.warning("saved on another kind of device: its random generator is not restored")
+            logger.warning("saved on a different kind of device: its random generator is not restored")
         elif "device" in states:
             runtime.set_rng_state(states["device"])
 

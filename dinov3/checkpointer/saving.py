@@ -1,4 +1,4 @@
-"""Writing a checkpoint: into a temporary directory, checked, renamed when it is complete.
+"""Writing a checkpoint into a temporary directory, checked, and renamed when it is complete; at once or in a thread.
 
 A crash at any moment, an I/O error or a full disk leaves the checkpoints that were there before.
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from dinov3.checkpointer import files
-from dinov3.checkpointer.agreement import CheckpointError, on_all, on_main, save_dcp
-from dinov3.checkpointer.manifest import digest_of, write_manifest
+from dinov3.checkpointer.dcp import CheckpointError, run_on_all, run_on_main, save_dcp, start_saving_dcp
+from dinov3.checkpointer.manifest import digest_file, write_manifest
 from dinov3.distributed import get_process_subgroup, get_rank, get_world_size
+from dinov3.utils.files import publish_directory, temporary_beside
 
 
 def save_checkpoint(
@@ -59,17 +62,107 @@ def save_checkpoint(
     """
     target = Path(ckpt_dir)
     group = process_group or get_process_subgroup()
-    check_metadata(metadata)
-    with naming(target):
-        temporary = on_main(group, lambda: make_temporary(target, overwrite))
-        with removed_on_error(temporary, group):
-            state = collect_state(iteration, model, optimizer, others)
-            digests = on_all(group, lambda: _write(state, temporary, group))
-            publish(temporary, target, group, digests, iteration=iteration, contents=state, metadata=metadata)
+    _check_metadata(metadata)
+    with _explaining_failure(target):
+        temporary = run_on_main(group, lambda: _make_temporary(target, overwrite))
+        with _removing_on_failure(temporary, group):
+            state = _collect_state(iteration, model, optimizer, others)
+            run_on_all(group, lambda: save_dcp(state, temporary, group))
+            _complete(temporary, target, group, iteration=iteration, contents=state, metadata=metadata)
 
 
-def check_metadata(metadata: dict[str, Any] | None) -> None:
-    """Raise a `ValueError` unless JSON can hold `metadata`."""
+class BackgroundSaver:
+    """Writes one checkpoint at a time while the training continues; all ranks make the same calls.
+
+    The state is copied, then a thread writes, checks and renames it: a checkpoint appears under its name as late as one
+    that was saved at once.
+
+    Args:
+        process_group: the processes that hold the model, by default the subgroup of this process.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self._group = process_group or get_process_subgroup()
+        self._group_of_threads: ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: CheckpointError | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(
+        self,
+        ckpt_dir: str | os.PathLike[str],
+        *,
+        iteration: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        overwrite: bool = True,
+        metadata: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """Begin what `save_checkpoint` does, once the previous save is complete; see there for the arguments.
+
+        Later changes to the model do not affect what is saved.
+
+        Raises:
+            CheckpointError: the previous save failed, or this one cannot begin; on all ranks.
+            ValueError: `metadata` is not JSON.
+        """
+        self.wait()
+        _check_metadata(metadata)
+        target = Path(ckpt_dir)
+        if self._group is not None and self._group_of_threads is None:
+            # Threads talk over a group of their own, so that they disturb no collective of the training.
+            ranks = dist.get_process_group_ranks(self._group)
+            new_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            assert isinstance(new_group, ProcessGroup)
+            self._group_of_threads = new_group
+        group = self._group_of_threads
+        with _explaining_failure(target):
+            temporary = run_on_main(self._group, lambda: _make_temporary(target, overwrite))
+            with _removing_on_failure(temporary, self._group):
+                state = _collect_state(iteration, model, optimizer, others)
+                contents = list(state)
+                started: list[Future[Any]] = []
+                run_on_all(self._group, lambda: started.append(start_saving_dcp(state, temporary, group)))
+
+        def wait_for_writing() -> None:
+            started[0].result()
+
+        def finish() -> None:
+            with _explaining_failure(target), _removing_on_failure(temporary, group):
+                run_on_all(group, wait_for_writing)
+                _complete(temporary, target, group, iteration=iteration, contents=contents, metadata=metadata)
+
+        self._thread = threading.Thread(target=self._keep_problem_of, args=(finish,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in progress, if there is one.
+
+        Raises:
+            CheckpointError: it failed; raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def _keep_problem_of(self, finish: Callable[[], None]) -> None:
+        try:
+            finish()
+        except CheckpointError as error:
+            self._problem = error
+        except Exception as error:  # Above all, a lost rank.
+            self._problem = CheckpointError(f"{type(error).__name__}: {error}")
+
+
+def _check_metadata(metadata: dict[str, Any] | None) -> None:
     try:
         json.dumps(metadata)
     except TypeError as error:
@@ -77,8 +170,7 @@ def check_metadata(metadata: dict[str, Any] | None) -> None:
 
 
 @contextmanager
-def naming(target: Path) -> Iterator[None]:
-    """Say in a `CheckpointError` of the body which checkpoint could not be saved."""
+def _explaining_failure(target: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
@@ -86,8 +178,7 @@ def naming(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def removed_on_error(temporary: Path, group: ProcessGroup | None) -> Iterator[None]:
-    """Leave no half of a checkpoint behind when the body fails."""
+def _removing_on_failure(temporary: Path, group: ProcessGroup | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -96,64 +187,58 @@ def removed_on_error(temporary: Path, group: ProcessGroup | None) -> Iterator[No
         raise
 
 
-def collect_state(
+def _make_temporary(target: Path, overwrite: bool) -> Path:
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} already exists and overwrite is off")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    temporary.mkdir()
+    return temporary
+
+
+def _collect_state(
     iteration: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, others: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that is saved, by its name in the checkpoint."""
     state: dict[str, Any] = {"iteration": iteration, "model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state | others
 
 
-def publish(
+def _complete(
     temporary: Path,
     target: Path,
     group: ProcessGroup | None,
-    digests: list[dict[str, dict[str, Any]]],
     *,
     iteration: int,
     contents: Iterable[str],
     metadata: dict[str, Any] | None,
 ) -> None:
-    """Write the manifest of a directory whose other files are complete, and give it its name."""
+    """Write the manifest of a directory that has all other files, and give it its name."""
+    digests = run_on_all(group, lambda: _digest_share(temporary, group))
     world_size = get_world_size(group)
-    on_main(
-        group,
-        lambda: write_manifest(
+
+    def publish() -> None:
+        write_manifest(
             temporary,
             iteration=iteration,
             world_size=world_size,
             digests={name: digest for of_rank in digests for name, digest in of_rank.items()},
             contents=sorted(contents),
             metadata=metadata or {},
-        ),
-    )
-    on_main(group, lambda: files.publish(temporary, target))
+        )
+        publish_directory(temporary, target)
+
+    run_on_main(group, publish)
 
 
-def make_temporary(target: Path, overwrite: bool) -> Path:
-    """The directory that becomes `target`, empty, under a name of its own."""
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists already and overwrite is off")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = files.temporary_beside(target)
-    temporary.mkdir()
-    return temporary
-
-
-def _write(state: dict[str, Any], temporary: Path, group: ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    save_dcp(state, temporary, group)
-    return digest_share(temporary, group)
-
-
-def digest_share(temporary: Path, group: ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    """The digests of the files that this rank answers for: its own, and in rank 0 the rest."""
+def _digest_share(temporary: Path, group: ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    # Each rank answers for the files that it wrote, rank 0 for the rest too.
     rank, n_ranks = get_rank(group), get_world_size(group)
     own = f"__{rank}_"
     of_others = tuple(f"__{other}_" for other in range(n_ranks) if other != rank)
     return {
-        path.name: digest_of(path)
+        path.name: digest_file(path)
         for path in temporary.iterdir()
         if path.name.startswith(own) or (rank == 0 and not path.name.startswith(of_others))
     }

@@ -289,7 +289,7 @@ def _write_directory(
     max_shard_bytes: int,
     bar: _Progress,
 ) -> tuple[Path, ...]:
-    from dinov3.checkpointer.files import publish, temporary_beside
+    from dinov3.utils.files import publish_directory, temporary_beside
 
     temporary = temporary_beside(path)
     temporary.mkdir()
@@ -297,7 +297,7 @@ def _write_directory(
         for name, content in texts.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _write_shards(temporary, tensors, metadata, max_shard_bytes, bar)
-        publish(temporary, path)
+        publish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tuple(sorted(path.iterdir()))

@@ -43,7 +43,7 @@ def temporary_beside(target: Path) -> Path:
 def publish_directory(temporary: Path, target: Path) -> None:
     """Rename a complete directory to `target`, replacing an older directory so that a crash loses neither."""
     # POSIX cannot replace a directory that holds files, so the old one steps aside under a name that tells cleaners
-    # (`checkpointer.files.remove_stale_temporaries`) to put it back if the crash comes between the two renames.
+    # (`checkpointer.remove_stale_temporaries`) to put it back if the crash comes between the two renames.
     old = temporary.with_name(temporary.name + ".old")
     if target.exists():
         target.rename(old)

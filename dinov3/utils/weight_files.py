@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3.utils.files import atomic_write
+
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -174,10 +176,10 @@ def write_safetensors(
     *,
     on_written: Callable[[int], Any] = lambda n_bytes: None,
 ) -> None:
-    """Write a safetensors file, one tensor after the other, so that mapped ones need no memory.
+    """Write a safetensors file, completely or not at all, and tensor by tensor, so that mapped ones need no memory.
 
     Args:
-        path: the file, which is replaced if it is there.
+        path: the file, which is replaced if it exists.
         tensors: on the CPU.
         metadata: texts by name.
         on_written: called with the number of bytes after each tensor.
@@ -185,7 +187,7 @@ def write_safetensors(
     # Wide types first, so that every tensor is aligned in the mapped file.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header = make_safetensors_header({name: (tensor.dtype, tensor.shape) for name, tensor in ordered}, metadata)
-    with path.open("wb") as file:
+    with atomic_write(path) as file:
         file.write(header)
         for _, tensor in ordered:
             file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -14,7 +14,6 @@ import torch
 from dinov3.checkpointer import (
     BackgroundSaver,
     CheckpointError,
-    background,
     find_all_checkpoints,
     latest_valid_checkpoint,
     load_checkpoint,
@@ -73,7 +72,7 @@ def test_next_save_waits_for_the_one_before(tmp_path: Path, gate: threading.Even
     assert [path.name for path in find_all_checkpoints(tmp_path)] == ["1", "2"]
 
 
-@pytest.mark.parametrize("failing", ["digest_share", "make_temporary", "start_saving_dcp"])
+@pytest.mark.parametrize("failing", ["_digest_share", "_make_temporary", "start_saving_dcp"])
 def test_full_disk_leaves_the_old_checkpoint_and_no_rubbish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -84,7 +83,7 @@ def test_full_disk_leaves_the_old_checkpoint_and_no_rubbish(
     saver.start(tmp_path / "1", iteration=1, model=model)
     saver.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(background, failing, fail)
+        patch.setattr(saving, failing, fail)
         with pytest.raises(CheckpointError, match=r"checkpoint .*/2 could not be saved: .*No space left on device"):
             saver.start(tmp_path / "2", iteration=2, model=model)
             saver.wait()

@@ -36,7 +36,7 @@ def test_teacher_becomes_a_file_that_starts_a_network(trained: tuple[Path, toy.T
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
-def test_backbone_alone_has_bare_names(trained: tuple[Path, toy.Toy], tmp_path: Path, network: str) -> None:
+def test_backbone_without_heads_has_bare_names(trained: tuple[Path, toy.Toy], tmp_path: Path, network: str) -> None:
     directory, model = trained
     expected = (model.model_ema if network == "teacher" else model.student)["backbone"].state_dict()
     options = ["--what", "backbone", "--model", network]
@@ -51,7 +51,7 @@ def test_exported_teacher_is_found_without_a_name(trained: tuple[Path, toy.Toy],
     save_checkpoint(tmp_path / "sharded", iteration=1, model=model)
     consolidate.consolidate(tmp_path / "sharded", tmp_path / "out.pth")
     toy.assert_equal(torch.load(tmp_path / "out.pth", weights_only=True)["teacher"], model.state_dict())
-    with pytest.raises(CheckpointError, match="holds no student"):
+    with pytest.raises(CheckpointError, match="has no student"):
         consolidate.consolidate(tmp_path / "sharded", tmp_path / "out.pth", model="student")
 
 
@@ -59,7 +59,7 @@ def test_checkpoint_that_cannot_be_read_leaves_the_old_file(trained: tuple[Path,
     directory, _ = trained
     (tmp_path / "out.pth").write_text("old")
     flip_a_bit(directory)
-    with pytest.raises(SystemExit, match="error: .*another checksum"):
+    with pytest.raises(SystemExit, match="error: .*a different checksum"):
         consolidate.main([str(directory), str(tmp_path / "out.pth")])
     assert (tmp_path / "out.pth").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out.pth"]
@@ -83,20 +83,20 @@ def test_inspection_shows_iteration_origin_and_entries(
 
 def test_inspection_of_a_damaged_checkpoint_fails(trained: tuple[Path, toy.Toy]) -> None:
     flip_a_bit(trained[0])
-    with pytest.raises(SystemExit, match="error: .*another checksum"):
+    with pytest.raises(SystemExit, match="error: .*a different checksum"):
         inspect.main([str(trained[0])])
 
 
 @pytest.mark.parametrize("command", [lambda path: inspect.main([str(path)]), lambda path: consolidate_to(path)])
-def test_what_is_no_checkpoint_is_refused_and_the_one_below_it_named(
+def test_what_is_not_a_checkpoint_is_refused_and_the_one_below_it_named(
     trained: tuple[Path, toy.Toy], tmp_path: Path, command: Callable[[Path], None]
 ) -> None:
     directory, _ = trained
     for given in (directory.parent, directory.parent.parent):
-        with pytest.raises(SystemExit, match=rf"{given} is no checkpoint; the newest one below it is {directory}$"):
+        with pytest.raises(SystemExit, match=rf"{given} is not a checkpoint; the newest one below it is {directory}$"):
             command(given)
     (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"empty is no checkpoint: it has neither checkpoint.json nor .metadata$"):
+    with pytest.raises(SystemExit, match=r"empty is not a checkpoint: it has neither checkpoint.json nor .metadata$"):
         command(empty)
     (tmp_path / "w.pth").touch()
     with pytest.raises(SystemExit, match=r"w.pth is a file; expected the directory of a checkpoint, e.g. RUN/ckpt/9"):
@@ -110,5 +110,5 @@ def consolidate_to(path: Path) -> None:
 
 
 def test_output_in_a_directory_that_is_not_there_is_named(trained: tuple[Path, toy.Toy], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/none, where out.pth should be written, does not exist"):
+    with pytest.raises(SystemExit, match=rf"error: the directory {tmp_path}/none for out.pth does not exist"):
         consolidate.main([str(trained[0]), str(tmp_path / "none" / "out.pth")])

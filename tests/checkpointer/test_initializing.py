@@ -12,7 +12,6 @@ from torch import nn
 from dinov3.checkpointer import (
     CheckpointError,
     init_fsdp_model_from_checkpoint,
-    init_model_from_checkpoint_for_evals,
     read_tensors,
     save_checkpoint,
 )
@@ -66,32 +65,6 @@ def test_network_takes_every_form_of_checkpoint(
     toy.assert_equal(fresh.state_dict(), teacher.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_backbone_for_evaluation_ignores_heads(
-    tmp_path: Path, kind: str, teacher: nn.ModuleDict, fresh: nn.ModuleDict
-) -> None:
-    path = write(tmp_path, kind, teacher)
-    init_model_from_checkpoint_for_evals(fresh["backbone"], str(path))
-    toy.assert_equal(fresh["backbone"].state_dict(), teacher["backbone"].state_dict())
-
-
-def test_evaluation_takes_the_entry_that_is_asked_for(
-    tmp_path: Path, teacher: nn.ModuleDict, fresh: nn.ModuleDict
-) -> None:
-    other = toy.Backbone(8)
-    torch.save({"teacher": teacher.state_dict(), "student": other.state_dict()}, tmp_path / "w.pth")
-    init_model_from_checkpoint_for_evals(fresh["backbone"], tmp_path / "w.pth", checkpoint_key="student")
-    toy.assert_equal(fresh["backbone"].state_dict(), other.state_dict())
-
-
-def test_prefixes_are_stripped_at_the_start_only(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"my_backbone": nn.Linear(1, 1), "submodule": nn.Linear(1, 1)})
-    torch.save({f"backbone.{key}": value for key, value in model.state_dict().items()}, tmp_path / "w.pth")
-    fresh = nn.ModuleDict({"my_backbone": nn.Linear(1, 1), "submodule": nn.Linear(1, 1)})
-    init_model_from_checkpoint_for_evals(fresh, tmp_path / "w.pth")
-    toy.assert_equal(fresh.state_dict(), model.state_dict())
-
-
 def test_bare_backbone_starts_a_network_whose_heads_keep_their_values(
     tmp_path: Path, teacher: nn.ModuleDict, fresh: nn.ModuleDict
 ) -> None:
@@ -121,8 +94,6 @@ def test_other_architecture_changes_nothing(tmp_path: Path, kind: str, teacher: 
     before = {name: value.clone() for name, value in wider.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"backbone\.norm\.weight: saved \[8\], here \[16\]"):
         init_fsdp_model_from_checkpoint(wider, path)
-    with pytest.raises(CheckpointError, match=r"norm\.weight: saved \[8\], here \[16\]"):
-        init_model_from_checkpoint_for_evals(wider["backbone"], path)
     toy.assert_equal(wider.state_dict(), before)
 
 
@@ -131,9 +102,8 @@ def test_other_architecture_changes_nothing(tmp_path: Path, kind: str, teacher: 
 def test_damaged_file_is_named(tmp_path: Path, content: bytes, suffix: str, fresh: nn.ModuleDict) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    for initialise in (init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals):
-        with pytest.raises(CheckpointError, match=rf"w{suffix} is (empty|not a checkpoint|truncated)"):
-            initialise(fresh, path)
+    with pytest.raises(CheckpointError, match=rf"w{suffix} is (empty|not a checkpoint|truncated)"):
+        init_fsdp_model_from_checkpoint(fresh, path)
 
 
 def test_file_without_a_state_dict_is_refused(tmp_path: Path, fresh: nn.ModuleDict) -> None:
@@ -143,9 +113,8 @@ def test_file_without_a_state_dict_is_refused(tmp_path: Path, fresh: nn.ModuleDi
 
 
 def test_file_that_is_not_there_is_named(tmp_path: Path, fresh: nn.ModuleDict) -> None:
-    for initialise in (init_fsdp_model_from_checkpoint, init_model_from_checkpoint_for_evals):
-        with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):
-            initialise(fresh, tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):
+        init_fsdp_model_from_checkpoint(fresh, tmp_path / "nowhere.pth")
 
 
 def test_single_entries_are_read_without_a_model(tmp_path: Path, teacher: nn.ModuleDict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.checkpointer import RunLock, lock
+from dinov3.checkpointer import RunLock, run_directory
 
 REPOSITORY = Path(__file__).parents[2]
 HOLD = """
@@ -85,7 +85,7 @@ def test_file_system_without_locks_gets_a_warning(
     def refuse(*_: object) -> None:
         raise OSError("no locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
     with RunLock(tmp_path):
         assert "cannot be locked (no locks available)" in caplog.text
 

@@ -19,7 +19,6 @@ from dinov3.checkpointer import (
     CheckpointError,
     RngState,
     RunLock,
-    background,
     init_fsdp_model_from_checkpoint,
     latest_valid_checkpoint,
     load_checkpoint,
@@ -76,7 +75,7 @@ def save_in_the_background(rank: int, world_size: int, root: str) -> dict[str, A
     load_checkpoint(Path(root) / "2", model=loaded, optimizer=loaded_optimizer, verify=True)
     problem = ""
     if rank == 1:
-        background.digest_share = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        saving._digest_share = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
     try:
         saver.start(Path(root) / "3", iteration=3, model=model)
         saver.wait()
@@ -168,8 +167,8 @@ def test_what_fails_on_one_rank_raises_on_all(ranks: list[dict[str, Any]], root:
     first, second = (of_rank["failures"] for of_rank in ranks)
     assert first == second
     assert "No space left on device" in first["full disk"]
-    assert "exists already" in first["exists"]
-    assert "__1_0.distcp has another checksum" in first["damaged"]
+    assert "already exists" in first["exists"]
+    assert "__1_0.distcp has a different checksum" in first["damaged"]
     assert [path.name for path in (root / "failing").iterdir()] == ["1"]
 
 
@@ -194,7 +193,7 @@ def test_every_rank_gets_its_own_random_generators_back(
     assert first["expected"] == first["restored"] and second["expected"] == second["restored"]
     assert first["expected"] != second["expected"]
     load_checkpoint(root / "generators" / "0", model=nn.Linear(1, 1), rng=RngState())
-    assert "saved by 2 processes, resumed by 1" in caplog.text
+    assert "saved by 2 processes and resumed by 1" in caplog.text
 
 
 def initialise_from(rank: int, world_size: int, root: str) -> list[Any]:

@@ -14,7 +14,7 @@ from dinov3.checkpointer import (
     find_latest_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
-    retention,
+    run_directory,
 )
 
 
@@ -67,7 +67,7 @@ def test_copy_is_made_where_there_are_no_hard_links(tmp_path: Path, monkeypatch:
     def refuse(source: str, target: str) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(retention.os, "link", refuse)
+    monkeypatch.setattr(run_directory.os, "link", refuse)
     make(tmp_path, "1")
     assert (keep_checkpoint_copy(tmp_path / "1") / "data").read_text() == "1"
 

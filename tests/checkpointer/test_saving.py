@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,6 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from dinov3.checkpointer import (
     CheckpointError,
-    files,
     find_all_checkpoints,
     latest_valid_checkpoint,
     load_checkpoint,
@@ -27,6 +27,7 @@ from dinov3.checkpointer import (
     save_checkpoint,
     saving,
 )
+from dinov3.checkpointer.manifest import digest_file
 
 from . import toy
 
@@ -84,17 +85,14 @@ def test_manifest_lists_every_other_file_with_size_and_checksum(tmp_path: Path) 
     others = {path.name for path in (tmp_path / "4").iterdir()} - {"checkpoint.json"}
     assert set(manifest["files"]) == others and ".metadata" in others
     for name, entry in manifest["files"].items():
-        assert entry == {
-            "bytes": (tmp_path / "4" / name).stat().st_size,
-            "crc32": files.crc32(tmp_path / "4" / name),
-        }
+        assert entry == digest_file(tmp_path / "4" / name)
     assert manifest["iteration"] == 4 and manifest["world_size"] == 1 and manifest["torch"] == torch.__version__
     assert manifest["contents"] == ["iteration", "model"] and manifest["metadata"] == {"config": {"lr": 0.1}}
 
 
 def test_checksum_is_the_standard_crc32(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"123456789")
-    assert files.crc32(tmp_path / "file") == "cbf43926"
+    assert digest_file(tmp_path / "file") == {"bytes": 9, "crc32": "cbf43926"}
 
 
 def test_metadata_must_be_json(tmp_path: Path) -> None:
@@ -128,7 +126,7 @@ def test_compiled_and_activation_checkpointed_modules_save_plain_names(tmp_path:
     assert set(read_tensors(tmp_path / "1", "model.")) == set(toy.make()[0].state_dict())
 
 
-@pytest.mark.parametrize("failing", ["save_dcp", "write_manifest", "digest_of"])
+@pytest.mark.parametrize("failing", ["save_dcp", "write_manifest", "digest_file"])
 def test_full_disk_leaves_the_old_checkpoint_and_no_rubbish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -201,7 +199,7 @@ def test_crash_while_replacing_loses_nothing(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename_some)
-        patch.setattr(files.shutil, "rmtree", crash)
+        patch.setattr(shutil, "rmtree", crash)
         with pytest.raises(Crash):
             save_checkpoint(tmp_path / "1", iteration=1, model=second)
     remove_stale_temporaries(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dinov3.checkpointer import CheckpointError, load_checkpoint, read_manifest, read_tensors, save_checkpoint
-from dinov3.checkpointer.files import crc32
+from dinov3.checkpointer.manifest import digest_file
 
 
 class Trap:
@@ -42,8 +42,7 @@ class Holder:
 def renew_manifest(directory: Path) -> None:
     """What somebody who replaces a file can do as well."""
     manifest = read_manifest(directory)
-    for name, entry in manifest["files"].items():
-        entry |= {"bytes": (directory / name).stat().st_size, "crc32": crc32(directory / name)}
+    manifest["files"] = {name: digest_file(directory / name) for name in manifest["files"]}
     (directory / "checkpoint.json").write_text(json.dumps(manifest))
 
 

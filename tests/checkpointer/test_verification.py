@@ -49,8 +49,8 @@ def spoil_manifest(directory: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated file": (truncate, r"\.distcp has \d+ bytes, should have \d+"),
-    "flipped bit": (flip_a_bit, r"\.distcp has another checksum"),
+    "truncated file": (truncate, r"\.distcp has \d+ bytes, but should have \d+"),
+    "flipped bit": (flip_a_bit, r"\.distcp has a different checksum"),
     "no index": (remove_index, r"\.metadata is missing"),
     "no checkpoint": (empty, r"neither checkpoint\.json nor \.metadata"),
     "torn manifest": (spoil_manifest, r"checkpoint\.json cannot be read"),
@@ -94,7 +94,7 @@ def test_damage_is_an_error_when_nothing_good_is_left(tmp_path: Path) -> None:
         spoil(tmp_path / name)
     with pytest.raises(CheckpointError, match="no undamaged checkpoint is left") as caught:
         latest_valid_checkpoint(tmp_path)
-    for word in ("checksum", "is missing", "should have", "move them away to start anew"):
+    for word in ("checksum", "is missing", "should have", "move them away to start over"):
         assert word in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "19", "9"]
 
@@ -137,7 +137,7 @@ def test_official_checkpoint_without_a_manifest_is_taken_if_its_files_are_whole(
         load_checkpoint(tmp_path / "1", model=loaded)
 
 
-def test_index_that_is_none_is_reported(tmp_path: Path) -> None:
+def test_damaged_index_is_reported(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / ".metadata").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match=r"\.metadata is not the index of a distributed checkpoint"):
@@ -148,5 +148,5 @@ def test_manifest_of_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "1", iteration=1, model=toy.make()[0])
     path = tmp_path / "1" / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2, this version of dinov3 reads 1: update it"):
+    with pytest.raises(CheckpointError, match="has format 2, but this version of dinov3 reads format 1: update dinov3"):
         read_manifest(tmp_path / "1")

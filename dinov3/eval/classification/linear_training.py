@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.checkpointer import (
     CheckpointRetentionPolicy,
-    files,
     find_all_checkpoints,
     keep_last_n_checkpoints,
     remove_stale_temporaries,
@@ -43,6 +42,7 @@ from dinov3.eval.command.progress import Progress
 from dinov3.eval.features.cache import FeatureCache, extract_cached, weights_digest
 from dinov3.eval.features.extraction import gather_rows, model_device, usable_workers
 from dinov3.eval.training.loader import TrainOrder, make_train_loader
+from dinov3.utils.files import publish_directory, temporary_beside
 
 logger = logging.getLogger("dinov3")
 
@@ -314,10 +314,10 @@ def save_checkpoint(
 
 def write_checkpoint(directory: Path, content: Mapping[str, Any]) -> None:
     """Put a `checkpoint.pth` into a directory, replacing what was there; one process does it."""
-    temporary = files.temporary_beside(directory)
+    temporary = temporary_beside(directory)
     temporary.mkdir(parents=True)
     torch.save(dict(content), temporary / CHECKPOINT_FILE)
-    files.publish(temporary, directory)
+    publish_directory(temporary, directory)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

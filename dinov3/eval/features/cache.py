@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
-from dinov3.checkpointer import files
 from dinov3.configs.settings import key
 from dinov3.eval.features.extraction import FeatureRows, Spill, extract_rows, make_enumerated_loader, model_device
+from dinov3.utils.files import publish_directory, temporary_beside
 
 logger = logging.getLogger("dinov3")
 
@@ -144,7 +144,7 @@ class FeatureCache:
         if not distributed.is_main_process():
             return None
         n_bytes = 4 * shape[0] * shape[1]
-        temporary = files.temporary_beside(target)
+        temporary = temporary_beside(target)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.directory)
@@ -194,7 +194,7 @@ class FeatureCache:
             np.save(temporary / TARGETS_FILE, targets)
             text = json.dumps(description | {"shape": shape}, indent=2)
             (temporary / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
-            files.publish(temporary, target)
+            publish_directory(temporary, target)
             logger.info("features stored in %s, %.1f MB", target, 4e-6 * shape[0] * shape[1])
         distributed.barrier()
         return target

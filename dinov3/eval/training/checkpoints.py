@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3.checkpointer.files import fsync, temporary_beside
+from dinov3.utils.files import fsync, temporary_beside
 from dinov3.utils.weight_files import WeightsError, read_file
 
 FINAL_NAME = "model_final.pth"
