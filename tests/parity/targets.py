@@ -41,7 +41,8 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.depth.utils.align_depth_least_square": "dinov3.eval.depth.metrics.align_depth_least_square",
     "dinov3.eval.depth.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.training.checkpoints",
-    "dinov3.eval.depth.visualization_utils": "dinov3.eval.depth.visualization",
+    "dinov3.eval.depth.visualization_utils": "dinov3.eval.dense.pictures",
+    "dinov3.eval.depth.visualization_utils.save_predictions": "dinov3.eval.depth.eval.save_predictions",
     "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.masks",
     # Segmentation.
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinov3 import distributed
+from dinov3.eval.dense.pictures import alpha_blend, depth_tensor_to_colorized_pil, normalized_tensor_to_pil
 from dinov3.eval.depth.config import IMAGENET_MEAN, IMAGENET_STD, DepthConfig, ResultConfig
 from dinov3.eval.depth.data import make_depth_dataset, make_depth_eval_loader
 from dinov3.eval.depth.masks import EvalCropType, make_valid_mask
 from dinov3.eval.depth.metrics import DEPTH_METRICS, DepthMetric, align_depth_least_square, calculate_depth_metrics
 from dinov3.eval.depth.transforms import LeftRightFlipAug
-from dinov3.eval.depth.visualization import depth_tensor_to_colorized_pil, save_predictions
 from dinov3.layers.resizing import resize_bilinear
 
 logger = logging.getLogger("dinov3")
@@ -96,10 +99,7 @@ def evaluate_depther_with_dataloader(
         if align_least_squares and has_valid_pixels:
             prediction, _, _ = align_depth_least_square(depth, prediction, valid)
         if result_config.save_results:
-            to_picture = depth_tensor_to_colorized_pil
-            save_predictions(
-                images[0], prediction, depth, result_config, save_dir, int(index), to_picture, mean=mean, std=std
-            )
+            save_predictions(images[0], prediction, depth, result_config, save_dir, int(index), mean=mean, std=std)
         prediction = prediction.clamp(low, high)
         rows[int(index)] = _measure(depth, prediction, valid, metrics) if has_valid_pixels else None
     return _collect(rows, [metric.name for metric in metrics], reduce_results=reduce_results)
@@ -145,6 +145,59 @@ def evaluate_depther_with_config(
         mean=config.transforms.mean,
         std=config.transforms.std,
     )
+
+
+def save_predictions(
+    img: Tensor,
+    pred: Tensor,
+    gt: Tensor,
+    result_config: ResultConfig,
+    save_dir: str | Path,
+    save_index: int,
+    pred_tensor_to_pil_fn: Callable[[Tensor], Image.Image] = depth_tensor_to_colorized_pil,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> None:
+    """Write `results_<index>` into `<save_dir>/visualizations`.
+
+    With the extension "pth" that is a dictionary of the tensors `image`, `pred` and `target`, otherwise a picture of
+    the prediction beside the measurement, each coloured by its own range.
+
+    Args:
+        img: what the model saw, [1, 3, H, W] or [3, H, W], normalised with `mean` and `std`.
+        pred: prediction of one image.
+        gt: measurement of one image; its size is that of the pictures.
+        result_config: what to write.
+        save_dir: the directory of the results.
+        save_index: number of the image.
+        pred_tensor_to_pil_fn: colours prediction and measurement.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+    """
+    folder = Path(save_dir) / "visualizations"
+    folder.mkdir(parents=True, exist_ok=True)
+    extension = result_config.extension.value
+    if extension == "pth":
+        tensors = {"image": img, "pred": pred, "target": gt}
+        # Clones, because a view would be written with the whole batch that it is part of.
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        torch.save(tensors, folder / f"results_{save_index}.pth")
+        return
+    size = gt.shape[-1], gt.shape[-2]
+    if result_config.save_resolution:
+        scale = result_config.save_resolution / min(size)
+        size = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    pictures = {"image": normalized_tensor_to_pil(img, mean, std).resize(size, Image.Resampling.BILINEAR)}
+    for name, depth in (("pred", pred), ("gt", gt)):
+        pictures[name] = pred_tensor_to_pil_fn(depth).resize(size, Image.Resampling.NEAREST)
+        if result_config.overlay_alpha < 1:
+            pictures[name] = alpha_blend(pictures["image"], np.asarray(pictures[name]), result_config.overlay_alpha)
+    both = np.concatenate([np.asarray(pictures["pred"]), np.asarray(pictures["gt"])], axis=1)
+    Image.fromarray(both).save(folder / f"results_{save_index}.{extension}")
+    if result_config.save_separate_files:
+        for name, picture in pictures.items():
+            picture.save(folder / f"{name}_{save_index}.{extension}")
 
 
 def mean_of_finite(values: Sequence[float]) -> float:
