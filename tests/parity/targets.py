@@ -45,6 +45,7 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.depth.visualization_utils.save_predictions": "dinov3.eval.depth.eval.save_predictions",
     "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.masks",
     # Segmentation.
+    "dinov3.eval.segmentation.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.segmentation.models.heads.linear_head.LinearHead": "dinov3.heads.linear.LinearSegmentationHead",
     "dinov3.eval.segmentation.models": "dinov3.heads.segmentation",

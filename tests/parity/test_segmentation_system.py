@@ -17,8 +17,8 @@ from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.eval import evaluate_segmentation_model
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
-from dinov3.eval.segmentation.schedulers import build_scheduler
 from dinov3.eval.segmentation.train import train_step
+from dinov3.eval.training.schedulers import build_scheduler
 from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.heads.segmentation import build_segmentation_decoder
 from tests.parity import deterministic

@@ -1,15 +1,8 @@
-"""Training a depth head on a frozen backbone (arXiv 2508.10104, section 6).
-
-Notable:
-- The backbone stays in evaluation mode throughout: in training mode its positions are rescaled at random.
-- Each process has a loss of its own images, as published, and their gradients are averaged. `global_loss=true` makes it
-  one loss of all images, so that the number of processes plays no role.
-"""
+"""Training a depth head on a frozen backbone (arXiv 2508.10104, section 6)."""
 
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +19,10 @@ from dinov3.eval.depth.eval import evaluate_depther_with_config
 from dinov3.eval.depth.loss import MultiLoss
 from dinov3.eval.depth.masks import make_valid_mask
 from dinov3.eval.depth.metrics import DEPTH_METRICS
+from dinov3.eval.training.checkpoints import Checkpoints
 from dinov3.eval.training.loader import make_train_loader
-from dinov3.eval.training.loop import HeadTraining, Metrics, apply_gradients, train_head
-from dinov3.eval.training.schedulers import build_scheduler
+from dinov3.eval.training.loop import METRICS_FILENAME, HeadTraining, Metrics, apply_gradients, better_by, train_head
+from dinov3.eval.training.schedulers import build_adamw
 from dinov3.heads.depth.depther import Depther, make_depther_from_config
 from dinov3.layers.resizing import resize_bilinear
 
@@ -49,7 +43,7 @@ WITHOUT_EFFECT_ON_TRAINING = (
 
 
 def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast_dtype: torch.dtype) -> Depther:
-    """Train the head that `config` describes, from the newest checkpoint of its output directory on.
+    """Train the head that `config` describes, starting from the newest checkpoint of its output directory.
 
     Args:
         config: of the run.
@@ -60,7 +54,7 @@ def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast
         The model with the head after the last step, in evaluation mode, on this process's device.
 
     Raises:
-        ValueError: a checkpoint is of another training, or the images are of different sizes in one batch.
+        ValueError: a checkpoint belongs to another training, or the images of one batch differ in size.
         RuntimeError: the loss is not finite.
     """
     if not config.losses:
@@ -71,49 +65,31 @@ def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast
         depther = make_depther_from_config(backbone, config.decoder_head, autocast_dtype=autocast_dtype)
     depther = depther.to(runtime.device())
     criterion = MultiLoss(config.losses)
-    optimizer = torch.optim.AdamW(
-        depther.decoder.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    scheduler = build_scheduler(
-        config.scheduler.type,
-        optimizer,
-        config.optimizer.lr,
-        config.scheduler.total_iter,
-        config.scheduler.constructor_kwargs,
-    )
+    optimizer, scheduler = build_adamw(depther.decoder.parameters(), config.optimizer, config.scheduler)
+    metric = next(metric for metric in DEPTH_METRICS if metric.name == config.metrics[0])
 
-    def step(batch: tuple[Tensor, Tensor], iteration: int) -> Tensor:
-        return train_step(depther, batch, criterion, optimizer, scheduler, config, iteration)
-
-    def validate() -> Metrics:
-        results, _, _ = evaluate_depther_with_config(config, depther, runtime.device(), split="val", dataset=val_set)
+    def evaluate(_: int) -> Metrics:
+        results = evaluate_depther_with_config(config, depther, runtime.device(), split="val", dataset=val_set)[0]
         return {name: float(value) for name, value in results.items()}  # type: ignore[arg-type]
 
     task = HeadTraining(
+        # Not the backbone: in training mode its positions are rescaled at random.
         head=depther.decoder,
         optimizer=optimizer,
         scheduler=scheduler,
+        checkpoints=Checkpoints(config.output_dir),
+        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
         make_batches=lambda first: make_train_loader(
             train_set, config.bs, config.num_workers, first, seed=config.seed, collate_fn=collate_pairs
         ),
-        step=step,
-        validate=validate,
-        is_better=_comparison(config.metrics[0]),
-        to_entries=depther.decoder.state_dict,
-        from_entries=lambda entries: _load(depther.decoder, entries),
-        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        step=lambda batch, iteration: train_step(depther, batch, criterion, optimizer, scheduler, config, iteration),
+        evaluate=evaluate,
+        is_better=better_by(metric.name, lower_is_better=metric.is_lower_better),
         more_state={"loss": (criterion.loss_state, criterion.load_loss_state)},
+        metrics_file=Path(config.output_dir) / METRICS_FILENAME,
     )
-    train_head(
-        task,
-        total_iter=config.scheduler.total_iter,
-        eval_interval=config.eval.eval_interval,
-        output_dir=Path(config.output_dir),
-        seed=config.seed,
-    )
+    total_iter, eval_interval = config.scheduler.total_iter, config.eval.eval_interval
+    train_head(task, total_iter=total_iter, eval_interval=eval_interval, seed=config.seed)
     return depther.eval()
 
 
@@ -126,12 +102,12 @@ def train_step(
     config: DepthConfig,
     iteration: int,
 ) -> Tensor:
-    """One step of the head.
+    """Do one step of the head.
 
     Args:
         depther: its decoder in training mode.
         batch: images [b, 3, H, W], normalised, and depth [b, 1, h, w] in metres.
-        criterion: of (prediction, depth, valid pixels).
+        criterion: takes (prediction, depth, valid pixels).
         optimizer: of the decoder.
         scheduler: stepped after it.
         config: `optimizer.gradient_clip`, the valid pixels, and `global_loss`.
@@ -148,23 +124,10 @@ def train_step(
     depth = depth.masked_fill(~valid, config.eval.ignored_value)
     prediction = resize_bilinear(depther(images), depth.shape[-2:])
     if config.global_loss:
+        # One loss of all images, so that the number of processes plays no role; as published each process has its own.
         prediction = distributed.all_gather_with_grad(prediction)
         depth, valid = (torch.cat(distributed.gather_all_tensors(tensor)) for tensor in (depth, valid))
     loss = criterion(prediction, depth, valid)
     mean_loss = apply_gradients(loss, optimizer, clip=config.optimizer.gradient_clip, iteration=iteration)
     scheduler.step()
     return mean_loss
-
-
-def _comparison(name: str) -> Any:
-    metric = next(metric for metric in DEPTH_METRICS if metric.name == name)
-    sign = -1 if metric.is_lower_better else 1
-
-    def is_better(metrics: Metrics, others: Metrics) -> bool:
-        return math.isnan(others[name]) or sign * metrics[name] > sign * others[name]
-
-    return is_better
-
-
-def _load(decoder: nn.Module, entries: Any) -> None:
-    decoder.load_state_dict(entries)

@@ -1,21 +1,16 @@
-"""Training a linear segmentation head on a frozen backbone (arXiv 2508.10104, section 6.1).
-
-Notable:
-- The backbone stays in evaluation mode throughout; an evaluation in between puts only the head into it.
-- The schedule does not move after the first step, so that steps 0 and 1 have one rate, as published.
-- `best.pth` holds the head that is best by `metric_to_save`, whose metrics are returned; `model_final.pth` the last.
-"""
+"""Training a linear segmentation head on a frozen backbone (arXiv 2508.10104, section 6.1)."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3.distributed import runtime
 from dinov3.eval.command.config import training_settings
@@ -23,8 +18,16 @@ from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_dataset, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
-from dinov3.eval.segmentation.schedulers import build_scheduler
-from dinov3.eval.training.loop import HeadTraining, Metrics, TrainingResult, apply_gradients, train_head
+from dinov3.eval.training.checkpoints import Checkpoints
+from dinov3.eval.training.loop import (
+    METRICS_FILENAME,
+    HeadTraining,
+    TrainingResult,
+    apply_gradients,
+    better_by,
+    train_head,
+)
+from dinov3.eval.training.schedulers import build_adamw
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
 from dinov3.heads.weights import head_entries, load_head_
 from dinov3.layers.resizing import resize_bilinear
@@ -46,91 +49,68 @@ WITHOUT_EFFECT_ON_TRAINING = (
 )
 
 
-def train_segmentation(backbone: nn.Module, config: SegmentationConfig) -> dict[str, float]:
-    """Train the head that `config` describes, from the newest checkpoint of its output directory on.
+def train_segmentation_head(backbone: nn.Module, config: SegmentationConfig) -> tuple[FeatureDecoder, TrainingResult]:
+    """Train the head that `config` describes, starting from the newest checkpoint of its output directory.
 
     Returns:
-        The metrics of the best validation, in percent.
+        The model with the last head, in evaluation mode, and what was measured when, in percent. `best.pth` holds the
+        head that is best by `metric_to_save`.
 
     Raises:
-        ValueError: a checkpoint is of another training, labels are out of range, or images of one batch differ in size.
+        ValueError: a checkpoint belongs to another training, labels are out of range, or the images of one batch differ
+            in size.
         RuntimeError: the loss is not finite.
     """
-    return train_segmentation_head(backbone, config)[1].best_metrics
-
-
-def train_segmentation_head(backbone: nn.Module, config: SegmentationConfig) -> tuple[FeatureDecoder, TrainingResult]:
-    """As `train_segmentation`; gives the model with the last head, and what was measured when."""
     train_set, val_set = (make_segmentation_dataset(config, split) for split in ("train", "val"))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the same first weights in every process
         model = build_model(backbone, config)
-    head = model.segmentation_model[1]
-    device = runtime.device()
+    device, dtype, clip = runtime.device(), config.model_dtype.autocast_dtype, config.optimizer.gradient_clip
     criterion = MultiSegmentationLoss(
         diceloss_weight=config.train.diceloss_weight, celoss_weight=config.train.celoss_weight
     )
-    optimizer = torch.optim.AdamW(
-        head.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    scheduler = build_scheduler(
-        config.scheduler.type,
-        optimizer,
-        config.optimizer.lr,
-        config.scheduler.total_iter,
-        config.scheduler.constructor_kwargs,
-    )
+    optimizer, scheduler = build_optimizer(model, config)
 
     def step(batch: Batch, iteration: int) -> Tensor:
         try:
-            return train_step(
-                model,
-                batch,
-                device,
-                None,
-                optimizer,
-                config.optimizer.gradient_clip,
-                scheduler,
-                criterion,
-                config.model_dtype.autocast_dtype,
-                iteration,
-            )
+            return train_step(model, batch, device, None, optimizer, clip, scheduler, criterion, dtype, iteration)
         except ValueError as error:
             names = ", ".join(train_set.get_image_relpath(index) for index in batch[1][0].tolist())
             raise ValueError(f"step {iteration}, images {names}: {error}") from error
 
-    def is_better(metrics: Metrics, others: Metrics) -> bool:
-        return (
-            math.isnan(others[config.metric_to_save]) or metrics[config.metric_to_save] > others[config.metric_to_save]
-        )
-
+    output_dir = Path(config.output_dir or ".")
     task = HeadTraining(
-        head=head,
+        # Not the backbone: in training mode its positions are rescaled at random.
+        head=model.segmentation_model[1],
         optimizer=optimizer,
         scheduler=scheduler,
+        checkpoints=Checkpoints(output_dir),
+        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
         make_batches=lambda first: make_segmentation_train_loader(train_set, config, first),
         step=step,
-        validate=lambda: evaluate_segmentation_with_config(config, model, device, dataset=val_set),
-        is_better=is_better,
-        to_entries=lambda: {HEAD_PREFIX + name: tensor for name, tensor in head.state_dict().items()},
-        from_entries=lambda entries: _restore(head, entries),
-        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        evaluate=lambda _: evaluate_segmentation_with_config(config, model, device, dataset=val_set),
+        is_better=better_by(config.metric_to_save),
+        prefix=HEAD_PREFIX,
+        metrics_file=output_dir / METRICS_FILENAME,
     )
-    result = train_head(
-        task,
-        total_iter=config.scheduler.total_iter,
-        eval_interval=config.eval.eval_interval,
-        output_dir=Path(config.output_dir or "."),
-        seed=config.seed,
-    )
+    total_iter, eval_interval = config.scheduler.total_iter, config.eval.eval_interval
+    result = train_head(task, total_iter=total_iter, eval_interval=eval_interval, seed=config.seed)
     return model.eval(), result
 
 
+def build_optimizer(model: FeatureDecoder, config: SegmentationConfig) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """Build AdamW for the head of a model, and its schedule."""
+    schedule = config.scheduler
+    peak = schedule.constructor_kwargs.get("max_lr")
+    if schedule.type == "WarmupOneCycleLR" and peak is not None:
+        logger.warning("max_lr=%s has no effect, as published: the peak is optimizer.lr", peak)
+        others = {name: value for name, value in schedule.constructor_kwargs.items() if name != "max_lr"}
+        schedule = dataclasses.replace(schedule, constructor_kwargs=others)
+    return build_adamw(model.segmentation_model[1].parameters(), config.optimizer, schedule)
+
+
 def build_model(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecoder:
-    """The model of a run with a new head, on this process's device."""
+    """Build the model of a run with a new head, on this process's device."""
     head = config.decoder_head
     model = build_segmentation_decoder(
         backbone,
@@ -148,10 +128,10 @@ def build_model(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecod
 
 
 def load_segmentation_head_(model: FeatureDecoder, entries: Mapping[str, Any], *, source: str) -> FeatureDecoder:
-    """Put the entries of a head, with or without their prefix in the whole model, into a model, strictly.
+    """Load the entries of a head, with or without their prefix in the whole model, strictly.
 
     Raises:
-        WeightsError: they are those of another head.
+        WeightsError: they belong to another head.
     """
     head = model.segmentation_model[1]
     load_head_(head, head_entries(entries, HEAD_PREFIX), source=source, target="this segmentation head")
@@ -170,17 +150,17 @@ def train_step(
     model_dtype: torch.dtype,
     global_step: int,
 ) -> Tensor:
-    """One step of the head.
+    """Do one step of the head.
 
     Args:
         segmentation_model: its head in training mode.
         batch: images [b, 3, H, W], normalised, and (index, labels [b, 1, h, w]).
         device: where the model is.
-        scaler: of the loss, for float16; None: none, which float32 and bfloat16 need.
+        scaler: of the loss, for float16; None: float32 and bfloat16 need none.
         optimizer: of the head.
         optimizer_gradient_clip: largest norm of the gradient; inf: any.
         scheduler: stepped after it, except after step 0.
-        criterion: of (logits float32 [b, K, h, w], labels int64 [b, h, w]).
+        criterion: takes (logits float32 [b, K, h, w], labels int64 [b, h, w]).
         model_dtype: what the model runs in; float32 means no autocast.
         global_step: number of the step.
 
@@ -194,11 +174,6 @@ def train_step(
         logits = segmentation_model(images)
     loss = criterion(resize_bilinear(logits.float(), labels.shape[-2:]), labels)
     mean_loss = apply_gradients(loss, optimizer, clip=optimizer_gradient_clip, iteration=global_step, scaler=scaler)
-    if global_step > 0:
+    if global_step > 0:  # as published: steps 0 and 1 have the same rate
         scheduler.step()
     return mean_loss
-
-
-def _restore(head: nn.Module, entries: Mapping[str, Any]) -> None:
-    # In place: the optimizer holds these very parameters.
-    head.load_state_dict(head_entries(entries, HEAD_PREFIX))

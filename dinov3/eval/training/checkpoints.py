@@ -1,9 +1,8 @@
 """Checkpoints of a head in training: `model_<iteration, 8 digits>.pth`, `best.pth` and at the end `model_final.pth`.
 
-Notable:
-- A file holds `model` (entries of the head), `optimizer`, `iteration` and whatever else the training gives; files
-  without the latter, as the official release writes them, and bare state dicts of a head, can be read.
-- Files are written under a temporary name and renamed, and no code in them is run when they are read.
+A file holds `model` (the head's state dict), `optimizer`, `iteration` and whatever else the training adds; files that
+lack the latter, as the official release writes them, and bare state dicts of a head can be read too. No code in a file
+is run.
 """
 
 from __future__ import annotations
@@ -17,72 +16,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3.utils.files import fsync, temporary_beside
+from dinov3.utils.files import atomic_write, temporary_beside
 from dinov3.utils.weight_files import WeightsError, read_file
 
 FINAL_NAME = "model_final.pth"
-#: Sorts before the numbered files, so that it is never taken for the newest.
-BEST_NAME = "best.pth"
+BEST_NAME = "best.pth"  # sorts before the numbered files, so it is never taken for the newest
 DDP_PREFIX = "module."
 
 
+class Checkpoints:
+    """The checkpoint files of one training.
+
+    Args:
+        directory: where they are; created when the first one is saved.
+    """
+
+    #: What a user can do about a checkpoint that does not fit, for error messages.
+    advice = "choose another output_dir"
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+
+    def find_newest(self) -> Path | None:
+        """Return the checkpoint to continue from, or None."""
+        return find_latest_checkpoint(self.directory)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Read what `save` was given, under the same names.
+
+        Raises:
+            WeightsError: the file is damaged, or holds a head but not the state of its training.
+        """
+        content, iteration = load_checkpoint(path)
+        if iteration is None or "optimizer" not in content:
+            raise WeightsError(
+                f"{path} holds a head but not the state of its training, so there is nothing to continue: choose "
+                "another output_dir, or move the file away; load_from=FILE evaluates it"
+            )
+        return {**content, "iteration": iteration}
+
+    def save(self, content: Mapping[str, Any], *, is_due: bool, is_best: bool, is_last: bool) -> None:
+        """Write a checkpoint; one process calls it.
+
+        Args:
+            content: `model`, `optimizer`, `iteration` and further entries, as state dicts and plain data.
+            is_due: the training saves after this step, whatever the metrics; always true after the last one.
+            is_best: the head is the best one so far.
+            is_last: the training is finished.
+        """
+        path = _write(self.directory / checkpoint_name(content["iteration"]), content)
+        for name, is_wanted in ((BEST_NAME, is_best), (FINAL_NAME, is_last)):
+            if is_wanted:
+                _link(path, path.with_name(name))
+
+
 def checkpoint_name(iteration: int) -> str:
-    """File name of a checkpoint after `iteration` steps."""
+    """Return the file name of a checkpoint after `iteration` steps."""
     return f"model_{iteration:08d}.pth"
 
 
 def save_checkpoint(
     path: str | os.PathLike[str],
     iteration: int,
-    model: nn.Module | Mapping[str, Tensor],
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
     name: str | None = None,
-    **more: Any,
 ) -> Path:
-    """Write a checkpoint, completely or not at all.
-
-    Args:
-        path: the directory, made if need be.
-        iteration: steps that have been done.
-        model: the head, or its entries.
-        optimizer: its optimizer.
-        name: of the file; None: by the iteration.
-        **more: further entries, of plain data and tensors.
-
-    Returns:
-        The file.
-    """
-    target = Path(path) / (name or checkpoint_name(iteration))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    entries = model.state_dict() if isinstance(model, nn.Module) else model
-    content = {
-        "model": unwrap_ddp_state_dict({key: value.detach().clone() for key, value in entries.items()}),
-        "optimizer": optimizer.state_dict(),
-        "iteration": iteration,
-        **more,
-    }
-    temporary = temporary_beside(target)
-    try:
-        torch.save(content, temporary)
-        fsync(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def link(path: Path, name: Path) -> None:
-    """Give a checkpoint another name, replacing what has it; a copy where there are no hard links."""
-    temporary = temporary_beside(name)
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-        temporary.replace(name)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a checkpoint without a schedule into the directory `path`, by default named by its iteration."""
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+    return _write(Path(path) / (name or checkpoint_name(iteration)), content)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int | None]:
@@ -94,7 +97,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int |
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: it is damaged, or no checkpoint of a head.
+        WeightsError: it is damaged, or not a checkpoint of a head.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,14 +106,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int |
     if "model" not in content:
         content = {"model": content}
     if not isinstance(content["model"], Mapping) or not all(isinstance(t, Tensor) for t in content["model"].values()):
-        raise WeightsError(f"{path} is no checkpoint of a head: expected a state dict, or one under the key `model`")
+        raise WeightsError(f"{path} is not a checkpoint of a head: expected a state dict, or one under the key `model`")
     content["model"] = unwrap_ddp_state_dict(content["model"])
     iteration = content.pop("iteration", None)
     return content, None if iteration is None else int(iteration)
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """`model_final.pth` if it is there, else the last `*.pth` by name; None without any, or without the folder."""
+    """Return `model_final.pth` if it is there, otherwise the last `*.pth` by name, or None."""
     final = Path(folder) / FINAL_NAME
     if final.is_file():
         return final
@@ -118,7 +121,28 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def unwrap_ddp_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries without one leading `module.`, where all have it."""
+    """Remove one leading `module.` from the names, where all have it."""
     if state and all(name.startswith(DDP_PREFIX) for name in state):
         return {name.removeprefix(DDP_PREFIX): value for name, value in state.items()}
     return dict(state)
+
+
+def copy_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy a state dict, because a tensor that is a view would be stored with all that it is a view of."""
+    return {name: tensor.detach().clone() for name, tensor in entries.items()}
+
+
+def _write(target: Path, content: Mapping[str, Any]) -> Path:
+    with atomic_write(target) as file:
+        torch.save({**content, "model": unwrap_ddp_state_dict(copy_entries(content["model"]))}, file)
+    return target
+
+
+def _link(path: Path, name: Path) -> None:
+    # Another name for the same file, in place of what had it; a copy where there are no hard links.
+    temporary = temporary_beside(name)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    temporary.replace(name)

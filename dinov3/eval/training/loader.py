@@ -1,9 +1,8 @@
-"""The images that a head on a frozen backbone is trained on, in an order that depends on the seed alone.
+"""The images that a head on a frozen backbone is trained on, in an order that depends only on the seed.
 
-Notable:
-- Each image of the training has a place in one endless shuffled order, and what is random about it follows from the
-  place. So the batches of a resumed training are those of an uninterrupted one, and several processes share out the
-  images of one larger batch, whatever the number of loader workers.
+Each image of the training has a place in one endless shuffled order, and what is random about it follows from the
+place. So the batches of a resumed training are those of an uninterrupted one, and several processes share out the
+images of one larger batch, whatever the number of loader workers.
 """
 
 from __future__ import annotations
@@ -32,24 +31,27 @@ def make_train_loader(
     seed: int = DATA_SEED,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
 ) -> DataLoader[Any]:
-    """An endless loader of this process's part of each batch.
+    """Make an endless loader of this process's part of each batch.
 
     Args:
         dataset: gives samples by index; what it draws from the global generators is seeded by the place.
         batch_size: samples per step and process.
         num_workers: processes that load; 0: this one.
         first_iteration: steps that have been done.
-        seed: of the order and of the places.
-        collate_fn: makes a batch of samples.
+        seed: of the order and of what is drawn.
+        collate_fn: makes a batch of a list of samples.
     """
     return DataLoader(
+        # Every sample is a batch of its own here: the loader of the backbone's training seeds whole batches, which
+        # would depend on how many processes share them.
         TrainBatches(dataset, _only_sample, (seed, 0, 0), skip_bad_images=False),
         sampler=TrainOrder(len(dataset), batch_size, first_iteration, seed=seed),
         batch_size=batch_size,
-        collate_fn=_WithoutProblems(collate_fn),
+        collate_fn=_CollateSamples(collate_fn),
         num_workers=num_workers,
         pin_memory=runtime.device().type == "cuda",
         worker_init_fn=WorkerInit(None),
+        # Starting the workers would otherwise draw from the generator of the training.
         generator=torch.Generator(),
     )
 
@@ -67,6 +69,7 @@ class TrainOrder(Sampler[BatchRequest]):
     def __init__(self, n_images: int, batch_size: int, first_iteration: int, *, seed: int = DATA_SEED) -> None:
         self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
         self._first = first_iteration * batch_size * self._world_size
+        # One order for all processes, of which they take turns, so that a batch of all does not depend on their number.
         self._order = InfiniteSampler(
             sample_count=n_images, shuffle=True, seed=seed, start=0, step=1, advance=self._first
         )
@@ -76,8 +79,8 @@ class TrainOrder(Sampler[BatchRequest]):
         return (BatchRequest(place, [index]) for place, index in own)
 
 
-class _WithoutProblems:
-    # Samples come with the list of images that were replaced, which is empty here.
+class _CollateSamples:
+    # A class, so that workers can be spawned. Samples come with the list of images that were replaced, empty here.
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self._collate_fn = collate_fn
 

@@ -1,22 +1,14 @@
-"""Learning rates of dense heads over a training, for depth and segmentation.
-
-Notable:
-- `WarmupOneCycleLR` multiplies a linear warm-up with the cosine that runs from the first step on, so the peak is not
-  `max_lr` but what the cosine has left of it when the warm-up ends: 0.75 `max_lr` in the NYU recipe.
-- During the warm-up it sets beta1 to 0. The published NYU numbers were trained so, a third of the steps without
-  momentum; `use_beta1=False, update_momentum=False` leaves it alone.
-- The cosine is one step ahead of the linear annealing: it reaches its end at the last step, not after it.
-- Rates are a function of the number of steps alone, so a schedule goes on exactly where its `state_dict` was taken.
-"""
+"""Learning-rate schedules of heads on frozen backbones: torch's own, and two with a warm-up, chosen by name."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -28,6 +20,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from dinov3.eval.dense.config import OptimizerConfig, SchedulerConfig
 from dinov3.utils.messages import did_you_mean
 
 logger = logging.getLogger("dinov3")
@@ -37,37 +30,39 @@ MaxLr = float | Sequence[float | None] | None
 
 
 def annealing_cos(start: float, end: float, pct: float) -> float:
-    """Half a cosine from `start` (at `pct` 0) to `end` (at 1)."""
+    """Follow half a cosine from `start` (at `pct` 0) to `end` (at 1)."""
     return end + (start - end) * (1.0 + math.cos(math.pi * pct)) / 2.0
 
 
 def annealing_linear(start: float, end: float, pct: float) -> float:
-    """A line from `start` (at `pct` 0) to `end` (at 1)."""
+    """Follow a line from `start` (at `pct` 0) to `end` (at 1)."""
     return start + (end - start) * pct
 
 
 class WarmupOneCycleLR(LRScheduler):
-    """Linear warm-up times annealing, and beta1 or momentum that rises after the warm-up.
+    """A linear warm-up times a cosine (or line) that falls from the first step on; beta1 or momentum rises after it.
+
+    So the largest rate is not `max_lr` but what the annealing has left of it when the warm-up ends: 0.75 `max_lr` in
+    the NYU recipe. The formulas are those that the published heads were trained with.
 
     Args:
         optimizer: whose rates are set.
-        total_steps: T; `step` may be called so often.
+        total_steps: T; `step` may be called this often.
         warmup_iters: W, steps of the warm-up, less than T.
-        warmup_ratio: where the warm-up begins, as a share of the peak; then it is multiplied with a line that falls to
-            0 at T. 0: it begins at `max_lr / final_div_factor` and is multiplied with a cosine.
-        pct_start: has no effect; published configurations hold it.
+        warmup_ratio: the share of the peak at which the warm-up begins; it is then multiplied with a line that falls
+            to 0 at T. 0: it begins at `max_lr / final_div_factor` and is multiplied with a cosine.
+        pct_start: has no effect; published configurations contain it.
         max_lr: X, the rate that the annealing starts from.
         anneal_strategy: "cos" or "linear".
-        base_momentum: after the warm-up.
-        max_momentum: at T.
+        base_momentum: beta1 or momentum right after the warm-up.
+        max_momentum: beta1 or momentum at T.
         div_factor: the last rate is X / (div_factor * final_div_factor).
         final_div_factor: F; infinite: the last rate is 0.
-        use_beta1: set the first of the group's `betas`.
-        update_momentum: without `use_beta1`, set the group's `momentum`.
-        last_epoch: steps already done, less one; -1: none.
+        use_beta1: set the first of each group's `betas`.
+        update_momentum: without `use_beta1`, set each group's `momentum`.
 
     Raises:
-        ValueError: the warm-up does not end before T, a setting is out of range, or `use_beta1` of an optimizer
+        ValueError: the warm-up does not end before T, a setting is out of range, or `use_beta1` is set for an optimizer
             without betas.
     """
 
@@ -86,9 +81,8 @@ class WarmupOneCycleLR(LRScheduler):
         final_div_factor: float = 1000.0,
         use_beta1: bool = True,
         update_momentum: bool = True,
-        last_epoch: int = -1,
     ) -> None:
-        _check_steps(type(self).__name__, total_steps, warmup_iters)
+        _check_warmup(type(self).__name__, total_steps, warmup_iters)
         if anneal_strategy not in ("cos", "linear"):
             raise ValueError(f"anneal_strategy={anneal_strategy!r}: expected 'cos' or 'linear'")
         if not (float(div_factor) > 0 and float(final_div_factor) > 0):
@@ -105,25 +99,26 @@ class WarmupOneCycleLR(LRScheduler):
         self.final_div_factor = float(final_div_factor)
         self.use_beta1 = bool(use_beta1)
         self.update_momentum = bool(update_momentum)
-        self.max_lrs = _peaks(optimizer, max_lr, last_epoch)
-        super().__init__(optimizer, last_epoch)
+        self.max_lrs = _peaks(optimizer, max_lr)
+        super().__init__(optimizer)
 
     def step(self, epoch: int | None = None) -> None:
-        """Set rates and momenta of the next step.
-
-        Raises:
-            ValueError: called more than T times.
-        """
+        """Set the rates and momenta of the next step; a ValueError after T of them."""
         if (self.last_epoch + 1 if epoch is None else epoch) > self.total_steps:
             raise ValueError(
                 f"a schedule of total_steps={self.total_steps} was stepped once more: a longer training needs one that "
                 "is built for its length"
             )
         super().step(epoch)
-        self._set_momenta()
+        momentum = self._momentum(self.last_epoch)
+        for group in self.optimizer.param_groups:
+            if self.use_beta1:
+                group["betas"] = (momentum, *group["betas"][1:])
+            elif self.update_momentum:
+                group["momentum"] = momentum
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The rate of each group after as many steps as were made."""
+        """Return the rate of each group after as many steps as were made."""
         return [self._rate(self.last_epoch, peak) for peak in self.max_lrs]
 
     def _rate(self, step: int, peak: float) -> float:
@@ -135,27 +130,22 @@ class WarmupOneCycleLR(LRScheduler):
             return peak / self.final_div_factor + annealing_cos(peak, 0.0, progress) * warm
         last = peak / (self.div_factor * self.final_div_factor)
         if self.anneal_strategy == "cos":
+            # One step ahead of the line below, as published: the last step has the last rate.
             return annealing_cos(peak, last, (step + 1) / self.total_steps)
         return annealing_linear(peak, last, progress)
 
     def _momentum(self, step: int) -> float:
         if step < self.warmup_iters:
+            # The published NYU heads were trained so, a third of the steps without momentum; use_beta1=False together
+            # with update_momentum=False leaves the optimizer's own momentum as it is.
             return 0.0
         annealing = annealing_cos if self.anneal_strategy == "cos" else annealing_linear
         done = (step - self.warmup_iters) / (self.total_steps - self.warmup_iters)
         return annealing(self.base_momentum, self.max_momentum, done)
 
-    def _set_momenta(self) -> None:
-        momentum = self._momentum(self.last_epoch)
-        for group in self.optimizer.param_groups:
-            if self.use_beta1:
-                group["betas"] = (momentum, *group["betas"][1:])
-            elif self.update_momentum:
-                group["momentum"] = momentum
-
 
 class WarmupMultiStepLR(LRScheduler):
-    """Linear warm-up to the peak, then a factor at each milestone; after the last one the rate stays.
+    """A linear warm-up to the peak, then a factor at each milestone; after the last one the rate stays.
 
     Args:
         optimizer: whose rates are set.
@@ -164,7 +154,6 @@ class WarmupMultiStepLR(LRScheduler):
         gamma: the factor.
         warmup_iters: W, steps of the warm-up, less than T.
         max_lr: the peak.
-        last_epoch: steps already done, less one; -1: none.
 
     Raises:
         ValueError: the warm-up does not end before T.
@@ -178,25 +167,20 @@ class WarmupMultiStepLR(LRScheduler):
         gamma: float = 0.1,
         warmup_iters: int = 0,
         max_lr: MaxLr = None,
-        last_epoch: int = -1,
     ) -> None:
-        _check_steps(type(self).__name__, total_steps, warmup_iters)
+        _check_warmup(type(self).__name__, total_steps, warmup_iters)
         self.warmup_iters = int(warmup_iters)
         self.gamma = float(gamma)
-        self.passing_steps = self._passing_steps(int(total_steps), milestones)
-        self.max_lrs = _peaks(optimizer, max_lr, last_epoch)
-        super().__init__(optimizer, last_epoch)
-
-    def _passing_steps(self, total_steps: int, milestones: Sequence[float]) -> list[int]:
-        steps: list[int] = []
+        self.passing_steps: list[int] = []
         earliest = max(self.warmup_iters, 1)
         for milestone in milestones:
-            steps.append(max(math.ceil(total_steps * float(milestone)), earliest))
-            earliest = steps[-1] + 1
-        return steps
+            self.passing_steps.append(max(math.ceil(int(total_steps) * float(milestone)), earliest))
+            earliest = self.passing_steps[-1] + 1
+        self.max_lrs = _peaks(optimizer, max_lr)
+        super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The rate of each group after as many steps as were made."""
+        """Return the rate of each group after as many steps as were made."""
         count = self.last_epoch + 1
         if count < self.warmup_iters:
             return [peak * count / self.warmup_iters for peak in self.max_lrs]
@@ -226,15 +210,15 @@ def build_scheduler(
     total_iter: int,
     constructor_kwargs: Mapping[str, Any] | None = None,
 ) -> LRScheduler:
-    """A schedule by name.
+    """Build a schedule by name.
 
     Args:
         scheduler_type: a name in `SCHEDULERS`.
         optimizer: whose rates are set.
         lr: the peak (`max_lr`) of the types that have one; None: each group's own rate.
         total_iter: length of the training: `total_steps` or `total_iters` of the types that have one.
-        constructor_kwargs: further arguments of the type, which win over those above. It is not modified. Arguments
-            that the type does not know are left out with a warning.
+        constructor_kwargs: further arguments of the type, which win over those above. Arguments that the type does not
+            know are left out with a warning.
 
     Returns:
         The schedule, with the rates of the first step already set.
@@ -248,27 +232,38 @@ def build_scheduler(
             f"there is no scheduler type {scheduler_type!r}{suggestion}; expected one of {', '.join(SCHEDULERS)}"
         )
     scheduler = SCHEDULERS[scheduler_type]
-    known = [name for name in inspect.signature(scheduler).parameters if name != "optimizer"]
+    parameters = {n: p for n, p in inspect.signature(scheduler).parameters.items() if n != "optimizer"}
     peaks = lr if lr is not None else [float(group["lr"]) for group in optimizer.param_groups]
     derived = {"max_lr": peaks, "total_steps": total_iter, "total_iters": total_iter}
-    kwargs: dict[str, Any] = {name: value for name, value in derived.items() if name in known}
+    kwargs: dict[str, Any] = {name: value for name, value in derived.items() if name in parameters}
     for name, value in (constructor_kwargs or {}).items():
-        if name in known:
+        if name in parameters:
+            # Lists of OmegaConf would not survive in a checkpoint.
             kwargs[name] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         else:
             logger.warning(
-                f"{scheduler_type} does not know {name}={value!r}{did_you_mean(name, known)}, which has no effect; it "
-                f"takes {', '.join(known)}"
+                f"{name}={value!r} has no effect, because {scheduler_type} does not know it"
+                f"{did_you_mean(name, parameters)}; it takes {', '.join(parameters)}"
             )
-    parameters = inspect.signature(scheduler).parameters
-    if missing := [
-        name for name in known if parameters[name].default is inspect.Parameter.empty and name not in kwargs
-    ]:
+    needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    if missing := [name for name in needed if name not in kwargs]:
         raise ValueError(f"{scheduler_type} needs {', '.join(missing)}: give it in scheduler.constructor_kwargs")
     return scheduler(optimizer, **kwargs)
 
 
-def _check_steps(name: str, total_steps: int, warmup_iters: int) -> None:
+def build_adamw(
+    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, schedule: SchedulerConfig
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """Build AdamW and its schedule from the sections `optimizer` and `scheduler` of a configuration."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    return optimizer, build_scheduler(
+        schedule.type, optimizer, config.lr, schedule.total_iter, schedule.constructor_kwargs
+    )
+
+
+def _check_warmup(name: str, total_steps: int, warmup_iters: int) -> None:
     if not 0 <= warmup_iters < total_steps:
         raise ValueError(
             f"{name}: warmup_iters={warmup_iters} of total_steps={total_steps}: the warm-up must be shorter than the "
@@ -276,13 +271,10 @@ def _check_steps(name: str, total_steps: int, warmup_iters: int) -> None:
         )
 
 
-def _peaks(optimizer: Optimizer, max_lr: MaxLr, last_epoch: int) -> list[float]:
+def _peaks(optimizer: Optimizer, max_lr: MaxLr) -> list[float]:
     groups = optimizer.param_groups
-    own_key = "lr" if last_epoch == -1 else "initial_lr"
-    if isinstance(max_lr, Sequence):
-        if len(max_lr) > len(groups):
-            raise ValueError(f"max_lr has {len(max_lr)} rates for an optimizer of {len(groups)} parameter groups")
-        given = [*max_lr, *[None] * (len(groups) - len(max_lr))]
-    else:
-        given = [max_lr] * len(groups)
-    return [float(group[own_key] if peak is None else peak) for group, peak in zip(groups, given, strict=True)]
+    given = list(max_lr) if isinstance(max_lr, Sequence) else [max_lr] * len(groups)
+    if len(given) > len(groups):
+        raise ValueError(f"max_lr has {len(given)} rates for an optimizer of {len(groups)} parameter groups")
+    given += [None] * (len(groups) - len(given))
+    return [float(group["lr"] if peak is None else peak) for group, peak in zip(groups, given, strict=True)]

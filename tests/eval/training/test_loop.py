@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.eval.training.checkpoints import load_checkpoint, save_checkpoint
-from dinov3.eval.training.loop import HeadTraining, TrainingResult, apply_gradients, train_head
+from dinov3.eval.training.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
+from dinov3.eval.training.loop import (
+    METRICS_FILENAME,
+    HeadTraining,
+    TrainingResult,
+    apply_gradients,
+    better_by,
+    train_head,
+)
 from dinov3.utils.weight_files import WeightsError
 
 N_STEPS = 6
@@ -34,6 +41,7 @@ class Task:
         self.bad_step = bad_step
         self.lr = lr
         self.n_calls = 0
+        self.first = 0
         self.modes: list[bool] = []
 
     def batches(self, first: int) -> Iterator[Tensor]:
@@ -52,28 +60,32 @@ class Task:
         self.scheduler.step()
         return loss
 
-    def validate(self) -> dict[str, float]:
+    def evaluate(self, n_steps: int) -> dict[str, float]:
+        assert n_steps == len(self.modes) + self.first
         assert not self.head.training
         return {"weight": self.head.weight.item()}
 
-    def training(self) -> HeadTraining:
-        return HeadTraining(
+    def start(self, first: int) -> None:
+        self.first = first
+
+    def run(self, directory: Path, total_iter: int = N_STEPS, **options: Any) -> TrainingResult:
+        training = HeadTraining(
             head=self.head,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
+            checkpoints=Checkpoints(directory),
+            settings={"lr": self.lr},
             make_batches=self.batches,
             step=self.step,
-            validate=self.validate,
+            evaluate=self.evaluate,
             is_better=lambda one, other: one["weight"] < other["weight"],
-            to_entries=self.head.state_dict,
-            from_entries=self.head.load_state_dict,
-            settings={"lr": self.lr},
+            prefix="head.",
             more_state={"calls": (lambda: self.n_calls, lambda value: setattr(self, "n_calls", value))},
+            on_start=self.start,
+            metrics_file=directory / METRICS_FILENAME,
         )
-
-    def run(self, directory: Path, total_iter: int = N_STEPS, **options: Any) -> TrainingResult:
         options = {"eval_interval": 2, "seed": 0} | options
-        return train_head(self.training(), total_iter=total_iter, output_dir=directory, **options)
+        return train_head(training, total_iter=total_iter, **options)
 
 
 def weights(directory: Path, name: str = "model_final.pth") -> dict[str, Tensor]:
@@ -115,7 +127,7 @@ def test_a_resumed_training_is_the_undisturbed_one(killed_after: int, tmp_path: 
 def test_another_seed_draws_another_training(tmp_path: Path) -> None:
     for seed in (0, 1):
         Task().run(tmp_path / str(seed), seed=seed)
-    assert not torch.equal(weights(tmp_path / "0")["weight"], weights(tmp_path / "1")["weight"])
+    assert not torch.equal(weights(tmp_path / "0")["head.weight"], weights(tmp_path / "1")["head.weight"])
 
 
 def test_a_loss_that_is_not_finite_is_never_applied(tmp_path: Path) -> None:
@@ -131,7 +143,7 @@ def test_a_finished_training_is_left_alone(tmp_path: Path) -> None:
     task = Task()
     assert task.run(tmp_path) == want
     assert not task.modes
-    assert torch.equal(task.head.weight.detach(), weights(tmp_path)["weight"])
+    assert torch.equal(task.head.weight.detach(), weights(tmp_path)["head.weight"])
 
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path) -> None:
@@ -140,7 +152,22 @@ def test_a_training_with_other_settings_is_not_continued(tmp_path: Path) -> None
         Task(lr=0.2).run(tmp_path)
 
 
-def test_files_without_a_schedule_are_continued(tmp_path: Path) -> None:
+def test_a_training_of_more_steps_is_not_continued(tmp_path: Path) -> None:
+    task = Task()
+    task.step(torch.ones(1, 1), 0)
+    save_checkpoint(tmp_path, 3, task.head, task.optimizer)
+    with pytest.raises(ValueError, match="has 3 steps, more than the 2 asked for: choose another output_dir"):
+        task.run(tmp_path, 2)
+
+
+def test_a_checkpoint_of_another_head_is_not_continued(tmp_path: Path) -> None:
+    other = nn.Linear(1, 2)
+    save_checkpoint(tmp_path, 3, other, torch.optim.AdamW(other.parameters()))
+    with pytest.raises(WeightsError, match=r"model_00000003\.pth does not fit the head: .*size mismatch"):
+        Task().run(tmp_path)
+
+
+def test_files_without_a_schedule_are_continued_at_their_place_in_it(tmp_path: Path) -> None:
     earlier = Task()
     for _ in range(3):
         earlier.step(torch.ones(1, 1), 0)
@@ -148,7 +175,21 @@ def test_files_without_a_schedule_are_continued(tmp_path: Path) -> None:
     task = Task()
     assert task.run(tmp_path, 4).iteration == 4
     assert len(task.modes) == 1
-    assert task.scheduler.last_epoch == 4
+    assert task.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # halved every second step
+
+
+def test_a_task_may_save_more_often_than_it_evaluates_and_leave_out_the_end(tmp_path: Path) -> None:
+    result = Task().run(tmp_path, 6, eval_interval=3, save_interval=2, evaluate_at_end=False)
+    numbered = sorted(path.name for path in tmp_path.glob("model_0*.pth"))
+    assert numbered == [f"model_{n:08d}.pth" for n in (2, 3, 4, 6)]
+    assert load_checkpoint(tmp_path / "best.pth")[1] == result.best_iteration == 3
+
+
+def test_everything_beats_nan_and_equal_metrics_do_not_beat_each_other() -> None:
+    nan, low, high = {"m": float("nan")}, {"m": 1.0}, {"m": 2.0}
+    higher, lower = better_by("m"), better_by("m", lower_is_better=True)
+    assert higher(high, low) and lower(low, high) and higher(low, nan) and lower(high, nan)
+    assert not (higher(low, high) or lower(high, low) or higher(low, low) or lower(low, low) or higher(nan, low))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -175,7 +216,7 @@ def test_gradients_are_clipped() -> None:
     assert (after - before).norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"total_iter": 0}, {"eval_interval": 0}])
+@pytest.mark.parametrize("options", [{"total_iter": 0}, {"eval_interval": 0}, {"save_interval": 0}])
 def test_lengths_of_nothing_are_refused(options: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         Task().run(tmp_path, **options)
