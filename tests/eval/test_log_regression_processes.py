@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dinov3.eval import log_regression
 from dinov3.eval.classification.metrics import ClassificationMetricType
+from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import write_results
 from dinov3.eval.log_regression import Solver
 from tests.multiprocess import run_ranks
@@ -41,7 +41,7 @@ def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     results = {}
     for name, options in EVALUATIONS.items():
         config = make_config(root / name, **options)
-        found, _, sweeps = log_regression._evaluate_model(toy.Backbone(), torch.float32, config)
+        found, _, sweeps = log_regression._score(FrozenBackbone(toy.Backbone()), config)
         results[name] = (found, sweeps)
         write_results(found, config.output_dir, log_regression.RESULTS_FILENAME)
     return results
