@@ -229,7 +229,7 @@ def test_indices_can_lie_elsewhere(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["content", "time", "rules"])
-def test_an_index_is_made_anew_when_the_shard_or_the_rules_change(change: str, shards: Path) -> None:
+def test_an_index_is_made_again_when_the_shard_or_the_rules_change(change: str, shards: Path) -> None:
     shard = shards / "shard-000.tar"
     WebDataset(urls=str(shard))
     before = (shards / "shard-000.tar.idx.npz").stat().st_ino
@@ -244,7 +244,7 @@ def test_an_index_is_made_anew_when_the_shard_or_the_rules_change(change: str, s
     assert (shards / "shard-000.tar.idx.npz").stat().st_ino != before
 
 
-def test_an_unreadable_index_is_made_anew(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_index_is_made_again(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     WebDataset(urls=str(shards))
     cut_off(shards / "shard-001.tar.idx.npz", 100)
     assert len(WebDataset(urls=str(shards))) == 12
@@ -263,10 +263,10 @@ def test_an_index_is_never_seen_half_written(shards: Path, monkeypatch: pytest.M
 
 
 def test_a_directory_that_cannot_be_written_asks_for_another(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, write: Any) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("dinov3.data.datasets.shard_index.write_atomically", refuse)
+    monkeypatch.setattr("dinov3.data.datasets.shard_index.atomic_write", refuse)
     with pytest.raises(
         PermissionError, match=r"cannot write the index .*shard-000\.tar\.idx\.npz.*give extra=DIRECTORY"
     ):
@@ -305,14 +305,14 @@ def test_a_shard_that_ends_early_is_named_with_the_byte(shards: Path) -> None:
 def test_of_a_shard_that_ends_early_the_readable_members_can_be_used(
     shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A member takes 1024 bytes: of the second shard this leaves three samples, and of the third the image alone.
+    # A member takes 1024 bytes: of the second shard this leaves three samples, and of the third only the image.
     cut_off(shards / "shard-001.tar", 5 * 1024 + 100)
     dataset = WebDataset(urls=str(shards), on_bad_image="skip")
     assert grays(dataset) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
     assert dataset.get_targets().tolist() == [number % 3 for number in grays(dataset)]
     assert (
-        "shard-001.tar ends early, without an end-of-archive mark, at byte 5220" in caplog.text
-        and "its 2 whole samples are used" in caplog.text
+        "shard-001.tar ends early, at byte 5220: it has no end-of-archive mark" in caplog.text
+        and "using its 2 complete samples" in caplog.text
     )
 
 

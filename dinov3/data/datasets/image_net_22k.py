@@ -1,29 +1,27 @@
 """ImageNet-22k (ImageNet-21k, "winter 2021") as distributed: one tar per class, never unpacked.
 
-Notable:
-- `dump_extra` or `python -m dinov3.data.datasets.dump` lists the members of all tars once, from the block logs that
-  `tar --list --block-number` wrote, or where there is none from the tar's own headers.
-- An image is read by its offset from a tar that stays open; what a member holds is found from its header, so long names
-  (several headers) need no care in the listing.
-- Some images of the published archives are gzipped once more; any such image is unpacked.
+`dump_extra` or `python -m dinov3.data.datasets.dump` lists the members of all tars once, from the block logs that
+`tar --list --block-number` wrote, or from the headers of a tar without a log. Images are then read by their offsets from
+tars that stay open.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import logging
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.files import ExtraFiles, OpenFiles
-from dinov3.data.datasets.tar import BLOCK, TarHeaderError, iter_members, open_tar, read_member
+from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files
 
 logger = logging.getLogger("dinov3")
 
@@ -35,16 +33,6 @@ _LOG_LINE = re.compile(r"block (\d+): (.*)")
 _LOG_END = "** Block of NULs **"
 
 
-class Entry(NamedTuple):
-    """One image: where its first header begins and its padded data ends, in bytes, in the tar of its class."""
-
-    class_index: int
-    class_id: str
-    start_offset: int
-    end_offset: int
-    filename: str
-
-
 class ImageNet22k(ExtendedVisionDataset):
     """ImageNet-22k.
 
@@ -52,13 +40,13 @@ class ImageNet22k(ExtendedVisionDataset):
         root: directory with `<class id>.tar` and, optionally, `blocks/<class id>.log`, the output of
             `tar --list --block-number --file <class id>.tar`.
         extra: directory of the files that `dump_extra` writes; may be `root`.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the class index.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the class index.
         mmap_cache_size: number of tars that each process keeps open.
 
     Raises:
-        FileNotFoundError: `root` is no directory. Missing files of `extra` are reported when they are first needed.
+        FileNotFoundError: `root` is not a directory. Missing files of `extra` are reported when they are first needed.
     """
 
     Target = int
@@ -87,30 +75,42 @@ class ImageNet22k(ExtendedVisionDataset):
 
     @property
     def classes(self) -> list[str]:
-        """Class ids by class index."""
+        """All class ids, by class index."""
         return self.get_class_ids().tolist()
 
     def find_class_id(self, class_index: int) -> str:
-        """The class id, e.g. `n01440764`, of a class index."""
+        """Return the class id, e.g. `n01440764`, of a class index."""
         return str(self._extra.load("class-ids")[class_index])
 
     def get_class_id(self, index: int) -> str:
-        """The class id of sample `index`."""
+        """Return the class id of sample `index`."""
         return str(self._entries["class_id"][index])
 
     def get_class_ids(self) -> np.ndarray:
-        """All class ids, by class index."""
+        """Return all class ids, by class index."""
         return np.array(self._extra.load("class-ids"))
 
     def get_image_relpath(self, index: int) -> str:
-        """Tar and member of sample `index`, as `<class id>.tar/<member>`."""
+        """Return tar and member of sample `index`, as `<class id>.tar/<member>`."""
         entry = self._entries[index]
         return f"{entry['class_id']}.tar/{entry['filename']}"
 
     def get_image_data(self, index: int) -> bytes:
         entry = self._entries[index]
-        path, start, end = self._tar(entry["class_id"]), int(entry["start_offset"]), int(entry["end_offset"])
-        data = _content(self._tars.read(path, start, end - start), path, start, end)
+        start, end = int(entry["start_offset"]), int(entry["end_offset"])
+        path = os.path.join(self.root, f"{entry['class_id']}.tar")
+        # All blocks of the member are read: how many of them are headers depends on the length of its name.
+        blocks = self._tars.read(path, start, end - start)
+        if len(blocks) < end - start:
+            raise ValueError(
+                f"{path} ends early, at byte {start + len(blocks)}: the image takes the bytes {start} to {end}"
+            )
+        data = content_of_first_member(blocks)
+        if data is None:
+            raise ValueError(
+                f"{path} has no member at byte {start}: it is not the tar that was listed; dump the extra files again"
+            )
+        # Some images of the published archives are gzipped once more.
         return gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
 
     def load_image(self, index: int) -> Any:
@@ -119,11 +119,11 @@ class ImageNet22k(ExtendedVisionDataset):
             return super().load_image(index)
 
     def get_target(self, index: int) -> int:
-        """The class index of sample `index`."""
+        """Return the class index of sample `index`."""
         return int(self._entries["class_index"][index])
 
     def get_targets(self) -> np.ndarray:
-        """The class indices of all samples, uint32."""
+        """Return the class indices of all samples, uint32."""
         return np.array(self._entries["class_index"])
 
     def __len__(self) -> int:
@@ -134,22 +134,27 @@ class ImageNet22k(ExtendedVisionDataset):
 
         Raises:
             FileNotFoundError: no tar, or no image in them.
-            ValueError: a tar ends early or is damaged, or a block log is not one.
+            ValueError: a tar ends early or is damaged, or a block log is incomplete.
         """
         class_ids = sorted(path.stem for path in Path(self.root).glob("*.tar"))
         if not class_ids:
             raise FileNotFoundError(f"ImageNet22k: no <class id>.tar in {self.root}")
-        rows = [entry for index, class_id in enumerate(class_ids) for entry in self._list_tar(index, class_id)]
+        rows: list[tuple[int, str, int, int, str]] = []
+        for class_index, class_id in enumerate(class_ids):
+            path, log = Path(self.root, f"{class_id}.tar"), Path(self.root, "blocks", f"{class_id}.log")
+            members = _read_block_log(log, path) if log.is_file() else _read_headers(path)
+            rows += [(class_index, class_id, start, end, name) for name, start, end in members]
+        rows = [row for row in rows if row[-1] != UNREADABLE_FILE]
         if not rows:
             raise FileNotFoundError(f"ImageNet22k: the {len(class_ids)} tars in {self.root} hold no file")
-        offset_type = "<u4" if max(row.end_offset for row in rows) < 2**32 else "<u8"
+        offset_type = "<u4" if max(end for _, _, _, end, _ in rows) < 2**32 else "<u8"
         id_type = f"<U{max(map(len, class_ids))}"
         dtype = [
             ("class_index", "<u4"),
             ("class_id", id_type),
-            ("start_offset", offset_type),
-            ("end_offset", offset_type),
-            ("filename", f"<U{max(len(row.filename) for row in rows)}"),
+            ("start_offset", offset_type),  # where the first header of the image begins
+            ("end_offset", offset_type),  # where the next member begins
+            ("filename", f"<U{max(len(name) for *_, name in rows)}"),
         ]
         self._extra.save({"entries": np.array(rows, dtype=dtype), "class-ids": np.array(class_ids, dtype=id_type)})
         logger.info("wrote %d entries of ImageNet22k to %s", len(rows), self._extra.directory)
@@ -158,53 +163,25 @@ class ImageNet22k(ExtendedVisionDataset):
     def _entries(self) -> np.ndarray:
         return self._extra.load("entries")
 
-    def _tar(self, class_id: str) -> str:
-        return os.path.join(self.root, f"{class_id}.tar")
 
-    def _list_tar(self, class_index: int, class_id: str) -> Iterator[Entry]:
-        path, log = self._tar(class_id), Path(self.root, "blocks", f"{class_id}.log")
-        members = _read_block_log(log, path) if log.is_file() else _scan(path)
-        for name, start, end in members:
-            if name != UNREADABLE_FILE:
-                yield Entry(class_index, class_id, start, end, name)
+def _read_headers(tar: Path) -> Iterator[tuple[str, int, int]]:
+    return ((member.name, member.start, member.end) for member in iter_files(tar))
 
 
-def _read_block_log(log: Path, tar: str) -> Iterator[tuple[str, int, int]]:
-    matches = [(line, _LOG_LINE.fullmatch(line)) for line in log.read_text().splitlines()]
-    for line, match in matches:
+def _read_block_log(log: Path, tar: Path) -> Iterator[tuple[str, int, int]]:
+    blocks = []
+    for line in log.read_text().splitlines():
+        match = _LOG_LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{log}: expected `block <number>: <member>`, found {line!r}")
-    blocks = [(int(match[1]) * BLOCK, match[2]) for _, match in matches if match is not None]
+        blocks.append((int(match[1]) * BLOCK, match[2]))
     if not blocks or blocks[-1][1] != _LOG_END:
         raise ValueError(
             f"{log} ends early: its last line must be `block <number>: {_LOG_END}`; remove it to do without"
         )
-    size = os.path.getsize(tar)
+    size = tar.stat().st_size
     if blocks[-1][0] > size:
         raise ValueError(f"{tar} ends early, at byte {size}: {log} lists members up to byte {blocks[-1][0]}")
-    for (start, name), (end, _) in zip(blocks[:-1], blocks[1:], strict=True):
+    for (start, name), (end, _) in itertools.pairwise(blocks):
         if not name.endswith("/"):
             yield name, start, end
-
-
-def _scan(path: str) -> Iterator[tuple[str, int, int]]:
-    with open_tar(path) as file:
-        for member in iter_members(file, path):
-            if member.is_file:
-                yield member.name, member.start, member.end
-
-
-def _content(blocks: bytes, path: str, start: int, end: int) -> bytes:
-    if len(blocks) < end - start:
-        raise ValueError(
-            f"{path} ends early, at byte {start + len(blocks)}: the image takes the bytes {start} to {end}"
-        )
-    try:
-        member = read_member(lambda offset, size: blocks[offset : offset + size], 0)
-    except TarHeaderError:
-        member = None
-    if member is None:
-        raise ValueError(
-            f"{path} has no member at byte {start}: it is not the tar that was listed; dump the extra files again"
-        )
-    return blocks[member.data : member.data + member.size]

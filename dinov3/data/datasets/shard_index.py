@@ -8,24 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.files import write_atomically
 from dinov3.data.datasets.labels import NO_LABEL
 from dinov3.data.datasets.listing import PathList
-from dinov3.data.datasets.tar import BrokenTarError, TarMember, is_compressed, iter_members, open_tar
+from dinov3.data.datasets.tar import BrokenTarError, TarMember, iter_files
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
 
 @dataclass(frozen=True)
 class SampleRules:
-    """Which member of a sample is its image, and where its label is.
+    """Which member of a sample is its image, and which holds its label.
 
     Attributes:
         image: extensions, in lower case, without the dot.
@@ -35,18 +34,10 @@ class SampleRules:
     image: tuple[str, ...]
     label: str
 
-    @property
-    def label_extension(self) -> str:
-        return self.label.partition(".")[0]
-
-    @property
-    def label_keys(self) -> list[str]:
-        return self.label.split(".")[1:]
-
 
 @dataclass
 class ShardIndex:
-    """The samples of a shard that have an image, N in number.
+    """The N samples of a shard that have an image.
 
     Attributes:
         names: of the image members.
@@ -72,81 +63,64 @@ class _Sample:
     label: int = NO_LABEL
 
 
-@dataclass
-class _Scan:
-    samples: list[_Sample] = field(default_factory=list)
-    problem: str = ""
-
-
-class _Stamp(NamedTuple):
-    # What an index was made from; it is used as long as nothing of it has changed.
-    size: int
-    mtime_ns: int
-    rules: str
-
-
 def load_index(shard: Path, index_file: Path, rules: SampleRules) -> ShardIndex:
-    """The index of a shard, from `index_file` if that was made from this very shard, else made and written there.
+    """Read the index of a shard from `index_file`, or make and write it if the shard or the rules have changed.
 
     Raises:
         ValueError: a label is not an integer.
         OSError: the shard cannot be read, or the index not written.
     """
     status = shard.stat()
-    stamp = _Stamp(status.st_size, status.st_mtime_ns, repr(rules))
-    index = _read(index_file, stamp)
+    made_from = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "rules": repr(rules)}
+    index = _read(index_file, made_from)
     if index is None:
         index = make_index(shard, rules)
-        _write(index_file, index, stamp)
+        arrays = vars(index) | {"names": index.names.buffer} | made_from
+        try:
+            with atomic_write(index_file) as file:
+                np.savez(file, **arrays)
+        except PermissionError as error:
+            raise PermissionError(
+                f"WebDataset: cannot write the index {index_file}: permission denied; give extra=DIRECTORY for the "
+                "indices"
+            ) from error
     return index
 
 
 def make_index(shard: Path, rules: SampleRules) -> ShardIndex:
-    """Find the samples of a shard; of one that ends early, those before.
+    """Find the samples of a shard; if it ends early, those before that.
 
     Raises:
         ValueError: a label is not an integer.
     """
-    scan = _scan(shard, rules)
-    samples = scan.samples
-    if scan.problem and samples and samples[-1].label == NO_LABEL and any(s.label != NO_LABEL for s in samples):
-        samples = samples[:-1]  # its label is in the part that is missing
-    kept = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    label_extension = rules.label.partition(".")[0]
+    samples: list[_Sample] = []
+    problem = ""
+    try:
+        for member in iter_files(shard, wants_content=lambda name: _split_name(name)[1] == label_extension):
+            key, extension = _split_name(member.name)
+            if not extension or key.endswith("/"):
+                continue
+            if not samples or samples[-1].key != key:
+                samples.append(_Sample(key))
+            if extension in rules.image and samples[-1].image is None:
+                samples[-1].image = member
+            if member.content is not None:
+                samples[-1].label = _parse_label(member.content, rules, f"{shard}: {member.name}")
+    except BrokenTarError as error:
+        problem = str(error)
+        labelled = any(sample.label != NO_LABEL for sample in samples)
+        if labelled and samples[-1].label == NO_LABEL:
+            del samples[-1]  # its label is in the part that is missing
+    images = [(sample.image, sample.label) for sample in samples if sample.image is not None]
     return ShardIndex(
-        names=PathList.of(image.name for image, _ in kept),
-        offsets=np.array([image.data for image, _ in kept], dtype=np.int64),
-        sizes=np.array([image.size for image, _ in kept], dtype=np.int64),
-        labels=np.array([label for _, label in kept], dtype=np.int64),
-        n_skipped=len(samples) - len(kept),
-        problem=scan.problem,
+        names=PathList.of(image.name for image, _ in images),
+        offsets=np.array([image.data for image, _ in images], dtype=np.int64),
+        sizes=np.array([image.size for image, _ in images], dtype=np.int64),
+        labels=np.array([label for _, label in images], dtype=np.int64),
+        n_skipped=len(samples) - len(images),
+        problem=problem,
     )
-
-
-def _scan(shard: Path, rules: SampleRules) -> _Scan:
-    scan = _Scan()
-    with open_tar(shard) as file:
-        try:
-            for member, key, extension in _parts(file, shard, rules.label_extension):
-                if not scan.samples or scan.samples[-1].key != key:
-                    scan.samples.append(_Sample(key))
-                sample = scan.samples[-1]
-                if extension in rules.image and sample.image is None:
-                    sample.image = member
-                if member.content is not None:
-                    sample.label = _parse_label(member.content, rules, f"{shard}: {member.name}")
-        except BrokenTarError as error:
-            scan.problem = str(error)
-    return scan
-
-
-def _parts(file: BinaryIO, shard: Path, label_extension: str) -> Iterator[tuple[TarMember, str, str]]:
-    def is_label(member: TarMember) -> bool:
-        return member.is_file and _split_name(member.name)[1] == label_extension
-
-    for member in iter_members(file, shard, wants_content=is_label):
-        key, extension = _split_name(member.name)
-        if member.is_file and extension and not key.endswith("/"):
-            yield member, key, extension
 
 
 def _split_name(path: str) -> tuple[str, str]:
@@ -156,11 +130,12 @@ def _split_name(path: str) -> tuple[str, str]:
 
 
 def _parse_label(data: bytes, rules: SampleRules, where: str) -> int:
+    keys = rules.label.split(".")[1:]
     try:
-        if not rules.label_keys:
+        if not keys:
             return int(data)
         value: Any = json.loads(data)
-        for key in rules.label_keys:
+        for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             return NO_LABEL
@@ -171,48 +146,21 @@ def _parse_label(data: bytes, rules: SampleRules, where: str) -> int:
     raise ValueError(f"{where}: the label (label={rules.label}) must be an integer, found {value!r}")
 
 
-def _read(index_file: Path, stamp: _Stamp) -> ShardIndex | None:
+def _read(index_file: Path, made_from: dict[str, Any]) -> ShardIndex | None:
     if not index_file.is_file():
         return None
     try:
         with np.load(index_file) as stored:
-            if _Stamp(*(stored[name].item() for name in _Stamp._fields)) != stamp:
+            if any(stored[name].item() != value for name, value in made_from.items()):
                 return None
-            values = {name.name: stored[name.name] for name in fields(ShardIndex)}
+            return ShardIndex(
+                names=PathList(stored["names"]),
+                offsets=stored["offsets"],
+                sizes=stored["sizes"],
+                labels=stored["labels"],
+                n_skipped=stored["n_skipped"].item(),
+                problem=stored["problem"].item(),
+            )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("making the unreadable index %s anew: %s", index_file, error)
+        logger.warning("making the unreadable index %s again: %s", index_file, error)
         return None
-    values["names"] = PathList(values["names"])
-    return ShardIndex(**values | {name: values[name].item() for name in ("n_skipped", "problem")})
-
-
-def _write(index_file: Path, index: ShardIndex, stamp: _Stamp) -> None:
-    arrays = {name.name: getattr(index, name.name) for name in fields(index)} | stamp._asdict()
-    arrays["names"] = index.names.buffer
-    try:
-        write_atomically(index_file, lambda file: np.savez(file, **arrays))
-    except PermissionError as error:
-        raise PermissionError(
-            f"WebDataset: cannot write the index {index_file}: permission denied; give extra=DIRECTORY for the indices"
-        ) from error
-
-
-def read_sample(file: BinaryIO, shard: Path, offset: int, size: int) -> bytes:
-    """The bytes of an image from an open shard.
-
-    Raises:
-        BrokenTarError: the shard ends before them.
-    """
-    file.seek(offset)
-    data = file.read(size)
-    check_length(data, shard, offset, size)
-    return data
-
-
-def check_length(data: bytes, shard: Path, offset: int, size: int) -> None:
-    """Raise BrokenTarError if a shard gave fewer bytes than its index has of an image."""
-    if len(data) < size:
-        end = f"{offset + len(data)} of its uncompressed content" if is_compressed(shard) else shard.stat().st_size
-        raise BrokenTarError(
-            f"{shard} ends early, at byte {end}: the image takes the bytes {offset} to {offset + size}"
-        )
