@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dinov3.data.datasets.files import write_atomically
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.files import atomic_write
 
 FORMAT = 1  # of the trees; another number makes every tree anew
 MANIFEST = "manifest.json"
@@ -149,7 +149,8 @@ def write_dense_data(output_dir: Path) -> DenseData:
     data = DenseData(output_dir / "depth", output_dir / "segmentation")
     _write_tree(data.depth, files, _make_depth)
     _write_tree(data.segmentation, files, _make_segmentation)
-    write_atomically(output_dir / "README.txt", lambda file: file.write(README.encode()))
+    with atomic_write(output_dir / "README.txt", "w") as file:
+        file.write(README)
     return data
 
 

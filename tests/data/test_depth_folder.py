@@ -102,7 +102,7 @@ def test_images_without_map_and_maps_without_image_are_named(root: Path) -> None
 
 def test_two_maps_of_one_image_are_an_error(root: Path) -> None:
     put(root / "depth/a.npy", METRES)
-    with pytest.raises(ValueError, match=rf"a\.npy, a\.png in {root}/depth differ in their extensions alone"):
+    with pytest.raises(ValueError, match=rf"a\.npy, a\.png in {root}/depth differ only in their extensions"):
         folder(root)
 
 

@@ -131,7 +131,7 @@ def test_labels_can_be_declined(tmp_path: Path) -> None:
 
 
 def test_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"labels=folder, but .*/loose\.png lies in no class folder.*labels=none"):
+    with pytest.raises(ValueError, match=r"labels=folder, but .*/loose\.png is not in a class folder.*labels=none"):
         folder(put(tmp_path, "a/1.png", "loose.png"), labels="folder")
 
 
@@ -156,7 +156,7 @@ def test_split_as_written_comes_first(tmp_path: Path) -> None:
 
 
 def test_missing_split_lists_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"split='test': no directory .*/test; .* has train, val"):
+    with pytest.raises(FileNotFoundError, match=r"there is no directory .*/test; .* has the directories train, val"):
         folder(put(tmp_path, "val/1.png", "train/1.png"), split="test")
 
 

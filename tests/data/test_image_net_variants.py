@@ -33,7 +33,7 @@ def test_labels_belong_to_the_numbers_of_the_images(real: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, message", [("[[1]]", "image number 3, but .* has 1"), ("{", "no JSON"), ("[1, 2, 3]", "list of lists")]
+    "text, message", [("[[1]]", "image number 3, but .* has 1"), ("{", "is not JSON"), ("[1, 2, 3]", "list of lists")]
 )
 def test_labels_that_do_not_fit(text: str, message: str, real: Path) -> None:
     (real / "real.json").write_text(text)

@@ -140,7 +140,7 @@ def test_images_without_mask_and_masks_without_image_are_counted_and_named(root:
         folder(root, split="val")
     assert str(info.value) == (
         f"SegmentationFolder: 5 of 6 images in {root}/images/val have no mask: "
-        f"more/0.jpg, more/1.jpg, more/2.jpg, ... (expected {root}/labels/val/more/0.png); "
+        f"more/0.jpg, more/1.jpg, more/2.jpg and 2 more (expected {root}/labels/val/more/0.png); "
         f"1 of 2 masks in {root}/labels/val have no image: odd.png "
         f"(expected {root}/images/val/odd.jpg or another image)"
     )
@@ -148,7 +148,7 @@ def test_images_without_mask_and_masks_without_image_are_counted_and_named(root:
 
 def test_two_images_of_one_name_are_an_error(root: Path) -> None:
     put(root / "images/val/c.jpg", photo())
-    with pytest.raises(ValueError, match=rf"c\.jpg, c\.png in {root}/images/val differ in their extensions alone"):
+    with pytest.raises(ValueError, match=rf"c\.jpg, c\.png in {root}/images/val differ only in their extensions"):
         folder(root, split="val")
 
 
@@ -187,7 +187,7 @@ def test_a_mask_of_another_size_is_an_error_that_names_both(with_transforms: boo
 
 def test_swapped_sides_hint_at_exif_rotation(root: Path) -> None:
     put(root / "labels/val/c.png", mask(0, height=6, width=4))
-    with pytest.raises(BadImageError, match="4 x 6: they must be of one size; a rotation that EXIF data asks for"):
+    with pytest.raises(BadImageError, match="4 x 6: they must have the same size; a rotation that EXIF data asks for"):
         folder(root, split="val")[0]
 
 

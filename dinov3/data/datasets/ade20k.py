@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
-from dinov3.data.datasets.files import write_atomically
-from dinov3.data.datasets.listing import list_images
-from dinov3.data.datasets.paired import PairedImageDataset, read_listing, require_root
+from dinov3.data.datasets.files import require_directory
+from dinov3.data.datasets.listing import list_images, read_listing
+from dinov3.data.datasets.pairs import PairedImageDataset
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
@@ -27,12 +28,12 @@ class ADE20KSplit(Enum):
 
     @property
     def dirname(self) -> str:
-        """Directory of the split, below `images` and `annotations`."""
+        """The directory of the split, below `images` and `annotations`."""
         return {"train": "training", "val": "validation"}[self.value]
 
     @property
     def listing(self) -> str:
-        """File of the root that lists the images of the split."""
+        """The file of the root that lists the images of the split."""
         return f"ADE20K_object150_{self.value}.txt"
 
 
@@ -43,9 +44,9 @@ class ADE20K(PairedImageDataset):
         split: one of `ADE20K.Split`.
         root: directory with `images/`, `annotations/` and a listing `ADE20K_object150_{train,val}.txt`, whose lines are
             paths below `images`; `dump_listing` writes it.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the PIL map.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the PIL map.
         image_decoder: makes the decoder of an image file's bytes.
         target_decoder: makes the decoder of a target file's bytes.
 
@@ -66,7 +67,7 @@ class ADE20K(PairedImageDataset):
         image_decoder: Callable[[Any], Decoder] = ImageDataDecoder,
         target_decoder: Callable[[Any], Decoder] = DenseTargetDecoder,
     ) -> None:
-        directory = require_root(root, "ADE20K")
+        directory = require_directory(root, "ADE20K")
         self.split = ADE20KSplit(split)
         lines = read_listing(directory / self.split.listing, "ADE20K", _EXAMPLE)
         super().__init__(
@@ -89,14 +90,14 @@ class ADE20K(PairedImageDataset):
         Raises:
             FileNotFoundError: there is no such directory, or no image in it.
         """
-        directory = require_root(root, "ADE20K") / "images" / split.dirname
+        directory = require_directory(root, "ADE20K") / "images" / split.dirname
         if not directory.is_dir():
             raise FileNotFoundError(f"ADE20K: the directory {directory} does not exist")
         images = list_images(directory).images
         if not len(images):
             raise FileNotFoundError(f"ADE20K: no images in {directory}; expected e.g. images/{_EXAMPLE} in {root}")
         path = directory.parents[1] / split.listing
-        text = "".join(f"{split.dirname}/{image}\n" for image in images)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        with atomic_write(path, "w") as file:
+            file.writelines(f"{split.dirname}/{image}\n" for image in images)
         logger.info("wrote %d lines of ADE20K %s to %s", len(images), split.name, path)
         return path

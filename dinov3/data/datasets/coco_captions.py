@@ -13,48 +13,49 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.paired import require_root
+from dinov3.data.datasets.files import require_directory
 
 logger = logging.getLogger("dinov3")
 
 
 class CocoCaptionsSplit(Enum):
-    """The parts that are used: TRAIN of 2014, VAL of 2017."""
+    """The parts in use: TRAIN of 2014, VAL of 2017."""
 
     TRAIN = "train"
     VAL = "val"
 
     @property
     def images(self) -> str:
-        """Directory of the images, relative to the root."""
+        """The directory of the images, relative to the root."""
         return {"train": "train2014/train2014", "val": "val2017/val2017"}[self.value]
 
     @property
     def annotations(self) -> str:
-        """File of the captions, relative to the root."""
+        """The file of the captions, relative to the root."""
         year = {"train": 2014, "val": 2017}[self.value]
         return f"annotations_trainval{year}/annotations/captions_{self.value}{year}.json"
 
 
 class CocoCaptions(ExtendedVisionDataset):
-    """Images with one of their captions, drawn anew at each access from Python's global generator.
+    """Images with one of their captions, drawn at each access from Python's global generator.
 
-    A training loader seeds that generator for each sample (`dinov3.data.loaders`), so that the caption too depends
-    on the number of the batch and the position in it alone.
+    A training loader seeds that generator for each sample (`dinov3.data.loaders`), so that the caption, too, depends
+    only on the number of the batch and the position in it.
 
     Args:
         split: one of `CocoCaptions.Split`.
         root: directory with `train2014/train2014/`, `val2017/val2017/` and the annotation files (`Split.annotations`).
-        transforms: of (image, caption); or else
-        transform: of the PIL image, and
-        target_transform: of the caption.
+        transforms: applied to (image, caption), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the caption.
 
     Attributes:
-        image_captions: a dictionary per image that has captions: `id`, `image` (full path), `captions` (list of str).
+        image_captions: for each image that has captions a dictionary with `id`, `image` (full path) and `captions`
+            (list of str).
 
     Raises:
         FileNotFoundError: the root or the annotation file does not exist.
-        ValueError: no root was given, or the file is not one of COCO's captions, or has none.
+        ValueError: no root was given, or the annotation file has another format or no captions.
     """
 
     Split = CocoCaptionsSplit
@@ -68,7 +69,7 @@ class CocoCaptions(ExtendedVisionDataset):
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        directory = require_root(root, "CocoCaptions")
+        directory = require_directory(root, "CocoCaptions")
         super().__init__(
             root=str(directory), transforms=transforms, transform=transform, target_transform=target_transform
         )
@@ -82,11 +83,11 @@ class CocoCaptions(ExtendedVisionDataset):
         return Path(self.image_captions[index]["image"]).read_bytes()
 
     def get_captions(self, index: int) -> list[str]:
-        """All captions of sample `index`."""
+        """Return all captions of sample `index`."""
         return list(self.image_captions[index]["captions"])
 
     def get_target(self, index: int) -> str:
-        """One caption of sample `index`, drawn from the generator of `random`."""
+        """Return one caption of sample `index`, drawn from the generator of `random`."""
         return random.choice(self.image_captions[index]["captions"])
 
     def __len__(self) -> int:

@@ -1,35 +1,34 @@
-"""Several datasets one after the other, as one."""
+"""Several datasets, one after the other, as one."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.paired import PairedImageDataset
+from dinov3.data.datasets.pairs import PairedImageDataset
 
 
 class ConcatenatedDataset(ExtendedVisionDataset):
     """The samples of several datasets in order.
 
-    Targets are kept if all datasets have the same classes; otherwise a class index would mean different things, and
-    every target is None. Maps of depth or labels are always kept.
+    Class indices are returned if all datasets have the same classes; otherwise an index would mean different things,
+    and every target is None. Maps of depth or labels are always returned.
 
     Args:
-        datasets: at least one dataset, without transforms of their own, and none that streams.
-        transforms: of (image, target); or else
-        transform: of the image, and
-        target_transform: of the target.
+        datasets: at least one dataset, without transforms of their own; none may stream.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the image.
+        target_transform: applied to the target.
 
     Raises:
         ValueError: a dataset streams, or datasets with maps of labels name different classes.
 
     Attributes:
-        classes: of the datasets if they agree, else None.
-        class_names: of datasets with maps of labels; None if they name none.
+        classes: those of the datasets if they agree, otherwise None.
+        class_names: those of datasets with maps of labels; None if they name none.
     """
 
     def __init__(
@@ -50,24 +49,32 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
         self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None
         self._has_maps = all(isinstance(dataset, PairedImageDataset) for dataset in self.datasets)
-        self.class_names: list[str] | None = self._common_class_names() if self._has_maps else None
+        self.class_names: list[str] | None = None
+        if self._has_maps:
+            class_names = [getattr(dataset, "class_names", None) for dataset in self.datasets]
+            self.class_names = class_names[0]
+            if different := [names for names in class_names if names != class_names[0]]:
+                raise ValueError(
+                    f"datasets joined by + name different classes, {class_names[0]} and {different[0]}: one index "
+                    "would mean both"
+                )
 
     def get_image_data(self, index: int) -> bytes:
         dataset, inner = self._find(index)
         return dataset.get_image_data(inner)
 
     def get_image_relpath(self, index: int) -> str:
-        """Path of the image of sample `index`, relative to the root of its dataset."""
+        """Return the path of the image of sample `index`, relative to the root of its dataset."""
         dataset, inner = self._find(index)
         return dataset.get_image_relpath(inner)
 
     def get_target(self, index: int) -> Any:
-        """The target of sample `index`; None if the datasets have no or different classes."""
+        """Return the target of sample `index`, or None if the datasets have no or different classes."""
         dataset, inner = self._find(index)
         return None if self.classes is None else dataset.get_target(inner)
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all samples, int64; None if the datasets have no or different classes."""
+        """Return the class indices of all samples, int64, or None if the datasets have no or different classes."""
         if self.classes is None:
             return None
         return np.concatenate([dataset.get_targets() for dataset in self.datasets]).astype(np.int64)
@@ -80,27 +87,14 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         dataset, inner = self._find(index)
         return dataset.load_target(inner) if self._has_maps or self.classes is not None else None
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def load_sample(self, index: int) -> tuple[Any, Any]:
         if not self._has_maps:
-            return super().__getitem__(index)
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{type(self).__name__}: index {index} is out of range for {len(self)} samples")
-        dataset, inner = self._find(index % len(self))
-        image, target = dataset[inner]  # which may compare the two
-        return (image, target) if self.transforms is None else self.transforms(image, target)
+            return super().load_sample(index)
+        dataset, inner = self._find(index)
+        return dataset.load_sample(inner)  # which may compare image and map
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def _common_class_names(self) -> list[str] | None:
-        named = [getattr(dataset, "class_names", None) for dataset in self.datasets]
-        for names in named:
-            if names != named[0]:
-                raise ValueError(
-                    f"datasets joined by + name different classes, {named[0]} and {names}: one index would mean both"
-                )
-        return named[0]
 
     def _find(self, index: int) -> tuple[Any, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))

@@ -1,4 +1,4 @@
-"""From what a dataset stores to what a transform takes: encoded bytes to PIL images, targets to targets."""
+"""Decoders: from what a dataset stores to what its transforms take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from PIL import Image, UnidentifiedImageError
 
 
 class Decoder:
-    """Holds one encoded value; `decode` gives the decoded one."""
+    """Holds one encoded value; `decode` returns the decoded one."""
 
     def decode(self) -> Any:
         raise NotImplementedError
 
 
 class ImageDataDecoder(Decoder):
-    """Encoded bytes of an image, decoded to a PIL image of mode RGB.
+    """Decodes the bytes of an image to a PIL image of mode RGB.
 
     Alpha is dropped, palettes and gray values are expanded, EXIF rotation is ignored.
     """
@@ -29,7 +29,7 @@ class ImageDataDecoder(Decoder):
 
 
 class TargetDecoder(Decoder):
-    """A target that needs no decoding."""
+    """Returns a target as it is."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -39,20 +39,20 @@ class TargetDecoder(Decoder):
 
 
 class DenseTargetDecoder(Decoder):
-    """Encoded bytes of a map of labels or depths, decoded to a PIL image in its stored mode (`L`, `P`, `I;16`, ...)."""
+    """Decodes the bytes of a map of labels or depths to a PIL image in its stored mode (`L`, `P`, `I;16`, ...)."""
 
     def __init__(self, image_data: bytes) -> None:
         self.image_data = image_data
 
     def decode(self) -> Image.Image:
         image = _open(self.image_data)
-        image.load()  # now, while the caller can still say which file is broken
+        image.load()  # now, while the caller can still name a broken file
         return image
 
 
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(data))
-    except UnidentifiedImageError:  # which names the object in memory
+    except UnidentifiedImageError:  # its message shows the address of the bytes
         beginning = f", beginning with {data[:8]!r}" if data else ""
         raise UnidentifiedImageError(f"cannot identify image file ({len(data)} bytes{beginning})") from None

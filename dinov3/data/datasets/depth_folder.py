@@ -1,4 +1,4 @@
-"""Anyone's images with maps of depths, as two folders."""
+"""Your own images with depth maps, as two folders."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder
-from dinov3.data.datasets.pairing import PairedFolderDataset
+from dinov3.data.datasets.pairs import PairedFolderDataset
 
 _NPY = b"\x93NUMPY"  # how every .npy file begins
 _DEEP_MODES = ("I;16", "I;16B", "I")
 
 
 class DepthFolder(PairedFolderDataset):
-    """Images with maps of the same relative path, which are delivered in metres whatever they are stored in.
+    """Images and depth maps of the same relative path; maps are returned in metres, however they are stored.
 
-    A map is a `.png` of 16 bits, whose values over `scale` are metres, or a `.npy` of floats [H, W], which are metres.
-    No measurement is 0 in both, or NaN or infinite in a `.npy`; it is delivered as 0.
+    A map is a 16-bit `.png` whose values divided by `scale` are metres, or a `.npy` of floats [H, W] in metres. Pixels
+    without a measurement are 0 in both (in a `.npy` also NaN or infinite) and are returned as 0.
 
     Args:
         root: directory with the folders of images and maps.
-        split: a folder in both, e.g. `train`; None: all that lies in them.
+        split: a folder in both, e.g. `train`. Default: everything in them.
         images: folder of the images.
         depth: folder of the maps.
-        scale: values of a `.png` per metre, e.g. 1000 for millimetres; `.npy` files have none.
-        transforms: of (image, map); or else
-        transform: of the PIL image, and
-        target_transform: of the map, float32 [H, W] in metres.
+        scale: units of a `.png` per metre, e.g. 1000 for millimetres; `.npy` files are not scaled.
+        transforms: applied to (image, map), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the map, float32 [H, W] in metres.
 
     Attributes:
-        depth_in_metres: True: whoever divides maps by a constant of their own has to leave these as they are.
+        depth_in_metres: True; code that divides depth maps by a constant must not divide these.
 
     Raises:
         FileNotFoundError: a directory does not exist, or holds no image.
-        ValueError: images and maps do not match one to one, or `scale` is no positive number.
+        ValueError: images and maps do not match one to one, or `scale` is not a positive number.
     """
 
     depth_in_metres = True
@@ -56,7 +56,7 @@ class DepthFolder(PairedFolderDataset):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"DepthFolder: scale={scale}: expected a positive number, the values per metre")
+            raise ValueError(f"DepthFolder: scale={scale}: expected a positive number, the units per metre")
         self.scale = scale
         super().__init__(
             root=root,
@@ -64,7 +64,7 @@ class DepthFolder(PairedFolderDataset):
             images=images,
             targets=depth,
             target_name="depth map",
-            extensions=(".png", ".npy"),
+            extensions=("png", "npy"),
             target_decoder=partial(DepthMapDecoder, scale=scale),
             transforms=transforms,
             transform=transform,
@@ -73,11 +73,11 @@ class DepthFolder(PairedFolderDataset):
 
 
 class DepthMapDecoder(DenseTargetDecoder):
-    """Encoded bytes of a map of depths, decoded to float32 [H, W] in metres, 0 where nothing was measured.
+    """Decodes the bytes of a depth map to float32 [H, W] in metres, 0 where nothing was measured.
 
     Args:
-        image_data: of a grey image of 16 bits, or of a `.npy` file of floats [H, W].
-        scale: values of an image per metre.
+        image_data: a grey image of 16 bits, or a `.npy` file of floats [H, W].
+        scale: units of an image per metre.
     """
 
     def __init__(self, image_data: bytes, scale: float = 1000.0) -> None:
@@ -90,7 +90,7 @@ class DepthMapDecoder(DenseTargetDecoder):
         if (metres < 0).any():
             raise ValueError(
                 f"it has {int((metres < 0).sum())} negative depths, down to {metres.min():g} m; mark pixels without "
-                "measurement by 0"
+                "a measurement by 0"
             )
         return metres
 
@@ -98,8 +98,8 @@ class DepthMapDecoder(DenseTargetDecoder):
         stored = super().decode()
         if stored.mode not in _DEEP_MODES:
             raise ValueError(
-                f"expected a grey PNG of 16 bits, whose values over scale={self.scale:g} are metres, found an image "
-                f"of mode {stored.mode}"
+                f"expected a grey PNG of 16 bits, whose values divided by scale={self.scale:g} are metres, found an "
+                f"image of mode {stored.mode}"
             )
         return np.asarray(stored).astype(np.float32) / np.float32(self.scale)
 

@@ -1,6 +1,8 @@
-"""Write, once, what a dataset needs beside images: `python -m dinov3.data.datasets.dump ImageNet:root=DIR:extra=DIR`.
+"""Write the files that a dataset needs besides its images, once:
 
-ImageNet and ImageNet22k have extra files, ADE20K listings, WebDataset an index per shard. Without `split=` all splits
+    python -m dinov3.data.datasets.dump ImageNet:root=DIR:extra=DIR
+
+ImageNet and ImageNet22k have extra files, ADE20K listings, WebDataset an index per shard. Without `split=`, all splits
 whose directories exist are written.
 """
 
@@ -22,7 +24,11 @@ from dinov3.data.datasets.web_dataset import WebDataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dinov3.data.datasets.dump", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov3.data.datasets.dump",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("dataset", help="for example ImageNet:root=/data/imagenet:extra=/data/imagenet-extra")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -37,14 +43,14 @@ def dump(dataset_str: str) -> None:
     """Write the extra files, listings or indices of the dataset that a string names.
 
     Raises:
-        DatasetStringError: the string names something else than one dataset that has such, or lacks a key.
+        DatasetStringError: the string does not name exactly one dataset that has such files, or lacks a key.
         FileNotFoundError: no split is present, or a file is missing.
     """
     parsed = parse_dataset_string(dataset_str)
     if len(parsed) != 1 or parsed[0].name not in _DUMPS:
         raise DatasetStringError(f"dataset string {dataset_str!r}: only {', '.join(_DUMPS)} have extra files to write")
-    write, needed = _DUMPS[parsed[0].name]
-    for key in needed:
+    write, required = _DUMPS[parsed[0].name]
+    for key in required:
         if not parsed[0].kwargs.get(key):
             raise DatasetStringError(f"dataset string {dataset_str!r}: give {key}=DIRECTORY")
     write(parsed[0].kwargs)
@@ -78,7 +84,7 @@ def _splits(kwargs: dict[str, Any], splits: type[Enum], root: Path, dirname: Cal
     return found
 
 
-# What writes, and the keys that it needs.
+# The function that writes, and the keys that it needs.
 _DUMPS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
     "ADE20K": (_dump_ade20k, ("root",)),
     "ImageNet": (_dump_image_net, ("root", "extra")),

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torchvision.datasets import VisionDataset
 
 from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
 
 ON_BAD_IMAGE = ("raise", "skip")
+NO_LABEL = -1  # in an array of class indices
 
 
 class BadImageError(RuntimeError):
@@ -26,8 +28,8 @@ class ExtendedVisionDataset(VisionDataset):
     Args:
         image_decoder: makes the decoder of what `get_image_data` returns.
         target_decoder: makes the decoder of what `get_target` returns.
-        *args, **kwargs: of `torchvision.datasets.VisionDataset`: `root` and either `transforms`, of (image, target), or
-            `transform` and `target_transform`.
+        *args, **kwargs: for `torchvision.datasets.VisionDataset`: `root` and either `transforms`, applied to
+            (image, target), or `transform` and `target_transform`.
     """
 
     def __init__(
@@ -42,25 +44,25 @@ class ExtendedVisionDataset(VisionDataset):
         self.target_decoder = target_decoder
 
     def get_image_data(self, index: int) -> bytes:
-        """The encoded image of sample `index`."""
+        """Return the encoded image of sample `index`."""
         raise NotImplementedError
 
     def get_image_relpath(self, index: int) -> str:
-        """Path of the image of sample `index`, relative to the root."""
+        """Return the path of the image of sample `index`, relative to the root."""
         raise NotImplementedError
 
     def get_target(self, index: int) -> Any:
-        """The target of sample `index`, before decoding and transforms."""
+        """Return the target of sample `index`, before decoding and transforms."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def load_image(self, index: int) -> Any:
-        """The decoded image of sample `index`, without transforms.
+        """Read and decode the image of sample `index`.
 
         Raises:
-            BadImageError: the image cannot be read or decoded.
+            BadImageError: it cannot be read or decoded.
         """
         try:
             return self.image_decoder(self.get_image_data(index)).decode()
@@ -73,16 +75,35 @@ class ExtendedVisionDataset(VisionDataset):
             ) from error
 
     def load_target(self, index: int) -> Any:
-        """The decoded target of sample `index`, without transforms."""
+        """Read and decode the target of sample `index`."""
         return self.target_decoder(self.get_target(index)).decode()
+
+    def load_sample(self, index: int) -> tuple[Any, Any]:
+        """Read and decode image and target of sample `index`, without the transforms."""
+        return self.load_image(index), self.load_target(index)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{type(self).__name__}: index {index} is out of range for {len(self)} samples")
-        index %= len(self)
-        image, target = self.load_image(index), self.load_target(index)
+        image, target = self.load_sample(index % len(self))
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def _location(self, index: int) -> str:
         return os.path.join(str(self.root), self.get_image_relpath(index))
+
+
+def all_or_no_labels(labels: np.ndarray, dataset: str, name_of: Callable[[int], str]) -> np.ndarray | None:
+    """Return `labels`, or None if all of them are `NO_LABEL`.
+
+    Raises:
+        ValueError: only some of them are; the message names the first such sample by `name_of(index)`.
+    """
+    missing = np.flatnonzero(labels == NO_LABEL)
+    if len(missing) == len(labels):
+        return None
+    if len(missing):
+        raise ValueError(
+            f"{dataset}: {len(missing)} of {len(labels)} samples have no label, the first is {name_of(int(missing[0]))}"
+        )
+    return labels

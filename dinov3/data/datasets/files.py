@@ -1,44 +1,69 @@
-"""NumPy files that are never seen half-written, and data files that stay open for the next read."""
+"""Files of datasets: directories that must exist, NumPy files written once, and data files that stay open."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from dinov3.utils.files import atomic_write
+from dinov3.utils.messages import list_names
+
+
+def require_directory(root: str | None, dataset: str) -> Path:
+    """Return the path of `root`, with `~` expanded.
+
+    Raises:
+        ValueError: no root was given.
+        FileNotFoundError: it is not a directory.
+    """
+    if not root:
+        raise ValueError(f"{dataset}: give root=DIRECTORY, where the dataset lies")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{dataset}: root={root!r} is not a directory")
+    return path
+
+
+def find_directory(root: Path, names: Sequence[str], dataset: str) -> str:
+    """Return the first of `names` that is a directory below `root`.
+
+    Raises:
+        FileNotFoundError: none is; the message lists the directories that are there.
+    """
+    for name in names:
+        if (root / name).is_dir():
+            return name
+    parent = (root / names[0]).parent
+    while not parent.is_dir():
+        parent = parent.parent
+    found = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    raise FileNotFoundError(
+        f"{dataset}: there is no directory {root / names[0]}; {parent} has "
+        + (f"the directories {list_names(found, 20)}" if found else "no directories")
+    )
+
 
 def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Write `array` to `path` (`.npy`) under a temporary name and rename it; directories are made as needed."""
-    write_atomically(path, lambda file: np.save(file, array))
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file of a temporary name and rename it to `path`; directories are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `array` to `path` (`.npy`), completely or not at all."""
+    with atomic_write(path) as file:
+        np.save(file, array)
 
 
 class ExtraFiles:
     """The NumPy files that a dataset writes once and reads memory-mapped, each when it is first needed.
 
-    Pickles without their content.
+    A pickled copy maps the files again.
 
     Args:
         directory: where they lie.
         dataset: name of the dataset's class, for the error.
-        dump_string: dataset string for `python -m dinov3.data.datasets.dump`.
-        constructor: Python expression that makes the dataset.
+        dump_string: dataset string for `python -m dinov3.data.datasets.dump`, for the error.
+        constructor: Python expression that makes the dataset, for the error.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, dataset: str, dump_string: str, constructor: str) -> None:
@@ -52,10 +77,10 @@ class ExtraFiles:
         return self.__dict__ | {"_arrays": {}}
 
     def load(self, name: str, check: Callable[[Path, np.ndarray], None] | None = None) -> np.ndarray:
-        """The array of `<directory>/<name>.npy`, read-only; `check` sees it the first time.
+        """Return the array of `<directory>/<name>.npy`, read-only; `check` is called on it the first time.
 
         Raises:
-            FileNotFoundError: the file does not exist; the message has the lines that write it.
+            FileNotFoundError: the file does not exist; the message says how to write it.
         """
         if name not in self._arrays:
             path = self.directory / f"{name}.npy"
@@ -73,16 +98,14 @@ class ExtraFiles:
         return self._arrays[name]
 
     def save(self, arrays: dict[str, np.ndarray]) -> None:
-        """Write `<directory>/<name>.npy` for each name; what was loaded before is forgotten."""
+        """Write `<directory>/<name>.npy` for each name."""
         self._arrays.clear()
         for name, array in arrays.items():
             save_array(self.directory / f"{name}.npy", array)
 
 
 class OpenFiles:
-    """Reads parts of many files, and keeps those that were read last open.
-
-    Reads name their position, so that forked processes may share what is open; a pickled copy starts with nothing open.
+    """Reads parts of many files and keeps those that were read last open; a pickled copy starts with none open.
 
     Args:
         capacity: how many files stay open.
@@ -101,17 +124,21 @@ class OpenFiles:
         return len(self._open)
 
     def read(self, path: str | os.PathLike[str], offset: int, size: int) -> bytes:
-        """Up to `size` bytes of the file `path` from byte `offset` on; fewer only where the file ends."""
+        """Read up to `size` bytes of the file `path` from byte `offset` on; fewer only where the file ends."""
         key = os.fspath(path)
         file = self._open.pop(key, None) or _OpenFile(key)
         self._open[key] = file
         if len(self._open) > self.capacity:
             self._open.popitem(last=False)
-        return _read_fully(file.descriptor, offset, size)
+        data = b""
+        # Positioned reads, because forked processes share what is open. One read returns at most 2 GiB.
+        while len(data) < size and (part := os.pread(file.descriptor, size - len(data), offset + len(data))):
+            data += part
+        return data
 
 
 class _OpenFile:
-    # Closed when nobody reads it any more, which another thread may still do when it falls out of the cache.
+    # Closed when its last reader drops it: another thread may still read a file that falls out of the cache.
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -119,10 +146,3 @@ class _OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def _read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) in (0, size):
-        return data
-    return data + _read_fully(descriptor, offset + len(data), size - len(data))

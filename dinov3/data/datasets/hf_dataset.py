@@ -1,6 +1,6 @@
 """Images of a Hugging Face `datasets` table: a directory that `save_to_disk` wrote, image files, Parquet, or the Hub.
 
-`datasets` (the package) is imported when such a dataset is opened; nothing else here needs it.
+The package `datasets` is imported when such a dataset is opened.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.labels import NO_LABEL, all_or_no_labels
+from dinov3.data.datasets.extended import NO_LABEL, ExtendedVisionDataset, all_or_no_labels
 
 logger = logging.getLogger("dinov3")
 
@@ -31,22 +30,22 @@ class HFDataset(ExtendedVisionDataset):
     """One split of a Hugging Face dataset.
 
     Args:
-        path: a directory that `save_to_disk` wrote, or of image or Parquet files; or, if no such directory exists, a
-            name on the Hub, from where it is downloaded.
-        split: which split, where there are several; else it may be left out.
+        path: a directory that `save_to_disk` wrote, or one of image or Parquet files; if there is no such directory, a
+            name on the Hub, from which it is downloaded.
+        split: which split, if there are several.
         image: the column of images, decoded like those of all datasets, not by `datasets`.
-        label: the column of class indices; None: `label` if there is such a column; empty: no labels.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the class index.
+        label: the column of class indices; empty for no labels. Default: `label`, if there is such a column.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the class index.
 
     Attributes:
         classes: class names by class index; None if the column has no names.
 
     Raises:
         ModuleNotFoundError: the package `datasets` is not installed.
-        FileNotFoundError: there is no such directory, or it has no such data.
-        ValueError: no such split or column, a column of another type, or a damaged table.
+        FileNotFoundError: `path` does not exist, or has no data.
+        ValueError: a split or column does not exist, a column has another type, or the table is damaged.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class HFDataset(ExtendedVisionDataset):
             raise FileNotFoundError(f"HFDataset: {path} (split {split}) has no rows")
 
     def get_image_relpath(self, index: int) -> str:
-        """The path that the table has for the image of row `index`, or `row <index>`."""
+        """Return the path that the table has for the image of row `index`, or `row <index>`."""
         path = self._cell(index)["path"].as_py()
         return path or f"row {index}"
 
@@ -85,12 +84,12 @@ class HFDataset(ExtendedVisionDataset):
         return Path(path).read_bytes()
 
     def get_target(self, index: int) -> int | None:
-        """The class index of row `index`; None without a label."""
+        """Return the class index of row `index`, or None without a label."""
         label = NO_LABEL if self._labels is None else int(self._labels[index])
         return None if label == NO_LABEL else label
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all rows, int64; None without labels.
+        """Return the class indices of all rows, int64, or None without labels.
 
         Raises:
             ValueError: some rows have a label and some have none.
@@ -98,13 +97,13 @@ class HFDataset(ExtendedVisionDataset):
         return None if self._labels is None else all_or_no_labels(self._labels, "HFDataset", self.get_image_relpath)
 
     def find_class_name(self, class_index: int) -> str:
-        """The name of a class index."""
+        """Return the name of a class index."""
         if self.classes is None:
             raise ValueError(f"HFDataset: the labels of {self.root} have no names")
         return self.classes[class_index]
 
     def get_class_name(self, index: int) -> str | None:
-        """The class name of row `index`; None without a label."""
+        """Return the class name of row `index`, or None without a label."""
         target = self.get_target(index)
         return None if target is None else self.find_class_name(target)
 
@@ -112,7 +111,7 @@ class HFDataset(ExtendedVisionDataset):
         return len(self._images)
 
     def _cell(self, index: int) -> Any:
-        # As an Arrow value: nothing of it is copied or opened before it is asked for.
+        # An Arrow value: nothing of it is copied or opened before it is asked for.
         cell = self._images[index].column(self._image)[0]
         if not cell.is_valid:
             raise ValueError(f"row {index} has no image")
@@ -141,26 +140,25 @@ def _open(package: ModuleType, path: str, split: str) -> Any:
     if any(os.path.isfile(os.path.join(path, name)) for name in _SAVED):
         found = _load(package, path, package.load_from_disk, path)
     elif os.path.isdir(path):
-        found = _load(package, path, package.load_dataset, path, download_config=_offline(package))
+        offline = package.DownloadConfig(local_files_only=True)
+        found = _load(package, path, package.load_dataset, path, download_config=offline)
     elif path.startswith((".", "~")) or not _HUB_NAME.fullmatch(path):
-        raise FileNotFoundError(f"HFDataset: the directory {path} does not exist, and it is no name on the Hub")
+        raise FileNotFoundError(f"HFDataset: the directory {path} does not exist, and it is not a name on the Hub")
     else:
-        logger.info("HFDataset: %s is no directory; asking the Hub for it", path)
+        logger.info("HFDataset: %s is not a directory; asking the Hub for it", path)
         found = _load(package, path, package.load_dataset, path)
     return _choose_split(package, found, path, split)
-
-
-def _offline(package: ModuleType) -> Any:
-    return package.DownloadConfig(local_files_only=True)
 
 
 def _load(package: ModuleType, path: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return load(*args, **kwargs)
     except (FileNotFoundError, package.exceptions.DatasetsError) as error:
-        where = "has no data that `datasets` can read" if os.path.isdir(path) else "is no directory, and not on the Hub"
+        where = (
+            "has no data that `datasets` can read" if os.path.isdir(path) else "is neither a directory nor on the Hub"
+        )
         raise FileNotFoundError(f"HFDataset: {path} {where}: {error}") from error
-    except Exception as error:  # Arrow's, the file system's and Python's own: whatever the damage leads to
+    except Exception as error:  # of Arrow, the file system or Python, depending on the damage
         raise ValueError(f"HFDataset: `datasets` cannot open {path}: {type(error).__name__}: {error}") from error
 
 
@@ -200,7 +198,7 @@ def _label_column(
     if not named and not (isinstance(feature, package.Value) and re.fullmatch(r"u?int\d+", feature.dtype)):
         raise ValueError(
             f"HFDataset: the column {column!r} of {path} holds {feature}, not class indices: expected integers or a "
-            "`ClassLabel`; name another column with label=, or none with an empty label="
+            "`ClassLabel`; name another column with label=, or use an empty label= for none"
         )
     values = table.select_columns([column]).with_format("arrow")[:].column(column)
     labels = values.fill_null(NO_LABEL).to_numpy().astype(np.int64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.listing import EXTENSIONS, Listing, list_images, list_images_cached
-
-logger = logging.getLogger("dinov3")
+from dinov3.data.datasets.files import find_directory, require_directory
+from dinov3.data.datasets.listing import EXTENSIONS, list_images, list_images_cached
 
 LABELS = ("auto", "folder", "none")
 
@@ -26,19 +23,19 @@ class ImageFolder(ExtendedVisionDataset):
         split: search `root/<split>` instead (as written, or in lower case).
         labels: `folder`: the first component of an image's path is its class, classes are sorted by name; `none`: no
             labels; `auto`: `folder` if there are two or more such components and no image lies in the directory
-            itself, else `none`.
-        extra: directory where the listing is cached; worth giving for millions of files.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the class index.
+            itself, otherwise `none`.
+        extra: directory in which to cache the listing, which pays for millions of files.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the class index.
 
     Attributes:
-        classes: class names by class index, None without labels.
+        classes: class names by class index; None without labels.
 
     Raises:
-        FileNotFoundError: no such directory, or no image in it.
+        FileNotFoundError: the directory does not exist, or has no images.
         PermissionError: a directory cannot be read.
-        ValueError: unknown `labels`, or `labels="folder"` with an image that lies in no folder.
+        ValueError: unknown `labels`, or `labels="folder"` with an image that is not in a folder.
     """
 
     def __init__(
@@ -55,29 +52,34 @@ class ImageFolder(ExtendedVisionDataset):
         super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
         if labels not in LABELS:
             raise ValueError(f"ImageFolder: labels={labels!r} is not one of {', '.join(LABELS)}")
-        self._prefix = _find_split(Path(self.root), split)
-        self._directory = Path(self.root, self._prefix)
-        cache = Path(extra).expanduser() if extra else None
-        listing = list_images(self._directory) if cache is None else list_images_cached(self._directory, cache)
+        directory = require_directory(root, "ImageFolder")
+        self._prefix = f"{find_directory(directory, [split, split.lower()], 'ImageFolder')}/" if split else ""
+        self._directory = directory / self._prefix
+        listing = (
+            list_images_cached(self._directory, Path(extra).expanduser()) if extra else list_images(self._directory)
+        )
         if not len(listing.images):
-            raise FileNotFoundError(_no_images(self._directory, listing))
+            raise FileNotFoundError(
+                f"ImageFolder: no images in {self._directory}: looked for files ending in {', '.join(EXTENSIONS)} at "
+                f"any depth and saw {listing.n_other_files} other files in {len(listing.mtimes)} directories"
+            )
         self._paths = listing.images
-        self.classes, self._targets = self._label(labels)
+        self.classes, self._targets = self._find_labels(labels)
 
     def find_class_id(self, class_index: int) -> str:
-        """The folder of a class index."""
+        """Return the folder of a class index."""
         return self._require_classes()[class_index]
 
     def find_class_name(self, class_index: int) -> str:
-        """The name of a class index: its folder."""
+        """Return the name of a class index: its folder."""
         return self._require_classes()[class_index]
 
     def get_class_id(self, index: int) -> str | None:
-        """The folder of the class of sample `index`; None without labels."""
+        """Return the folder of the class of sample `index`, or None without labels."""
         return self.get_class_name(index)
 
     def get_class_name(self, index: int) -> str | None:
-        """The class name of sample `index`; None without labels."""
+        """Return the class name of sample `index`, or None without labels."""
         target = self.get_target(index)
         return None if target is None else self.find_class_name(target)
 
@@ -88,24 +90,24 @@ class ImageFolder(ExtendedVisionDataset):
         return Path(self.root, self.get_image_relpath(index)).read_bytes()
 
     def get_target(self, index: int) -> int | None:
-        """The class index of sample `index`; None without labels."""
+        """Return the class index of sample `index`, or None without labels."""
         return None if self._targets is None else int(self._targets[index])
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all samples, int64; None without labels."""
+        """Return the class indices of all samples, int64, or None without labels."""
         return self._targets
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def _label(self, labels: str) -> tuple[list[str] | None, np.ndarray | None]:
+    def _find_labels(self, labels: str) -> tuple[list[str] | None, np.ndarray | None]:
         if labels == "none":
             return None, None
         loose = next((path for path in self._paths if "/" not in path), None)
         if loose is not None and labels == "folder":
             raise ValueError(
-                f"ImageFolder: labels=folder, but {self._directory / loose} lies in no class folder; move it into one, "
-                "or use labels=none"
+                f"ImageFolder: labels=folder, but {self._directory / loose} is not in a class folder; move it into "
+                "one, or use labels=none"
             )
         if loose is not None:
             return None, None
@@ -120,25 +122,3 @@ class ImageFolder(ExtendedVisionDataset):
         if self.classes is None:
             raise ValueError(f"ImageFolder: {self._directory} was read without labels, so it has no classes")
         return self.classes
-
-
-def _find_split(root: Path, split: str | None) -> str:
-    if not root.is_dir():
-        raise FileNotFoundError(f"ImageFolder: root={str(root)!r} is not a directory")
-    if not split:
-        return ""
-    for name in (split, split.lower()):
-        if (root / name).is_dir():
-            return f"{name}/"
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    raise FileNotFoundError(
-        f"ImageFolder: split={split!r}: no directory {root / split}; {root} has "
-        + (", ".join(found[:20]) if found else "no directories")
-    )
-
-
-def _no_images(directory: Path, listing: Listing) -> str:
-    return (
-        f"ImageFolder: no images in {directory}: looked for files ending in {', '.join(EXTENSIONS)} at any depth "
-        f"and saw {listing.n_other_files} other files in {len(listing.mtimes)} directories"
-    )

@@ -1,14 +1,13 @@
 """ImageNet-1k (Russakovsky et al. 2015) as unpacked from the official archives, or any part of it.
 
-The files of a split are listed once, by `dump_extra` or `python -m dinov3.data.datasets.dump`, into NumPy files. These
-are then read memory-mapped, so that no process walks over 1.28 million files again or holds their names.
+The files of a split are listed once, by `dump_extra` or `python -m dinov3.data.datasets.dump`, into NumPy files. Those
+are then memory-mapped, so that no process walks over 1.28 million files again or holds their names.
 """
 
 from __future__ import annotations
 
 import csv
 import logging
-import os
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.files import ExtraFiles
+from dinov3.data.datasets.files import ExtraFiles, require_directory
 from dinov3.data.datasets.listing import list_images
 
 logger = logging.getLogger("dinov3")
@@ -36,22 +35,22 @@ class ImageNetSplit(Enum):
 
     @property
     def length(self) -> int:
-        """Number of images of the complete split."""
+        """The number of images of the complete split."""
         return {"train": 1_281_167, "val": 50_000, "test": 100_000}[self.value]
 
     def get_dirname(self, class_id: str | None = None) -> str:
-        """Directory of a class (without a class, or for TEST: of the split), relative to the root."""
+        """Return the directory of a class, or without one that of the split, relative to the root."""
         return self.value if class_id is None else f"{self.value}/{class_id}"
 
     def get_image_relpath(self, actual_index: int, class_id: str | None = None) -> str:
-        """Path of an image relative to the root, from the number in its file name."""
+        """Return the path of an image relative to the root, from the number in its file name."""
         if self is ImageNetSplit.TEST:
             return f"{self.get_dirname()}/ILSVRC2012_test_{actual_index:08d}.JPEG"
         name = f"{class_id}_{actual_index}" if self is ImageNetSplit.TRAIN else f"ILSVRC2012_val_{actual_index:08d}"
         return f"{self.get_dirname(class_id)}/{name}.JPEG"
 
     def parse_image_relpath(self, image_relpath: str) -> tuple[str, int]:
-        """Class id and number of an image from its path relative to the root; the inverse of `get_image_relpath`.
+        """Return class id and number of an image from its path relative to the root; inverts `get_image_relpath`.
 
         Raises:
             ValueError: the path does not follow the pattern of the split, or the split is TEST, which has no classes.
@@ -74,12 +73,12 @@ class ImageNet(ExtendedVisionDataset):
         root: directory with `train/<class id>/`, `val/<class id>/`, `test/` and `labels.txt`, whose lines are
             `class id,class name`.
         extra: directory of the files that `dump_extra` writes; may be `root`.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the class index.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the class index.
 
     Raises:
-        FileNotFoundError: `root` is no directory. Missing files of `extra` are reported when they are first needed.
+        FileNotFoundError: `root` is not a directory. Missing files of `extra` are reported when they are first needed.
     """
 
     Split = ImageNetSplit
@@ -96,8 +95,7 @@ class ImageNet(ExtendedVisionDataset):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
-        if not os.path.isdir(self.root):
-            raise FileNotFoundError(f"ImageNet: root={root!r} is not a directory")
+        require_directory(root, "ImageNet")
         self._split = ImageNetSplit(split)
         directory = Path(extra).expanduser()
         self._extra = ExtraFiles(
@@ -120,19 +118,19 @@ class ImageNet(ExtendedVisionDataset):
         return None if self.split is ImageNetSplit.TEST else self._load("class-ids").tolist()
 
     def find_class_id(self, class_index: int) -> str:
-        """The class id, e.g. `n01440764`, of a class index."""
+        """Return the class id, e.g. `n01440764`, of a class index."""
         return str(self._load("class-ids")[class_index])
 
     def find_class_name(self, class_index: int) -> str:
-        """The class name, e.g. `tench`, of a class index."""
+        """Return the class name, e.g. `tench`, of a class index."""
         return str(self._load("class-names")[class_index])
 
     def get_class_id(self, index: int) -> str | None:
-        """The class id of sample `index`; None for TEST."""
+        """Return the class id of sample `index`, or None for TEST."""
         return None if self.split is ImageNetSplit.TEST else str(self._entries["class_id"][index])
 
     def get_class_name(self, index: int) -> str | None:
-        """The class name of sample `index`; None for TEST."""
+        """Return the class name of sample `index`, or None for TEST."""
         return None if self.split is ImageNetSplit.TEST else str(self._entries["class_name"][index])
 
     def get_image_relpath(self, index: int) -> str:
@@ -144,18 +142,18 @@ class ImageNet(ExtendedVisionDataset):
         return Path(self.root, self.get_image_relpath(index)).read_bytes()
 
     def get_target(self, index: int) -> int | None:
-        """The class index of sample `index`; None for TEST."""
+        """Return the class index of sample `index`, or None for TEST."""
         return None if self.split is ImageNetSplit.TEST else int(self._entries["class_index"][index])
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all samples, uint32; None for TEST."""
+        """Return the class indices of all samples, uint32, or None for TEST."""
         return None if self.split is ImageNetSplit.TEST else np.array(self._entries["class_index"])
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def dump_extra(self) -> None:
-        """Write the files of `extra`: for TRAIN and VAL from the directory and `labels.txt`, for TEST from nothing.
+        """Write the files of `extra`, for TRAIN and VAL from the directory of the split and `labels.txt`.
 
         Raises:
             FileNotFoundError: the directory of the split or `labels.txt` is missing, or holds no image.

@@ -1,8 +1,8 @@
 """ImageNet-22k (ImageNet-21k, "winter 2021") as distributed: one tar per class, never unpacked.
 
 `dump_extra` or `python -m dinov3.data.datasets.dump` lists the members of all tars once, from the block logs that
-`tar --list --block-number` wrote, or from the headers of a tar without a log. Images are then read by their offsets from
-tars that stay open.
+`tar --list --block-number` wrote, or from the headers of a tar without a log. Images are then read by their offsets
+from tars that stay open.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.files import ExtraFiles, OpenFiles
+from dinov3.data.datasets.files import ExtraFiles, OpenFiles, require_directory
 from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files
 
 logger = logging.getLogger("dinov3")
@@ -62,8 +62,7 @@ class ImageNet22k(ExtendedVisionDataset):
         mmap_cache_size: int = DEFAULT_OPEN_TARS,
     ) -> None:
         super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
-        if not os.path.isdir(self.root):
-            raise FileNotFoundError(f"ImageNet22k: root={root!r} is not a directory")
+        require_directory(root, "ImageNet22k")
         directory = Path(extra).expanduser()
         self._extra = ExtraFiles(
             directory,

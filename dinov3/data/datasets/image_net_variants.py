@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.listing import list_images
 
 _VAL_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.[^/]+")
@@ -25,9 +26,7 @@ _CORRUPTED_NAME = re.compile(r"(?:.*/)?(?P<corruption>[a-z_]+)/(?P<level>[1-5])/
 class _ListedImages(ExtendedVisionDataset):
     def __init__(self, root: str, **transforms: Any) -> None:
         super().__init__(root=root, **transforms)
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"{type(self).__name__}: root={root!r} is not a directory")
-        self._paths = list_images(Path(root)).images
+        self._paths = list_images(require_directory(root, type(self).__name__)).images
         if not len(self._paths):
             raise FileNotFoundError(f"{type(self).__name__}: no images in {root}")
 
@@ -49,7 +48,7 @@ class _ListedImages(ExtendedVisionDataset):
 
 
 class ImageNetReaL(_ListedImages):
-    """Validation images of ImageNet-1k with all classes that people see in them.
+    """Validation images of ImageNet-1k with all the classes that people see in them.
 
     Args:
         root: directory of the images, `ILSVRC2012_val_00000001.JPEG` and so on, at any depth.
@@ -58,7 +57,7 @@ class ImageNetReaL(_ListedImages):
         **transforms: `transforms`, or `transform` and `target_transform`.
 
     Raises:
-        FileNotFoundError: no such directory or file, or no image.
+        FileNotFoundError: the directory or the file does not exist, or there are no images.
         ValueError: an image has another name or no entry, or the file holds something else.
     """
 
@@ -71,11 +70,11 @@ class ImageNetReaL(_ListedImages):
         self._targets = [lists[number - 1] for number in numbers]
 
     def get_target(self, index: int) -> list[int]:
-        """The classes of sample `index`."""
+        """Return the classes of sample `index`."""
         return self._targets[index]
 
     def get_targets(self) -> list[list[int]]:
-        """The classes of all samples."""
+        """Return the classes of all samples."""
         return self._targets
 
 
@@ -87,12 +86,12 @@ class ImageNetC(_ListedImages):
         **transforms: `transforms`, or `transform` and `target_transform`.
 
     Attributes:
-        corruption_types: names of the corruptions, sorted; targets have their positions in it.
+        corruption_types: names of the corruptions, sorted; targets are positions in it.
         classes: names of the classes, sorted.
 
     Raises:
-        FileNotFoundError: no such directory, or no image.
-        ValueError: an image that lies elsewhere.
+        FileNotFoundError: the directory does not exist, or there are no images.
+        ValueError: an image lies elsewhere.
     """
 
     def __init__(self, *, root: str, **transforms: Callable[..., Any] | None) -> None:
@@ -106,11 +105,11 @@ class ImageNetC(_ListedImages):
         self._targets = np.array(rows, dtype=np.int64)
 
     def get_target(self, index: int) -> np.ndarray:
-        """(class, corruption, level) of sample `index`, int64 [3]."""
+        """Return (class, corruption, level) of sample `index`, int64 [3]."""
         return self._targets[index]
 
     def get_targets(self) -> np.ndarray:
-        """The rows of all samples, int64 [N, 3]."""
+        """Return the rows of all samples, int64 [N, 3]."""
         return self._targets
 
 
@@ -120,7 +119,7 @@ def _read_lists(path: Path) -> list[list[int]]:
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"ImageNetReaL: labels={path} is no JSON: {error}") from error
+        raise ValueError(f"ImageNetReaL: labels={path} is not JSON: {error}") from error
     is_lists = isinstance(lists, list) and all(
         isinstance(entry, list) and all(isinstance(label, int) for label in entry) for entry in lists
     )

@@ -1,11 +1,4 @@
-"""Every image file below a directory, in a fixed order, in little memory.
-
-Notable:
-- The order is torchvision's `ImageFolder` order, so sample and class indices agree with it.
-- Paths are held in one NumPy buffer: a list of str would be copied page by page into every forked worker, because
-  reading an element writes its reference count.
-- The listing of a large tree can be cached; it is used again as long as no directory of the tree has changed.
-"""
+"""Every image file below a directory, in a fixed order, in little memory; the listing can be cached on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +21,11 @@ _SEPARATOR = b"\0"  # the one byte that no path can contain
 
 
 class PathList:
-    """An immutable list of paths in one buffer of bytes."""
+    """An immutable list of paths in one buffer of bytes.
+
+    A list of str would be copied page by page into every forked worker, because reading an element writes its reference
+    count.
+    """
 
     def __init__(self, buffer: np.ndarray) -> None:
         self.buffer = buffer  # uint8, each path followed by a zero
@@ -52,11 +49,11 @@ class PathList:
 
 @dataclass
 class Listing:
-    """What a walk over a directory tree found.
+    """The images of a directory tree.
 
     Attributes:
         images: paths relative to the directory, separated by `/`.
-        n_other_files: files that are no images.
+        n_other_files: number of files that are not images.
         mtimes: time of last change (ns) of every directory of the tree, by relative path.
     """
 
@@ -65,14 +62,11 @@ class Listing:
     mtimes: dict[str, int]
 
 
-def list_images(directory: str | os.PathLike[str]) -> Listing:
-    """All images below `directory`, at any depth.
+def list_images(directory: str | os.PathLike[str], extensions: Sequence[str] = EXTENSIONS) -> Listing:
+    """List all images below `directory`, at any depth.
 
-    An image is a file with one of `EXTENSIONS`, whatever its case. Names that begin with a dot are skipped. Symbolic
-    links are followed; a directory is visited once, under its own name if that lies in the tree.
-
-    Args:
-        directory: where to search.
+    An image is a file with one of the `extensions` (without dots), in any case. Names that begin with a dot are
+    skipped. Symbolic links are followed; a directory is visited once, under its own name if that lies in the tree.
 
     Returns:
         The images ordered by first path component, then by directory path, then by file name.
@@ -97,22 +91,18 @@ def list_images(directory: str | os.PathLike[str]) -> Listing:
             inside = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir():
                 (linked if entry.is_symlink() else pending).append(inside)
-            elif is_image(entry.name):
+            elif os.path.splitext(entry.name)[1][1:].lower() in extensions:
                 images.append((relative, entry.name))
             else:
                 n_other_files += 1
+    # The order of torchvision's `ImageFolder`, so that sample and class indices agree with it.
     images.sort(key=lambda image: ((image[0] or image[1]).partition("/")[0], *image))
     paths = (f"{parent}/{name}" if parent else name for parent, name in images)
     return Listing(PathList.of(paths), n_other_files, mtimes)
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name has an extension of images."""
-    return os.path.splitext(name)[1][1:].lower() in EXTENSIONS
-
-
 def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLike[str]) -> Listing:
-    """`list_images` through files in the directory `cache`, which are used while the tree has not changed."""
+    """Return `list_images`, read from files in the directory `cache` unless a directory of the tree has changed."""
     key = hashlib.sha256(os.fsencode(os.path.abspath(directory))).hexdigest()[:16]
     images_file = Path(cache) / f"image-folder-{key}.npy"
     mtimes_file = Path(cache) / f"image-folder-{key}-mtimes.npy"
@@ -120,7 +110,7 @@ def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLi
     if cached is not None and _unchanged(directory, cached.mtimes):
         return cached
     listing = list_images(directory)
-    # The times last: without a matching file of times a listing is not used.
+    # The times come last: a listing without its file of times is not used.
     mtimes_file.unlink(missing_ok=True)
     save_array(images_file, listing.images.buffer)
     paths = np.array([os.fsencode(path) for path in listing.mtimes], dtype=np.bytes_)
@@ -163,3 +153,18 @@ def _unchanged(directory: str | os.PathLike[str], mtimes: dict[str, int]) -> boo
         return all(os.stat(os.path.join(directory, path)).st_mtime_ns == time for path, time in mtimes.items())
     except OSError:
         return False
+
+
+def read_listing(path: Path, dataset: str, example: str) -> list[str]:
+    """Return the lines of a file that lists images, sorted, without blank ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lists nothing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{dataset}: {path} does not exist; it has one line per image, e.g. `{example}`")
+    lines = sorted(stripped for line in path.read_text().splitlines() if (stripped := line.strip()))
+    if not lines:
+        raise ValueError(f"{dataset}: {path} is empty; it has one line per image, e.g. `{example}`")
+    return lines

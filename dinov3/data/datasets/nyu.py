@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
-from dinov3.data.datasets.paired import PairedImageDataset, read_listing, require_root
+from dinov3.data.datasets.files import require_directory
+from dinov3.data.datasets.listing import read_listing
+from dinov3.data.datasets.pairs import PairedImageDataset
 
 _EXAMPLE = "/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579"
 
@@ -22,7 +24,7 @@ class NYUSplit(Enum):
 
     @property
     def listing(self) -> str:
-        """File of the root that lists the images of the split."""
+        """The file of the root that lists the images of the split."""
         return "nyu_train.txt" if self is NYUSplit.TRAIN else "nyu_test.txt"
 
 
@@ -33,9 +35,9 @@ class NYU(PairedImageDataset):
         split: one of `NYU.Split`.
         root: directory with the scenes and the listings `nyu_train.txt` and `nyu_test.txt`, whose lines are
             `<image> <depth> <focal length>`, paths relative to the root.
-        transforms: of (image, target); or else
-        transform: of the PIL image, and
-        target_transform: of the PIL map.
+        transforms: applied to (image, target), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the PIL map.
         image_decoder: makes the decoder of an image file's bytes.
         target_decoder: makes the decoder of a depth file's bytes.
 
@@ -57,7 +59,7 @@ class NYU(PairedImageDataset):
         image_decoder: Callable[[Any], Decoder] = ImageDataDecoder,
         target_decoder: Callable[[Any], Decoder] = DenseTargetDecoder,
     ) -> None:
-        directory = require_root(root, "NYU")
+        directory = require_directory(root, "NYU")
         self.split = NYUSplit(split)
         super().__init__(
             root=str(directory),

@@ -1,4 +1,4 @@
-"""Anyone's images with maps of class indices, as two folders."""
+"""Your own images with maps of class indices, as two folders."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder
-from dinov3.data.datasets.paired import require_root
-from dinov3.data.datasets.pairing import PairedFolderDataset
+from dinov3.data.datasets.files import require_directory
+from dinov3.data.datasets.pairs import PairedFolderDataset
+from dinov3.utils.messages import list_names
 
 IGNORED_LABEL = 255
 CLASSES_FILE = "classes.txt"
@@ -23,20 +24,20 @@ _INDEX_MODES = ("L", "P", "1", "I;16", "I;16B", "I")
 class SegmentationFolder(PairedFolderDataset):
     """Images with PNG masks of the same relative path, whose pixels are class indices; 255 is ignored.
 
-    Names of the classes stand in `<root>/classes.txt`, if there is such a file: one per line, line 1 is class 0.
+    `<root>/classes.txt` may name the classes: one per line, the first line is class 0.
 
     Args:
         root: directory with the folders of images and masks.
-        split: a folder in both, e.g. `train`; None: all that lies in them.
+        split: a folder in both, e.g. `train`. Default: everything in them.
         images: folder of the images.
         labels: folder of the masks.
-        transforms: of (image, mask); or else
-        transform: of the PIL image, and
-        target_transform: of the mask, a PIL image of mode L.
+        transforms: applied to (image, mask), instead of the next two.
+        transform: applied to the PIL image.
+        target_transform: applied to the mask, a PIL image of mode L.
 
     Attributes:
         class_names: by class index; None without `classes.txt`.
-        counts_classes_from_zero: True: label 0 is a class like the others.
+        counts_classes_from_zero: True; label 0 is a class like the others.
 
     Raises:
         FileNotFoundError: a directory does not exist, or holds no image.
@@ -56,7 +57,7 @@ class SegmentationFolder(PairedFolderDataset):
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.class_names = _read_class_names(require_root(root, "SegmentationFolder") / CLASSES_FILE)
+        self.class_names = _read_class_names(require_directory(root, "SegmentationFolder") / CLASSES_FILE)
         n_classes = None if self.class_names is None else len(self.class_names)
         super().__init__(
             root=root,
@@ -64,7 +65,7 @@ class SegmentationFolder(PairedFolderDataset):
             images=images,
             targets=labels,
             target_name="mask",
-            extensions=(".png",),
+            extensions=("png",),
             target_decoder=partial(ClassMaskDecoder, n_classes=n_classes),
             transforms=transforms,
             transform=transform,
@@ -73,11 +74,11 @@ class SegmentationFolder(PairedFolderDataset):
 
 
 class ClassMaskDecoder(DenseTargetDecoder):
-    """Encoded bytes of a mask of class indices, decoded to a PIL image of mode L.
+    """Decodes the bytes of a mask of class indices to a PIL image of mode L.
 
     Args:
-        image_data: of a grey image (1, 8 or 16 bits) or one with a palette, whose indices then are the classes.
-        n_classes: indices from here on, but 255, are an error; None: any index is allowed.
+        image_data: a grey image (1, 8 or 16 bits) or one with a palette, whose indices are the classes.
+        n_classes: indices from here on, except 255, are an error. Default: any index is allowed.
     """
 
     def __init__(self, image_data: bytes, n_classes: int | None = None) -> None:
@@ -95,9 +96,10 @@ class ClassMaskDecoder(DenseTargetDecoder):
         n_allowed = IGNORED_LABEL if self.n_classes is None else self.n_classes
         unknown = np.unique(indices[(indices >= n_allowed) & (indices != IGNORED_LABEL)]).tolist()
         if unknown:
-            shown = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             known = "" if self.n_classes is None else f" of the {self.n_classes} classes in {CLASSES_FILE}"
-            raise ValueError(f"class indices {shown}: allowed are 0 to {n_allowed - 1}{known}, and 255 for ignored")
+            raise ValueError(
+                f"class indices {list_names(unknown, 10)}: allowed are 0 to {n_allowed - 1}{known}, and 255 for ignored"
+            )
         return Image.fromarray(indices.astype(np.uint8))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.labels import NO_LABEL
+from dinov3.data.datasets.extended import NO_LABEL
 from dinov3.data.datasets.listing import PathList
 from dinov3.data.datasets.tar import BrokenTarError, TarMember, iter_files
 from dinov3.utils.files import atomic_write

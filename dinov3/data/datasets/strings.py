@@ -5,10 +5,9 @@
     WebDataset:urls=/data/shard-{000000..000127}.tar
     ImageFolder:root=/data/a+ImageFolder:root=/data/b
 
-Notable:
-- A `:` separates only where `key=` follows, and a key ends at its first `=`: values may hold both (`root=s3://bucket/x`).
-- A `+` separates only where the name of a dataset and `:` or the end follow.
-- To make another dataset known, add its line to `DATASETS`.
+A `:` separates only where `key=` follows, and a key ends at its first `=`, so values may hold both
+(`root=s3://bucket/x`). A `+` separates only where the name of a dataset and `:` or the end follow. To add a dataset of
+your own, add its line to `DATASETS`.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ _BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
 
 
 class DatasetStringError(ValueError):
-    """A dataset string that means nothing; the message quotes it, names the culprit and says what is allowed."""
+    """A dataset string that cannot be parsed; the message quotes it, names the wrong part and says what is allowed."""
 
 
 @dataclass(frozen=True)
 class DatasetGrammar:
-    """What may stand behind a dataset's name.
+    """The keys that may follow a dataset's name.
 
     Attributes:
         required: keys that must be given.
         optional: keys that may be given.
-        splits: what the values of `split` name, ignoring case; None: any text.
+        splits: the members that `split` names, ignoring case. Default: any text.
         choices: allowed values of other keys.
         integers: keys whose values are whole numbers.
         numbers: keys whose values are positive numbers.
@@ -122,30 +121,30 @@ class ParsedDataset:
 
 
 def parse_dataset_string(dataset_str: str) -> list[ParsedDataset]:
-    """The datasets that a string names, without opening anything; that keys are missing is no error here.
+    """Parse a dataset string without opening anything; missing keys are left to `check_required_keys`.
 
     Args:
-        dataset_str: see the module's description. Of a repeated key the last value counts.
+        dataset_str: see the module's docstring. The last value of a repeated key counts.
 
     Returns:
-        One entry per dataset; the value of `split` is a member of the dataset's splits where it has such.
+        One entry per dataset; the value of `split` is a member of the dataset's splits, if it has them.
 
     Raises:
-        DatasetStringError: unknown dataset, key, split or choice, or a token that is no `key=value`.
+        DatasetStringError: unknown dataset, key, split or choice, or a token that is not `key=value`.
     """
-    # Without the `:` or end behind a name, a directory such as /data/old+ImageNet would be torn apart.
+    # Without the `:` or end after a name, a path such as /data/old+ImageNet-v2 would be torn apart.
     joint = re.compile(rf"\+(?=(?:{'|'.join(map(re.escape, DATASETS))})(?::|\+|$))")
     return [_parse_one(part, dataset_str) for part in joint.split(dataset_str)]
 
 
 def check_required_keys(datasets: Iterable[ParsedDataset], dataset_str: str) -> None:
-    """Raise DatasetStringError if a dataset lacks a key that it needs, or has no value for it."""
+    """Raise a DatasetStringError if a dataset lacks a key that it needs, or has an empty value for it."""
     for dataset in datasets:
         grammar = DATASETS[dataset.name][1]
         missing = [key for key in grammar.required if not dataset.kwargs.get(key)]
         if missing:
             raise DatasetStringError(
-                f"dataset string {dataset_str!r}: {dataset.name} needs {_listed(missing)} as well; "
+                f"dataset string {dataset_str!r}: {dataset.name} needs {', '.join(missing)} as well; "
                 + _describe(dataset.name)
             )
 
@@ -155,7 +154,7 @@ def _parse_one(part: str, whole: str) -> ParsedDataset:
     if name not in DATASETS:
         raise DatasetStringError(
             f"dataset string {whole!r}: unknown dataset {name!r}{did_you_mean(name, DATASETS)}; "
-            f"known are {_listed(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
+            f"known are {', '.join(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
         )
     tokens = _BEFORE_KEY.split(rest) if colon else []
     return ParsedDataset(name, dict(_parse_token(name, token, whole) for token in tokens))
@@ -171,11 +170,17 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
             f"dataset string {whole!r}: unknown key {key!r}{did_you_mean(key, grammar.keys)}; {_describe(name)}"
         )
     if key == "split" and grammar.splits is not None:
-        return key, _find_split(value, grammar.splits, name, whole)
+        members = grammar.splits.__members__
+        if value.upper() not in members:
+            raise DatasetStringError(
+                f"dataset string {whole!r}: unknown split {value!r}{did_you_mean(value, members)}; "
+                f"{name} has {', '.join(members)}"
+            )
+        return key, members[value.upper()]
     if key in grammar.choices and value not in grammar.choices[key]:
         allowed = grammar.choices[key]
         raise DatasetStringError(
-            f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; {name} takes {_listed(allowed)}"
+            f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; {name} takes {', '.join(allowed)}"
         )
     if key in grammar.integers:
         if not re.fullmatch(r"[1-9]\d*", value):
@@ -188,21 +193,7 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
     return key, value
 
 
-def _find_split(value: str, splits: type[Enum], name: str, whole: str) -> Enum:
-    if value.upper() in splits.__members__:
-        return splits[value.upper()]
-    known = list(splits.__members__)
-    raise DatasetStringError(
-        f"dataset string {whole!r}: unknown split {value!r}{did_you_mean(value.upper(), known)}; "
-        f"{name} has {_listed(known)}"
-    )
-
-
 def _describe(name: str) -> str:
     grammar = DATASETS[name][1]
-    needs = f"{name} needs {_listed(grammar.required)}"
-    return f"{needs} and takes {_listed(grammar.optional)}" if grammar.optional else needs
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    needs = f"{name} needs {', '.join(grammar.required)}"
+    return f"{needs} and takes {', '.join(grammar.optional)}" if grammar.optional else needs

@@ -78,35 +78,35 @@ def iter_files(
     position = 0
     with open_tar(path) as file:
         try:
-            archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep all of them
-                content = None
-                if member.isreg() and wants_content(member.name):
-                    file.seek(member.offset_data)
-                    content = file.read(member.size)
-                # `tarfile` notices missing data only at the next member.
-                if archive.offset > file.tell():
-                    file.seek(archive.offset - 1)
-                    if not file.read(1):
-                        raise tarfile.ReadError(
-                            f"its member {member.name!r} takes the bytes {member.offset} to {archive.offset}"
-                        )
-                if member.isreg():
-                    yield TarMember(
-                        member.name, member.offset, member.offset_data, member.size, archive.offset, content
-                    )
-                position = archive.offset
+            archive: Any  # its `members` are not typed
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # it would keep all of them
+                    content = None
+                    if member.isreg() and wants_content(member.name):
+                        file.seek(member.offset_data)
+                        content = file.read(member.size)
+                    # `tarfile` would notice missing data only at the next member.
+                    if archive.offset > file.tell():
+                        file.seek(archive.offset - 1)
+                        if not file.read(1):
+                            ends = f"its member {member.name!r} takes the bytes {member.offset} to {archive.offset}"
+                            raise tarfile.ReadError(ends)
+                    if member.isreg():
+                        start, data = member.offset, member.offset_data
+                        yield TarMember(member.name, start, data, member.size, archive.offset, content)
+                    position = archive.offset
             # `tarfile` also takes an invalid or missing header for the end; the real end is a block of zeros.
             file.seek(position)
-            if len(mark := file.read(BLOCK)) < BLOCK:
+            mark = file.read(BLOCK)
+            if len(mark) < BLOCK:
                 raise tarfile.ReadError("it has no end-of-archive mark")
             if any(mark):
                 tarfile.TarInfo.frombuf(mark, "utf-8", "surrogateescape")
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             if is_compressed(path):
-                where = f"ends early or is damaged, at byte {position} of its uncompressed content: "
-                raise BrokenTarError(f"{path} {where}{type(error).__name__}: {error}") from error
+                where = f"ends early or is damaged, at byte {position} of its uncompressed content"
+                raise BrokenTarError(f"{path} {where}: {type(error).__name__}: {error}") from error
             size = os.stat(path).st_size
             if file.tell() >= size:
                 raise BrokenTarError(f"{path} ends early, at byte {size}: {error}") from error
@@ -116,7 +116,8 @@ def iter_files(
 def content_of_first_member(blocks: bytes) -> bytes | None:
     """Return the content of the member that begins an archive's bytes, or None if none begins there."""
     try:
-        member = tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8").next()
+        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as archive:
+            member = archive.next()
     except tarfile.TarError:
         return None
     return None if member is None else blocks[member.offset_data : member.offset_data + member.size]

@@ -18,9 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from dinov3 import distributed
-from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
+from dinov3.data.datasets.extended import NO_LABEL, ON_BAD_IMAGE, ExtendedVisionDataset, all_or_no_labels
 from dinov3.data.datasets.files import OpenFiles
-from dinov3.data.datasets.labels import NO_LABEL, all_or_no_labels
 from dinov3.data.datasets.shard_index import SampleRules, ShardIndex, load_index
 from dinov3.data.datasets.tar import SUFFIXES, BrokenTarError, is_compressed, is_tar, open_tar
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov3 import distributed
-from dinov3.data.datasets import files
+from dinov3.utils.files import atomic_write
 from dinov3.utils.weight_files import read_file, write_safetensors
 
 
@@ -31,7 +31,8 @@ def save_features_dict(features_dict: Mapping[str, Tensor | np.ndarray], path: s
     write, _ = _features_format(path)
     tensors = {name: _as_tensor(name, value) for name, value in features_dict.items()}
     if distributed.is_main_process():
-        files.write_atomically(path, lambda file: write(file, tensors))
+        with atomic_write(path) as file:
+            write(file, tensors)
 
 
 def load_features_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, make_dataset
-from dinov3.data.datasets.paired import PairedImageDataset
+from dinov3.data.datasets.pairs import PairedImageDataset
 from dinov3.data.datasets.strings import DATASETS, parse_dataset_string
 from dinov3.eval.command.results import write_atomically
 from dinov3.eval.dense.batches import collate_pairs
