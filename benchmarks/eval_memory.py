@@ -28,11 +28,12 @@ from dinov3.eval.classification.linear_config import LEARNING_RATES
 from dinov3.eval.classification.linear_heads import setup_linear_classifiers
 from dinov3.eval.classification.linear_scoring import Scorer
 from dinov3.eval.classification.linear_training import train_step
-from dinov3.eval.classification.log_regression_module import fit_modules
+from dinov3.eval.classification.log_regression_config import TrainConfig
+from dinov3.eval.classification.log_regression_module import LogRegModule, fit_modules
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.features.extraction import FeatureRows
-from dinov3.eval.knn import eval_knn
-from dinov3.eval.log_regression import LogRegModule, TrainConfig, evaluate_logreg_model
+from dinov3.eval.knn import score_features
+from dinov3.eval.log_regression import evaluate_logreg_model
 
 DIM = 64
 BUDGET_MB = 128
@@ -76,14 +77,13 @@ def metric(n_classes: int) -> Any:
 
 
 def knn(train: FeatureRows, test: FeatureRows, n_classes: int) -> int:
-    eval_knn(
-        model=nn.Identity(),
-        train_data_dict={0: {"train_features": train.features, "train_labels": train.targets}},
-        test_data_loader=(),
-        test_rows=test,
-        metric_collection=metric(n_classes),
-        knn_config=KnnTrainConfig(dataset="", ks=[10, 20, 100, 200], memory_budget_mb=BUDGET_MB),
+    score_features(
+        test,
+        {0: {"train_features": train.features, "train_labels": train.targets}},
+        metric(n_classes),
+        KnnTrainConfig(dataset="", ks=[10, 20, 100, 200], memory_budget_mb=BUDGET_MB),
         num_classes=n_classes,
+        device=torch.device("cpu"),
     )
     return 0
 

@@ -20,6 +20,7 @@ import torch
 
 from dinov3.demo.run import NEIGHBOURS, RECIPE
 from dinov3.eval import knn
+from dinov3.eval.classification.knn_config import RESULTS_FILENAME, KnnEvalConfig
 from dinov3.eval.command.command_line import run_evaluation
 from dinov3.eval.command.config import args_dict_to_dataclass
 from dinov3.hub.weights import read_state_dict
@@ -87,9 +88,9 @@ def accuracies(demo: Path, weights: Path, output_dir: Path) -> list[float]:
             "transform": {"resize_size": 16, "crop_size": 16},
             "output_dir": str(output_dir / feature.lower()),
         }
-        config, _ = args_dict_to_dataclass(settings, knn.KnnEvalConfig, save_config=False)
+        config, _ = args_dict_to_dataclass(settings, KnnEvalConfig, save_config=False)
         with silent(), job_context(output_dir=output_dir):
-            figures = run_evaluation(config, evaluate=knn.evaluate_knn, results_file=knn.RESULTS_FILENAME)
+            figures = run_evaluation(config, evaluate=knn.evaluate_knn, results_file=RESULTS_FILENAME)
         found.append(figures[f"{NEIGHBOURS} Top 1"])
     return found
 

@@ -24,6 +24,7 @@ from dinov3.demo import figures
 from dinov3.demo.images import Images, prepare_images
 from dinov3.distributed import runtime
 from dinov3.eval import knn
+from dinov3.eval.classification.knn_config import RESULTS_FILENAME, KnnEvalConfig
 from dinov3.eval.command.command_line import run_evaluation
 from dinov3.eval.command.config import args_dict_to_dataclass
 from dinov3.hub.runs import build_model_for_eval, dinov3_from_run
@@ -212,9 +213,9 @@ def _run_knn(
         "transform": {"resize_size": side, "crop_size": side},
         "output_dir": str(output_dir / "knn" / name),
     }
-    config, _ = args_dict_to_dataclass(settings, knn.KnnEvalConfig, save_config=False)
+    config, _ = args_dict_to_dataclass(settings, KnnEvalConfig, save_config=False)
     with _quiet_job(output_dir, seed):
-        return run_evaluation(config, evaluate=knn.evaluate_knn, results_file=knn.RESULTS_FILENAME)
+        return run_evaluation(config, evaluate=knn.evaluate_knn, results_file=RESULTS_FILENAME)
 
 
 def _draw(

@@ -48,6 +48,7 @@ from dinov3.eval.classification.data import (
     pad_multilabel_and_collate,
 )
 from dinov3.eval.classification.linear_config import (
+    RESULTS_FILENAME,
     EvalConfig,
     LinearEvalConfig,
     LossType,
@@ -90,7 +91,6 @@ from dinov3.eval.classification.metrics import (
     build_classification_metric,
 )
 from dinov3.eval.classification.scoring import (
-    ModelWithIntermediateLayers,
     average_metrics,
     save_per_class,
     save_results,
@@ -100,12 +100,11 @@ from dinov3.eval.command.model import load_model
 from dinov3.eval.command.results import EvaluationResult, as_file_name, provenance, write_results
 from dinov3.eval.features.cache import FeatureCache
 from dinov3.eval.features.extraction import model_device
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 
 __all__ = [
-    "MAIN_METRICS",
-    "RESULTS_FILENAME",
     "AllClassifiers",
     "EvalConfig",
     "Evaluator",
@@ -134,8 +133,6 @@ __all__ = [
 
 logger = logging.getLogger("dinov3")
 
-RESULTS_FILENAME = "results-linear.csv"
-MAIN_METRICS = [".*_accuracy(_mean)?"]
 RECORDS_FILENAME = "results_eval_linear.json"
 BEST_CLASSIFIER = "best_classifier"
 TOP_1 = "top-1"

@@ -25,7 +25,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dinov3.eval import knn, linear, log_regression
+from dinov3.eval.classification import knn_config, linear_config, log_regression_config
+from dinov3.eval.classification.knn_config import Feature
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command import results
 from dinov3.eval.command.results import write_atomically
@@ -34,9 +35,9 @@ from dinov3.utils.command_line import run_command_line
 TABLE_FILE, CHART_FILE = "report.md", "report.png"
 #: Title and main metrics, by results file.
 EVALUATIONS: dict[str, tuple[str, list[str]]] = {
-    knn.RESULTS_FILENAME: ("k-NN", knn.MAIN_METRICS),
-    log_regression.RESULTS_FILENAME: ("logistic regression", log_regression.MAIN_METRICS),
-    linear.RESULTS_FILENAME: ("linear", linear.MAIN_METRICS),
+    knn_config.RESULTS_FILENAME: ("k-NN", knn_config.MAIN_METRICS),
+    log_regression_config.RESULTS_FILENAME: ("logistic regression", log_regression_config.MAIN_METRICS),
+    linear_config.RESULTS_FILENAME: ("linear", linear_config.MAIN_METRICS),
 }
 DEFAULT_METRIC = ClassificationMetricType.MEAN_ACCURACY
 LOWER_IS_BETTER = {metric.value for metric in ClassificationMetricType if metric.is_lower_better}
@@ -272,10 +273,10 @@ def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
 
 
 def _setting(config: Mapping[str, Any]) -> str:
-    feature = config.get("eval", {}).get("feature", knn.Feature.CLS.name)
+    feature = config.get("eval", {}).get("feature", Feature.CLS.name)
     few_shot, parts = config.get("few_shot", {}), []
-    if feature != knn.Feature.CLS.name:
-        parts.append(knn.Feature[feature].value)
+    if feature != Feature.CLS.name:
+        parts.append(Feature[feature].value)
     if few_shot.get("enable"):
         number = few_shot["k_or_percent"]
         parts.append(f"{int(number)} per class" if number >= 1 else f"{100 * number:g}% per class")

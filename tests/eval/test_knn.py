@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.eval import knn
+from dinov3.eval.classification import data
+from dinov3.eval.classification.knn_config import Feature
+from dinov3.eval.classification.knn_module import knn_accuracy
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.classification.scoring import ModelWithPatchMean
 from dinov3.eval.command.results import as_file_name
@@ -30,12 +33,12 @@ def accuracy_by_hand(feature: Any) -> dict[int, float]:
     with torch.no_grad():
         features = [feature(dataset.samples) for dataset in (train, test)]
     labels = [torch.as_tensor(dataset.labels) for dataset in (train, test)]
-    return knn.knn_accuracy(features[0], labels[0], features[1], labels[1], ks=(5, 20))
+    return knn_accuracy(features[0], labels[0], features[1], labels[1], ks=(5, 20))
 
 
-@pytest.mark.parametrize("feature", list(knn.Feature))
-def test_results_are_those_of_the_features_asked_for(feature: knn.Feature, tmp_path: Path) -> None:
-    model = toy.Backbone() if feature is knn.Feature.CLS else ModelWithPatchMean(toy.Backbone())
+@pytest.mark.parametrize("feature", list(Feature))
+def test_results_are_those_of_the_features_asked_for(feature: Feature, tmp_path: Path) -> None:
+    model = toy.Backbone() if feature is Feature.CLS else ModelWithPatchMean(toy.Backbone())
     want = accuracy_by_hand(model)
     results = toy.run(toy.make_config(tmp_path, eval__feature=feature))
     assert {k: results[f"{k} Top 1"] for k in (5, 20)} == pytest.approx(want)
@@ -165,7 +168,7 @@ def replace_dataset(monkeypatch: pytest.MonkeyPatch, name: str, dataset: Any) ->
     def make(*, dataset_str: str, **_: Any) -> Any:
         return dataset if dataset_str.startswith(name) else toy.make_vectors(dataset_str=dataset_str)
 
-    monkeypatch.setattr(knn, "make_dataset", make)
+    monkeypatch.setattr(data, "make_dataset", make)
 
 
 @pytest.mark.parametrize("name", ["train", "test"])

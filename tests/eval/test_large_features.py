@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.data import make_dataset
 from dinov3.eval import knn, log_regression
-from dinov3.eval.classification.data import SubsetEx, extract_features_for_dataset_dict
+from dinov3.eval.classification.config import TransformConfig
+from dinov3.eval.classification.data import SubsetEx, extract_features_for_dataset_dict, make_transform
 from dinov3.eval.classification.knn_module import KnnModule
 from dinov3.eval.features.cache import FeaturesConfig, extract_cached
 from dinov3.eval.features.extraction import (
@@ -151,9 +153,8 @@ def test_evaluations_give_the_same_files(
 
 
 def test_entries_of_the_cache_are_mapped(faces: Path, tmp_path: Path) -> None:
-    dataset = knn.make_dataset(
-        dataset_str=f"ImageFolder:root={faces}/faces/test", transform=knn.make_transform(knn.TransformConfig(16, 16))
-    )
+    transform = make_transform(TransformConfig(16, 16))
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={faces}/faces/test", transform=transform)
     config = FeaturesConfig(cache_dir=str(tmp_path), memory_budget_mb=0.001)
     model = MeanColour()
     want = extract_cached(model, dataset, batch_size=16, num_workers=0, cache=None)

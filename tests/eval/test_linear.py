@@ -18,8 +18,8 @@ from dinov3.eval.classification.linear_heads import LinearInputs, classifier_nam
 from dinov3.eval.classification.linear_scoring import format_grid, select_best, tell_if_at_end
 from dinov3.eval.classification.linear_training import make_batches, read_checkpoint
 from dinov3.eval.classification.metrics import ClassificationMetricType
-from dinov3.eval.classification.scoring import ModelWithIntermediateLayers
 from dinov3.eval.command.results import as_file_name
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 from . import linear_toy as toy
 

@@ -14,7 +14,22 @@ from torch import Tensor, nn
 
 from dinov3.data import make_dataset
 from dinov3.eval import log_regression
-from dinov3.eval.classification.log_regression_module import C_VALUES, Sweep
+from dinov3.eval.classification import data
+from dinov3.eval.classification.config import FewShotConfig
+from dinov3.eval.classification.log_regression_config import (
+    RESULTS_FILENAME,
+    EvalConfig,
+    LogregEvalConfig,
+    Solver,
+    TrainConfig,
+)
+from dinov3.eval.classification.log_regression_module import (
+    C_VALUES,
+    LogRegModule,
+    Sweep,
+    get_best_logreg_with_features,
+    sweep_C_values,
+)
 from dinov3.eval.classification.log_regression_plot import format_sweep, write_sweeps
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command import command_line
@@ -22,7 +37,6 @@ from dinov3.eval.command.config import parse_arguments
 from dinov3.eval.command.model import FrozenBackbone, ModelConfig
 from dinov3.eval.command.results import as_file_name
 from dinov3.eval.features.cache import FeaturesConfig
-from dinov3.eval.log_regression import LogRegModule, Solver, TrainConfig
 
 from . import toy
 
@@ -36,31 +50,31 @@ FEW_SHOT: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_regression, "make_dataset", toy.make_vectors)
+    monkeypatch.setattr(data, "make_dataset", toy.make_vectors)
 
 
 def make_config(
     output_dir: Any, *, train: str = "train:120", test: str = "test:50", **sections: Any
-) -> log_regression.LogregEvalConfig:
+) -> LogregEvalConfig:
     """A configuration without loader processes nor cache; keyword arguments such as `train__tol` set keys."""
     options: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "few_shot": {}, "features": {}}
     for name, value in sections.items():
         section, _, key = name.partition("__")
         options[section][key] = value
-    return log_regression.LogregEvalConfig(
+    return LogregEvalConfig(
         model=ModelConfig(),
         train=TrainConfig(
             **{"dataset": train, "num_workers": 0, "batch_size": 16, "solver": Solver.TORCH} | options["train"]
         ),
-        eval=log_regression.EvalConfig(**{"test_dataset": test, "num_workers": 0} | options["eval"]),
-        few_shot=log_regression.FewShotConfig(**options["few_shot"]),
+        eval=EvalConfig(**{"test_dataset": test, "num_workers": 0} | options["eval"]),
+        few_shot=FewShotConfig(**options["few_shot"]),
         features=FeaturesConfig(**{"cache": False} | options["features"]),
         save_results=True,
         output_dir=str(output_dir),
     )
 
 
-def run(config: log_regression.LogregEvalConfig, model: nn.Module | None = None) -> dict[str, float]:
+def run(config: LogregEvalConfig, model: nn.Module | None = None) -> dict[str, float]:
     """Evaluate the toy backbone."""
     return log_regression.eval_log_regression_with_model(
         model=model or toy.Backbone(), autocast_dtype=torch.float32, config=config
@@ -112,7 +126,7 @@ def test_both_solvers_choose_alike() -> None:
     val_features, val_labels = features_of("val", 300)
     sweeps = {}
     for solver in (Solver.TORCH, Solver.SKLEARN):
-        sweeps[solver] = log_regression.sweep_C_values(
+        sweeps[solver] = sweep_C_values(
             train_features=train_features,
             train_labels=train_labels,
             val_features=val_features,
@@ -128,7 +142,7 @@ def test_both_solvers_choose_alike() -> None:
 
 def test_smallest_of_equally_good_values_is_chosen() -> None:
     features = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
-    model = log_regression.get_best_logreg_with_features(
+    model = get_best_logreg_with_features(
         train_features=features,
         train_labels=torch.tensor([0, 0, 1, 1]),
         val_features=features,
@@ -168,7 +182,7 @@ def test_fit_refuses_what_it_cannot_learn_from(solver: Solver) -> None:
 def test_limit_of_iterations_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     features, labels = features_of("train", 100)
     with caplog.at_level("WARNING", logger="dinov3"):
-        log_regression.sweep_C_values(
+        sweep_C_values(
             train_features=features,
             train_labels=labels,
             val_features=features,
@@ -304,7 +318,7 @@ def replace_dataset(monkeypatch: pytest.MonkeyPatch, name: str, dataset: Any) ->
     def make(*, dataset_str: str, **_: Any) -> Any:
         return dataset if dataset_str.startswith(name) else toy.make_vectors(dataset_str=dataset_str)
 
-    monkeypatch.setattr(log_regression, "make_dataset", make)
+    monkeypatch.setattr(data, "make_dataset", make)
 
 
 def changed(name: str, size: int, change: Any) -> toy.Vectors:
@@ -356,7 +370,7 @@ def test_split_that_is_not_there_is_named(key: str, tmp_path: Path, monkeypatch:
         source = make_dataset if dataset_str.startswith("ImageNet") else toy.make_vectors
         return source(dataset_str=dataset_str, **options)
 
-    monkeypatch.setattr(log_regression, "make_dataset", make)
+    monkeypatch.setattr(data, "make_dataset", make)
     model = toy.Backbone()
     options: dict[str, Any] = {key: f"ImageNet:split=TEXT:root={tmp_path}:extra={tmp_path}"}
     with pytest.raises(ValueError, match="TEXT.*TRAIN"):
@@ -370,12 +384,12 @@ def test_classes_of_other_names_are_refused(tmp_path: Path, monkeypatch: pytest.
         other_names(dataset)
         return dataset
 
-    monkeypatch.setattr(log_regression, "make_dataset", make)
+    monkeypatch.setattr(data, "make_dataset", make)
     with pytest.raises(ValueError, match="1 of the 2 classes of eval.test_dataset are not in.* the first is 'fox'"):
         run(make_config(tmp_path, test="test:30"))
 
 
-def test_classes_without_a_training_image_are_told(
+def test_classes_without_a_training_image_give_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def drop_class_2(dataset: Any) -> None:
@@ -384,7 +398,7 @@ def test_classes_without_a_training_image_are_told(
     replace_dataset(monkeypatch, "train", changed("train", 120, drop_class_2))
     with caplog.at_level("WARNING", logger="dinov3"):
         run(make_config(tmp_path))
-    assert "eval.test_dataset has 1 classes without a training image (first: 2)" in caplog.text
+    assert "eval.test_dataset has 1 classes without a training image (2)" in caplog.text
     assert (np.load(tmp_path / "preds.npy")[:, 2] == 0).all()
 
 
@@ -450,10 +464,10 @@ def test_training_images_are_looked_for_under_the_training_class(
             dataset.labels[dataset.labels == 2] = 4
         return dataset
 
-    monkeypatch.setattr(log_regression, "make_dataset", make)
+    monkeypatch.setattr(data, "make_dataset", make)
     with caplog.at_level("WARNING", logger="dinov3"):
         run(make_config(tmp_path, train__max_train_iters=2))
-    assert "eval.test_dataset has 1 classes without a training image (first: 2)" in caplog.text
+    assert "eval.test_dataset has 1 classes without a training image (2)" in caplog.text
 
 
 # The sweep
@@ -496,9 +510,9 @@ def test_command_writes_and_prints_everything(
     monkeypatch.setattr(command_line, "load_model", lambda _: FrozenBackbone(toy.Backbone()))
     tokens = ["model.dino_hub=dinov3_vits16", "train.dataset=train:120", "train.num_workers=0", "train.solver=torch"]
     tokens += ["eval.test_dataset=test:50", "eval.num_workers=0", "features.cache=false", f"output_dir={tmp_path}"]
-    config = parse_arguments(tokens, log_regression.LogregEvalConfig)
+    config = parse_arguments(tokens, LogregEvalConfig)
     results = command_line.run_evaluation(
-        config, evaluate=log_regression.evaluate_log_regression, results_file=log_regression.RESULTS_FILENAME
+        config, evaluate=log_regression.evaluate_log_regression, results_file=RESULTS_FILENAME
     )
     names = ["eval_config.yaml", "results-log-regression.csv", "results-log-regression.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [

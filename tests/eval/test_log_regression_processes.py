@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from dinov3.eval import log_regression
+from dinov3.eval.classification import data
+from dinov3.eval.classification.log_regression_config import RESULTS_FILENAME, Solver
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import write_results
-from dinov3.eval.log_regression import Solver
 from tests.multiprocess import run_ranks
 
 from . import toy
@@ -37,13 +38,13 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
 
 
 def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
-    log_regression.make_dataset = toy.make_vectors  # type: ignore[assignment]
+    data.make_dataset = toy.make_vectors  # type: ignore[assignment]
     results = {}
     for name, options in EVALUATIONS.items():
         config = make_config(root / name, **options)
-        found, _, sweeps = log_regression._score(FrozenBackbone(toy.Backbone()), config)
+        found, _, sweeps = log_regression._fit_and_score(FrozenBackbone(toy.Backbone()), config)
         results[name] = (found, sweeps)
-        write_results(found, config.output_dir, log_regression.RESULTS_FILENAME)
+        write_results(found, config.output_dir, RESULTS_FILENAME)
     return results
 
 
@@ -52,7 +53,7 @@ def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_give_the_files_of_one(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_regression, "make_dataset", toy.make_vectors)
+    monkeypatch.setattr(data, "make_dataset", toy.make_vectors)
     want = evaluate_all(0, 1, tmp_path / "one")
     for results in run_ranks(evaluate_all, world_size, tmp_path / "many"):
         assert results == want

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.eval import knn
-from dinov3.eval.classification import neighbours, neighbours_faiss
+from dinov3.eval.classification import data, neighbours, neighbours_faiss
+from dinov3.eval.classification.knn_config import RESULTS_FILENAME
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command.results import write_results
 from dinov3.eval.features.accumulators import ResultsAccumulator
@@ -37,12 +37,12 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
 
 
 def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
-    knn.make_dataset = toy.make_vectors  # type: ignore[assignment]
+    data.make_dataset = toy.make_vectors  # type: ignore[assignment]
     results = {}
     for name, options in EVALUATIONS.items():
         config = toy.make_config(root / name, **options)
         results[name] = toy.run(config)
-        write_results(results[name], config.output_dir, knn.RESULTS_FILENAME)
+        write_results(results[name], config.output_dir, RESULTS_FILENAME)
     return results
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval import knn
+from dinov3.eval.classification import data
+from dinov3.eval.classification.config import FewShotConfig
+from dinov3.eval.classification.knn_config import EvalConfig, KnnEvalConfig, TrainConfig
 from dinov3.eval.command.model import ModelConfig
 
 N_CLASSES = 6
@@ -69,7 +72,7 @@ class Backbone(nn.Module):
 
 def use_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let dataset strings `<name>:<size>` stand for `Vectors`."""
-    monkeypatch.setattr(knn, "make_dataset", make_vectors)
+    monkeypatch.setattr(data, "make_dataset", make_vectors)
 
 
 def make_vectors(*, dataset_str: str, **_: Any) -> Vectors:
@@ -78,26 +81,22 @@ def make_vectors(*, dataset_str: str, **_: Any) -> Vectors:
     return Vectors(name, int(size))
 
 
-def make_config(
-    output_dir: Any, *, train: str = "train:120", test: str = "test:50", **sections: Any
-) -> knn.KnnEvalConfig:
+def make_config(output_dir: Any, *, train: str = "train:120", test: str = "test:50", **sections: Any) -> KnnEvalConfig:
     """A configuration without loader processes; keyword arguments such as `train__ks` set keys."""
     options: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "few_shot": {}}
     for name, value in sections.items():
         section, _, key = name.partition("__")
         options[section][key] = value
-    return knn.KnnEvalConfig(
+    return KnnEvalConfig(
         model=ModelConfig(),
-        train=knn.TrainConfig(
-            **{"dataset": train, "num_workers": 0, "ks": [5, 20], "batch_size": 16} | options["train"]
-        ),
-        eval=knn.EvalConfig(**{"test_dataset": test, "num_workers": 0} | options["eval"]),
-        few_shot=knn.FewShotConfig(**options["few_shot"]),
+        train=TrainConfig(**{"dataset": train, "num_workers": 0, "ks": [5, 20], "batch_size": 16} | options["train"]),
+        eval=EvalConfig(**{"test_dataset": test, "num_workers": 0} | options["eval"]),
+        few_shot=FewShotConfig(**options["few_shot"]),
         save_results=True,
         output_dir=str(output_dir),
     )
 
 
-def run(config: knn.KnnEvalConfig) -> dict[str, float]:
+def run(config: KnnEvalConfig) -> dict[str, float]:
     """Evaluate the toy backbone."""
     return knn.eval_knn_with_model(model=Backbone(), autocast_dtype=torch.float32, config=config)

@@ -1,6 +1,8 @@
 """Where a public path of the official release lives here: only entries that differ, longest prefix wins."""
 
+CLASSIFICATION = "dinov3.eval.classification"
 METRICS = "dinov3.eval.classification.metrics"
+FEATURES = "dinov3.eval.features"
 TARGETS: dict[str, str] = {
     "dinov3.models.build_model_for_eval": "dinov3.hub.runs.build_model_for_eval",
     # What evaluations share: commands, features, classification.
@@ -10,6 +12,42 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.results": "dinov3.eval.command.results",
     "dinov3.eval.data": "dinov3.eval.classification.data",
     "dinov3.eval.utils": "dinov3.eval.classification.scoring",
+    "dinov3.eval.utils.ModelWithIntermediateLayers": "dinov3.models.intermediate_layers.ModelWithIntermediateLayers",
+    "dinov3.eval.utils.LossType": CLASSIFICATION + ".linear_config.LossType",
+    "dinov3.eval.utils.extract_features": FEATURES + ".extraction.extract_features",
+    "dinov3.eval.utils.extract_features_with_dataloader": FEATURES + ".extraction.extract_features_with_dataloader",
+    "dinov3.eval.utils.load_features_dict": FEATURES + ".files.load_features_dict",
+    "dinov3.eval.utils.save_features_dict": FEATURES + ".files.save_features_dict",
+    # The commands hold their protocol only.
+    "dinov3.eval.knn.KnnEvalConfig": CLASSIFICATION + ".knn_config.KnnEvalConfig",
+    "dinov3.eval.knn.TrainConfig": CLASSIFICATION + ".knn_config.TrainConfig",
+    "dinov3.eval.knn.EvalConfig": CLASSIFICATION + ".knn_config.EvalConfig",
+    "dinov3.eval.knn.TransformConfig": CLASSIFICATION + ".config.TransformConfig",
+    "dinov3.eval.knn.FewShotConfig": CLASSIFICATION + ".config.FewShotConfig",
+    "dinov3.eval.knn.RESULTS_FILENAME": CLASSIFICATION + ".knn_config.RESULTS_FILENAME",
+    "dinov3.eval.knn.MAIN_METRICS": CLASSIFICATION + ".knn_config.MAIN_METRICS",
+    "dinov3.eval.knn.KnnModule": CLASSIFICATION + ".knn_module.KnnModule",
+    "dinov3.eval.knn.DictKeysModule": CLASSIFICATION + ".scoring.DictKeysModule",
+    "dinov3.eval.knn.make_transform": CLASSIFICATION + ".data.make_transform",
+    "dinov3.eval.knn.make_test_data_loader": FEATURES + ".extraction.make_enumerated_loader",
+    "dinov3.eval.log_regression.LogregEvalConfig": CLASSIFICATION + ".log_regression_config.LogregEvalConfig",
+    "dinov3.eval.log_regression.TrainConfig": CLASSIFICATION + ".log_regression_config.TrainConfig",
+    "dinov3.eval.log_regression.EvalConfig": CLASSIFICATION + ".log_regression_config.EvalConfig",
+    "dinov3.eval.log_regression.TransformConfig": CLASSIFICATION + ".config.TransformConfig",
+    "dinov3.eval.log_regression.FewShotConfig": CLASSIFICATION + ".config.FewShotConfig",
+    "dinov3.eval.log_regression.RESULTS_FILENAME": CLASSIFICATION + ".log_regression_config.RESULTS_FILENAME",
+    "dinov3.eval.log_regression.MAIN_METRICS": CLASSIFICATION + ".log_regression_config.MAIN_METRICS",
+    "dinov3.eval.log_regression.LogRegModule": CLASSIFICATION + ".log_regression_module.LogRegModule",
+    "dinov3.eval.log_regression.C_POWER_RANGE": CLASSIFICATION + ".log_regression_module.C_POWER_RANGE",
+    "dinov3.eval.log_regression.train_for_C": CLASSIFICATION + ".log_regression_module.train_for_C",
+    "dinov3.eval.log_regression.sweep_C_values": CLASSIFICATION + ".log_regression_module.sweep_C_values",
+    "dinov3.eval.log_regression.get_best_logreg_with_features": (
+        CLASSIFICATION + ".log_regression_module.get_best_logreg_with_features"
+    ),
+    "dinov3.eval.log_regression.make_transform": CLASSIFICATION + ".data.make_transform",
+    "dinov3.eval.log_regression.make_logreg_data_loader": FEATURES + ".extraction.make_enumerated_loader",
+    "dinov3.eval.linear.RESULTS_FILENAME": CLASSIFICATION + ".linear_config.RESULTS_FILENAME",
+    "dinov3.eval.linear.MAIN_METRICS": CLASSIFICATION + ".linear_config.MAIN_METRICS",
     "dinov3.eval.accumulators": "dinov3.eval.features.accumulators",
     "dinov3.eval.metrics": METRICS,
     "dinov3.eval.metrics.classification": METRICS + ".classification",

@@ -13,9 +13,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dinov3.eval import knn
+from dinov3.eval.classification import data, knn_config
+from dinov3.eval.classification.config import FewShotConfig
 from dinov3.eval.classification.data import (
     create_train_dataset_dict,
 )
+from dinov3.eval.classification.knn_config import EvalConfig, KnnEvalConfig, TrainConfig
+from dinov3.eval.classification.knn_module import KnnModule
 from dinov3.eval.classification.metrics import (
     AveragingMethod,
     ClassificationMetricType,
@@ -25,7 +29,7 @@ from dinov3.eval.command import results
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.command.results import write_results
-from dinov3.eval.features.extraction import extract_features
+from dinov3.eval.features.extraction import extract_features, make_enumerated_loader
 from tests.parity import deterministic, golden
 from tests.parity.classification import Samples, assert_close, assert_tensor, by_id, case_of, expected, make_input
 
@@ -37,9 +41,9 @@ def as_plain(config: Any) -> Any:
 
 @by_id("config.knn.defaults")
 def test_defaults(case: dict[str, Any]) -> None:
-    assert_close(case, as_plain(knn.KnnEvalConfig), case["outputs"]["config"]["value"])
-    assert case["outputs"]["results_filename"]["value"] == knn.RESULTS_FILENAME
-    assert case["outputs"]["main_metrics"]["value"] == knn.MAIN_METRICS
+    assert_close(case, as_plain(KnnEvalConfig), case["outputs"]["config"]["value"])
+    assert case["outputs"]["results_filename"]["value"] == knn_config.RESULTS_FILENAME
+    assert case["outputs"]["main_metrics"]["value"] == knn_config.MAIN_METRICS
 
 
 @by_id("config.model.defaults")
@@ -62,7 +66,7 @@ def test_enumerations_are_members_of_the_published_ones(case: dict[str, Any]) ->
 def test_command_lines(entry: dict[str, Any]) -> None:
     eval_args = cli_parser(entry["argv"])
     assert eval_args == entry["cli"]
-    config, output_dir = args_dict_to_dataclass(eval_args, knn.KnnEvalConfig, save_config=False)
+    config, output_dir = args_dict_to_dataclass(eval_args, KnnEvalConfig, save_config=False)
     assert output_dir == entry["output_dir"]
     assert_close({"rtol": 1e-12, "atol": 0}, as_plain(config), entry["config"])
 
@@ -71,12 +75,12 @@ def test_command_lines(entry: dict[str, Any]) -> None:
 def test_wrong_command_lines_are_refused(entry: dict[str, Any]) -> None:
     key = "eval.test_dataset" if entry["why"].startswith("mandatory") else entry["argv"][-1].split("=")[0]
     with pytest.raises(ValueError, match=re.escape(key)):
-        args_dict_to_dataclass(cli_parser(entry["argv"]), knn.KnnEvalConfig, save_config=False)
+        args_dict_to_dataclass(cli_parser(entry["argv"]), KnnEvalConfig, save_config=False)
 
 
-def knn_module(case: dict[str, Any], **options: Any) -> knn.KnnModule:
+def knn_module(case: dict[str, Any], **options: Any) -> KnnModule:
     inputs = case["inputs"]
-    return knn.KnnModule(
+    return KnnModule(
         train_features=make_input(inputs["X"]),
         train_labels=make_input(inputs["Y"]),
         device="cpu",
@@ -120,16 +124,16 @@ def test_eval_knn(case: dict[str, Any]) -> None:
     per_k = knn.eval_knn(
         model=nn.Identity(),
         train_data_dict=train,
-        test_data_loader=knn.make_test_data_loader(test_set, batch_size=32, num_workers=0),
+        test_data_loader=make_enumerated_loader(test_set, batch_size=32, num_workers=0),
         metric_collection=build_classification_metric(
             ClassificationMetricType[inputs["metric"]], num_classes=inputs["C"]
         ),
-        knn_config=knn.TrainConfig(dataset="", ks=inputs["ks"], temperature=inputs["T"]),
+        knn_config=TrainConfig(dataset="", ks=inputs["ks"], temperature=inputs["T"]),
         num_classes=inputs["C"],
     )
     assert_close(case, per_k, case["outputs"]["per_k"]["value"])
     assert len(per_k) == len(case["outputs"]["per_k"]["value"])
-    table = knn._log_and_format_results_dict(per_k, max(1, inputs["tries"]))
+    table = knn.make_columns(per_k, max(1, inputs["tries"]))
     assert_table(case, table, case["outputs"]["table"]["value"])
 
 
@@ -163,26 +167,26 @@ def numbers(text: str) -> list[float]:
 @by_id("e2e.knn")
 def test_whole_evaluation(case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case["inputs"]
-    monkeypatch.setattr(knn, "make_dataset", lambda *, dataset_str, **_: toy_dataset(case, dataset_str))
-    config = knn.KnnEvalConfig(
+    monkeypatch.setattr(data, "make_dataset", lambda *, dataset_str, **_: toy_dataset(case, dataset_str))
+    config = KnnEvalConfig(
         model=ModelConfig(),
-        train=knn.TrainConfig(dataset="TOY_TRAIN", num_workers=0, ks=inputs["ks"], temperature=inputs["T"]),
-        eval=knn.EvalConfig(test_dataset="TOY_TEST", num_workers=0),
-        few_shot=knn.FewShotConfig(**(inputs["few_shot"] or {})),
+        train=TrainConfig(dataset="TOY_TRAIN", num_workers=0, ks=inputs["ks"], temperature=inputs["T"]),
+        eval=EvalConfig(test_dataset="TOY_TEST", num_workers=0),
+        few_shot=FewShotConfig(**(inputs["few_shot"] or {})),
         save_results=True,
         output_dir=str(tmp_path),
     )
     model = deterministic.fill_(Linear(), 70)
     table = knn.eval_knn_with_model(model=model, autocast_dtype=torch.float32, config=config)
-    write_results(table, str(tmp_path), knn.RESULTS_FILENAME)
+    write_results(table, str(tmp_path), knn_config.RESULTS_FILENAME)
 
     outputs = {name: output["value"] for name, output in case["outputs"].items()}
     assert_table(case, table, outputs["results"])
     assert sorted(path.name for path in tmp_path.iterdir()) == outputs["files"]
-    csv = results.load(tmp_path / knn.RESULTS_FILENAME)
+    csv = results.load(tmp_path / knn_config.RESULTS_FILENAME)
     assert_table(case, {name: values[0] for name, values in csv.columns.items()}, outputs["results"])
     if not inputs["few_shot"]:
-        assert numbers((tmp_path / knn.RESULTS_FILENAME).read_text()) == pytest.approx(
+        assert numbers((tmp_path / knn_config.RESULTS_FILENAME).read_text()) == pytest.approx(
             numbers(outputs["csv"]), abs=1e-4
         )
     lines = (tmp_path / "results_eval_knn.json").read_text()

@@ -17,6 +17,7 @@ from torch import Tensor
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data.samplers import InfiniteSampler
 from dinov3.eval import linear
+from dinov3.eval.classification import linear_config
 from dinov3.eval.classification.linear_heads import AllClassifiers, classifier_names
 from dinov3.eval.classification.linear_training import train_step
 from dinov3.eval.classification.metrics import ClassificationMetricType
@@ -36,8 +37,8 @@ def blocks_of(case: dict[str, Any]) -> Blocks:
 def test_defaults(case: dict[str, Any]) -> None:
     config = OmegaConf.to_container(OmegaConf.structured(linear.LinearEvalConfig), enum_to_str=True)
     assert_close({"rtol": 1e-12, "atol": 0}, config, case["outputs"]["config"]["value"])
-    assert case["outputs"]["results_filename"]["value"] == linear.RESULTS_FILENAME
-    assert case["outputs"]["main_metrics"]["value"] == linear.MAIN_METRICS
+    assert case["outputs"]["results_filename"]["value"] == linear_config.RESULTS_FILENAME
+    assert case["outputs"]["main_metrics"]["value"] == linear_config.MAIN_METRICS
 
 
 @by_id("config.enums")
@@ -217,12 +218,12 @@ def test_files_of_a_whole_evaluation(case: dict[str, Any], tmp_path: Path, monke
         save_results=True,
     )
     results = linear_toy.run(config)
-    write_results(results, tmp_path, linear.RESULTS_FILENAME)
+    write_results(results, tmp_path, linear_config.RESULTS_FILENAME)
     assert list(results) == outputs["result_keys"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert [name for name in files if not name.endswith(".jsonl")] == outputs["files"]
     assert layout((tmp_path / "results_eval_linear.json").read_text()) == layout(outputs["json"])
-    header, row = csv.reader(io.StringIO((tmp_path / linear.RESULTS_FILENAME).read_text()))
+    header, row = csv.reader(io.StringIO((tmp_path / linear_config.RESULTS_FILENAME).read_text()))
     want_header, want_row = csv.reader(io.StringIO(outputs["csv"]))
     assert header == want_header and len(row) == len(want_row)
     checkpoint = torch.load(tmp_path / "checkpoints" / "final" / "checkpoint.pth", weights_only=True)

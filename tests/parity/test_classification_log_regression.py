@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from dinov3.eval import log_regression
+from dinov3.eval.classification import data, log_regression_config
 from dinov3.eval.classification.data import split_train_val_datasets
-from dinov3.eval.classification.log_regression_module import C_VALUES
+from dinov3.eval.classification.log_regression_config import EvalConfig, LogregEvalConfig, Solver, TrainConfig
+from dinov3.eval.classification.log_regression_module import (
+    C_VALUES,
+    LogRegModule,
+    get_best_logreg_with_features,
+    train_for_C,
+)
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command import results
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.command.results import write_results
 from dinov3.eval.features.cache import FeaturesConfig
-from dinov3.eval.log_regression import LogregEvalConfig, Solver, TrainConfig
 from tests.parity import deterministic
 from tests.parity.classification import assert_close, assert_tensor, by_id, case_of, expected, make_input
 from tests.parity.test_classification_knn import Linear, as_plain, numbers, toy_dataset
@@ -31,8 +37,8 @@ solvers = pytest.mark.parametrize("solver", [Solver.SKLEARN, Solver.TORCH], ids=
 @by_id("config.logreg.defaults")
 def test_defaults(case: dict[str, Any]) -> None:
     assert_close(case, as_plain(LogregEvalConfig), case["outputs"]["config"]["value"])
-    assert case["outputs"]["results_filename"]["value"] == log_regression.RESULTS_FILENAME
-    assert case["outputs"]["main_metrics"]["value"] == log_regression.MAIN_METRICS
+    assert case["outputs"]["results_filename"]["value"] == log_regression_config.RESULTS_FILENAME
+    assert case["outputs"]["main_metrics"]["value"] == log_regression_config.MAIN_METRICS
 
 
 @pytest.mark.parametrize("entry", case_of("config.errors")["outputs"]["cases"]["value"], ids=lambda e: e["why"])
@@ -72,8 +78,8 @@ def test_splits(case: dict[str, Any]) -> None:
         assert [sample for sample, _ in part] == case["outputs"][name]["value"]
 
 
-def fit(features: Tensor, labels: Tensor, C: float, solver: Solver) -> log_regression.LogRegModule:
-    return log_regression.train_for_C(
+def fit(features: Tensor, labels: Tensor, C: float, solver: Solver) -> LogRegModule:
+    return train_for_C(
         C=C, train_features=features, train_labels=labels, logreg_config=TrainConfig(dataset="", solver=solver)
     )
 
@@ -118,7 +124,7 @@ def test_sweeps(case: dict[str, Any], solver: Solver) -> None:
     labels = {name: make_input(inputs[name]) for name in ("Y", "val_Y", "test_Y")}
     num_classes = int(labels["Y"].max()) + 1
     make_metric = lambda: build_classification_metric(ClassificationMetricType.MEAN_ACCURACY, num_classes=num_classes)  # noqa: E731
-    model = log_regression.get_best_logreg_with_features(
+    model = get_best_logreg_with_features(
         train_features=make_input(inputs["X"]),
         train_labels=labels["Y"],
         val_features=make_input(inputs["val_X"]),
@@ -145,27 +151,27 @@ def test_sweeps(case: dict[str, Any], solver: Solver) -> None:
 def test_whole_evaluation(
     case: dict[str, Any], solver: Solver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_regression, "make_dataset", lambda *, dataset_str, **_: toy_dataset(case, dataset_str))
+    monkeypatch.setattr(data, "make_dataset", lambda *, dataset_str, **_: toy_dataset(case, dataset_str))
     config = LogregEvalConfig(
         model=ModelConfig(),
         train=TrainConfig(dataset="TOY_TRAIN", val_dataset=case["inputs"]["val_dataset"], num_workers=0, solver=solver),
-        eval=log_regression.EvalConfig(test_dataset="TOY_TEST", num_workers=0),
+        eval=EvalConfig(test_dataset="TOY_TEST", num_workers=0),
         features=FeaturesConfig(cache=False),
         save_results=True,
         output_dir=str(tmp_path),
     )
     model = deterministic.fill_(Linear(), 70)
     table = log_regression.eval_log_regression_with_model(model=model, autocast_dtype=torch.float32, config=config)
-    write_results(table, str(tmp_path), log_regression.RESULTS_FILENAME)
+    write_results(table, str(tmp_path), log_regression_config.RESULTS_FILENAME)
 
     outputs = case["outputs"]
     one_sample = {"rtol": 0, "atol": 100 / 70 + 1e-4}
     assert list(table) == list(outputs["results"]["value"])
     assert_close(one_sample, table, outputs["results"]["value"])
     assert sorted(path.name for path in tmp_path.iterdir()) == outputs["files"]["value"]
-    text = (tmp_path / log_regression.RESULTS_FILENAME).read_text()
+    text = (tmp_path / log_regression_config.RESULTS_FILENAME).read_text()
     assert text.splitlines()[0] == outputs["csv"]["value"].splitlines()[0]
     assert numbers(text)[2:] == pytest.approx(numbers(outputs["csv"]["value"])[2:], abs=one_sample["atol"])
-    csv = results.load(tmp_path / log_regression.RESULTS_FILENAME)
+    csv = results.load(tmp_path / log_regression_config.RESULTS_FILENAME)
     assert {name: values[0] for name, values in csv.columns.items()} == pytest.approx(table)
     assert_tensor(case, torch.from_numpy(np.load(tmp_path / "preds.npy")), "preds")

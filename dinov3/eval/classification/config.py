@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
@@ -17,12 +18,17 @@ logger = logging.getLogger("dinov3")
 
 @dataclass
 class TransformConfig:
-    """Short side after resizing, and the side of the central crop, in pixels; and how pixels are normalised."""
+    """How images are prepared: resized, cropped in the centre, normalised."""
+
+    #: resize_size / crop_size of the published protocol; another one gets a warning.
+    CUSTOMARY_RATIO: ClassVar[float] = 256 / 224
 
     resize_size: int = key(256, "short side after resizing, pixels")
     crop_size: int = key(224, "side of the central crop, pixels")
-    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the channels, for values from 0 to 1; that of ImageNet")
-    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "standard deviation of the channels, likewise")
+    mean: list[float] = key(
+        list(IMAGENET_DEFAULT_MEAN), "mean of the channels, for values from 0 to 1; default: that of ImageNet"
+    )
+    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "standard deviation of the channels; default: that of ImageNet")
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= self.resize_size:
@@ -30,7 +36,6 @@ class TransformConfig:
                 f"transform.resize_size={self.resize_size}, transform.crop_size={self.crop_size}: expected a crop of 1 "
                 "pixel or more, and not larger than the resized image, or the rest of it would be black"
             )
-
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or min(values) < 0 or max(values) > 1 or (name == "std" and min(values) == 0):
                 raise ValueError(f"transform.{name}={list(values)}: expected three numbers between 0 and 1")
@@ -53,7 +58,7 @@ class TransformConfig:
             )
 
     def check_patches(self, model: nn.Module) -> None:
-        """Refuse crops that are smaller than a patch of the model; warns where some pixels belong to no patch.
+        """Refuse crops smaller than a patch of the model; warn if some pixels belong to no patch.
 
         Raises:
             ValueError: names both sizes.
@@ -67,8 +72,8 @@ class TransformConfig:
             )
         if left := self.crop_size % patch_size:
             logger.warning(
-                "transform.crop_size=%d is no multiple of the model's patches of %d pixels: the last %d rows and "
-                "columns belong to no patch",
+                "transform.crop_size=%d is not a multiple of the model's patch size of %d: the last %d rows and "
+                "columns of pixels are not seen",
                 self.crop_size,
                 patch_size,
                 left,

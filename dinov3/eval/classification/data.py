@@ -1,4 +1,4 @@
-"""Labels, few-shot subsets and training features of labelled datasets.
+"""Labelled datasets of the classification evaluations: labels, checks, few-shot subsets and training features.
 
 Notable: labels are read without decoding an image wherever the dataset can give them; few-shot tries that overlap share
 their features.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,18 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
-from dinov3.eval.classification.metrics import ClassificationMetricType, TargetKind, check_targets
+from dinov3.data import make_classification_eval_transform, make_dataset
+from dinov3.data.transforms import get_target_transform
+from dinov3.eval.classification.config import TransformConfig
+from dinov3.eval.classification.metrics import (
+    ClassificationMetricType,
+    TargetKind,
+    build_classification_metric,
+    check_targets,
+)
 from dinov3.eval.features.cache import FeatureCache, extract_cached
 from dinov3.eval.features.extraction import Spill, gather_rows, take_rows
+from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
 
@@ -33,7 +43,7 @@ class SubsetEx(Subset[Any]):
 
     @property
     def transforms(self) -> Any:
-        """The transforms of the dataset."""
+        """Those of the dataset."""
         return getattr(self.dataset, "transforms", None)
 
     def get_target(self, index: int) -> Any:
@@ -50,13 +60,106 @@ class SubsetEx(Subset[Any]):
         return [targets[index] for index in self.indices]
 
 
-def get_target_transform(dataset: Any) -> Any:
-    """What the dataset applies to its targets; None if nothing."""
-    return getattr(getattr(dataset, "transforms", None), "target_transform", None)
+@dataclass(frozen=True)
+class ScoredDataset:
+    """Images on which a classifier is scored, checked against what it was trained on (`make_scored_dataset`).
+
+    Attributes:
+        dataset: gives (image, target), targets as the metric needs them.
+        metric: what is measured; to be cloned (`build_classification_metric`).
+        class_mapping: int64, the training class of each class that is scored; None for all training classes.
+        labels: the training class of each image [N], or multi-hot rows [N, L]; None if only the images would show them.
+        collate_fn: makes batches of images and targets; None for the default.
+    """
+
+    dataset: Any
+    metric: Any
+    class_mapping: Tensor | None
+    labels: Tensor | None
+    collate_fn: Any
+
+
+def make_transform(config: TransformConfig) -> Any:
+    """Resize the short side, crop the centre, normalise; warn if the crop is larger or smaller than customary."""
+    if abs(config.resize_size - config.crop_size * config.CUSTOMARY_RATIO) > 1:
+        customary = round(config.crop_size * config.CUSTOMARY_RATIO)
+        logger.warning(
+            "transform: images are resized to %d for crops of %d; customary is %d",
+            config.resize_size,
+            config.crop_size,
+            customary,
+        )
+    return make_classification_eval_transform(
+        resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
+    )
+
+
+def open_dataset(dataset_str: str, transform: Any, name: str) -> Any:
+    """Open a labelled dataset; a ValueError names the setting `name` if it has no images."""
+    dataset = make_dataset(
+        dataset_str=dataset_str, transform=transform, target_transform=get_target_transform(dataset_str)
+    )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    return dataset
+
+
+def read_train_labels(dataset: Any) -> Tensor:
+    """Return the labels to train on, [N] or [N, L]; raises a ValueError if all images are of one class."""
+    labels = get_labels(dataset)
+    if labels.ndim == 1 and int(labels.min()) == int(labels.max()):
+        raise ValueError(
+            f"all {len(labels)} training images are of class {int(labels[0])}: a classifier needs at least two classes"
+        )
+    return labels
+
+
+def make_scored_dataset(
+    dataset: Any, metric_type: ClassificationMetricType, *, train_dataset: Any, num_classes: int, name: str
+) -> ScoredDataset:
+    """Check that a trained classifier can be scored on a dataset, before any image is read.
+
+    Args:
+        dataset: gives (image, target).
+        metric_type: what is measured.
+        train_dataset: what the classifier is trained on.
+        num_classes: number of training classes.
+        name: what messages call the dataset.
+
+    Raises:
+        ValueError: the dataset has classes that the training set lacks, or targets that the metric cannot take.
+    """
+    class_mapping = find_class_mapping(train_dataset, dataset, name)
+    check_class_mapping(class_mapping, num_classes, name)
+    n_scored = num_classes if class_mapping is None else len(class_mapping)
+    labels = check_test_labels(dataset, metric_type, n_scored, name)
+    if class_mapping is not None and labels is not None and labels.ndim == 1:
+        labels = class_mapping[labels]
+    return ScoredDataset(
+        dataset,
+        build_classification_metric(metric_type, num_classes=n_scored, dataset=dataset),
+        class_mapping,
+        labels,
+        collate_fn=pad_multilabel_and_collate if metric_type.target_kind is TargetKind.LISTS else None,
+    )
+
+
+def warn_of_untrained_classes(scored: ScoredDataset, train_labels: Tensor, name: str) -> None:
+    """Log a warning if images are of classes without a training image, as far as labels are known."""
+    if scored.labels is None or scored.labels.ndim > 1:
+        return
+    untrained = sorted(set(scored.labels.tolist()) - set(train_labels.tolist()))
+    if untrained:
+        logger.warning(
+            "%s has %d classes without a training image (%s); their images count as misclassified",
+            name,
+            len(untrained),
+            list_names(untrained),
+        )
 
 
 def get_labels(dataset: Any) -> Tensor:
-    """The labels of a dataset, by `get_targets()`, else `get_target(i)`, else from the samples.
+    """Return the labels of a dataset, from `get_targets()`, otherwise `get_target(i)`, otherwise the samples.
 
     Returns:
         int64 [N], or multi-hot [N, L].
@@ -64,43 +167,46 @@ def get_labels(dataset: Any) -> Tensor:
     Raises:
         ValueError: the dataset has no labels, or they are not integers of one shape.
     """
-    labels = get_labels_without_images(dataset)
-    if labels is None:
-        labels = _as_labels([dataset[index][1] for index in range(len(dataset))], dataset)
-    return labels
+    if _has_separate_targets(dataset):
+        return _as_labels(_targets_without_images(dataset), dataset)
+    return _as_labels([dataset[index][1] for index in range(len(dataset))], dataset)
 
 
-def get_labels_without_images(dataset: Any) -> Tensor | None:
-    """As `get_labels`, but None if only loading the samples would tell."""
-    return _as_labels(_targets_without_images(dataset), dataset) if _tells_targets(dataset) else None
+def get_num_classes(dataset: Any) -> int:
+    """Return the largest label + 1, or the width of multi-hot labels."""
+    return count_classes(get_labels(dataset))
+
+
+def count_classes(labels: Tensor) -> int:
+    """Return the largest label + 1 of labels [N], or the width L of multi-hot labels [N, L]."""
+    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
 def check_test_labels(
     dataset: Any, metric_type: ClassificationMetricType, num_classes: int, name: str
 ) -> Tensor | None:
-    """Refuse targets that a metric cannot take, or classes that a classifier does not have, before an image is read.
+    """Refuse targets that a metric cannot take or classes that a classifier does not have, before an image is read.
 
     Args:
         dataset: with targets as the metric wants them.
         metric_type: the metric.
-        num_classes: of the classifier, those that are scored.
+        num_classes: number of classes that are scored.
         name: what messages call the dataset.
 
     Returns:
-        The labels, [N] or [N, L]; None where only loading the samples would tell, and where they are lists or indices.
+        The labels, [N] or [N, L]; None if only the samples would show them, or if they are lists or indices.
 
     Raises:
         ValueError: says what was expected.
     """
     kind = metric_type.target_kind
-    if kind is TargetKind.INDICES or not _tells_targets(dataset):
+    if kind is TargetKind.INDICES or not _has_separate_targets(dataset):
         return None
     if kind is TargetKind.LISTS:
         _check_largest_class(_largest_of_lists(dataset, metric_type, name), num_classes, name)
         return None
-    labels = get_labels_without_images(dataset)
+    labels = _as_labels(_targets_without_images(dataset), dataset)
     check_targets(metric_type, labels, name)
-    assert labels is not None
     if kind is TargetKind.MULTI_HOT:
         if labels.shape[1] != num_classes:
             raise ValueError(
@@ -111,13 +217,8 @@ def check_test_labels(
     return labels
 
 
-def get_num_classes(dataset: Any) -> int:
-    """The largest label + 1, or the width of multi-hot labels."""
-    return _num_classes(get_labels(dataset))
-
-
 def create_class_indices_mapping(labels: Tensor) -> dict[int, Tensor]:
-    """The samples of each class.
+    """Group samples by class.
 
     Args:
         labels: int64 [N], or multi-hot [N, L].
@@ -137,7 +238,7 @@ def create_train_dataset_dict(
     few_shot_k_or_percent: float | None = None,
     few_shot_n_tries: int = 1,
 ) -> dict[int, Any]:
-    """The training sets of an evaluation, by try.
+    """Return the training sets of an evaluation, by try.
 
     Args:
         dataset: the labelled dataset.
@@ -206,21 +307,21 @@ def extract_features_for_dataset_dict(
     cache: FeatureCache | None = None,
     spill: Spill | None = None,
 ) -> dict[int, dict[str, Tensor]]:
-    """The training features of each try; samples that several tries share go through the model once.
+    """Extract the training features of each try; samples that several tries share go through the model once.
 
     Args:
         model: gives [B, D] for a batch of images.
-        dataset_dict: datasets by try, as of `create_train_dataset_dict`.
+        dataset_dict: datasets by try, as returned by `create_train_dataset_dict`.
         batch_size: images per step and process.
-        num_workers: of the loader.
-        gather_on_cpu: return CPU tensors instead of such on the model's device.
-        shard_above_bytes: with several processes, leave each its own rows if all would take more memory than this.
+        num_workers: loader processes.
+        gather_on_cpu: return tensors on the CPU instead of the model's device.
+        shard_above_bytes: with several processes, each keeps only its own rows if all would take more memory than this.
         cache: where features are looked up, and put.
         spill: for features that are too large for memory.
 
     Returns:
-        `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. Where rows are left to their
-        process: its [n, D] features, the labels of all N, and `"train_rows"` (int64 [n]), which of the N it has.
+        `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. If each process keeps its own
+        rows: its [n, D] features, the labels of all N, and `"train_rows"` (int64 [n]), which of the N it has.
     """
     dataset, positions = _union(dataset_dict)
     rows = extract_cached(
@@ -272,20 +373,23 @@ def pad_multilabel_and_collate(batch: Sequence[Any], pad_value: int = -1) -> tup
 
 
 def find_class_mapping(train_dataset: Any, test_dataset: Any, name: str) -> Tensor | None:
-    """Which of the training classes a test set has, if it has but a part of them, as ImageNet-R and ImageNet-A do.
+    """Find which of the training classes a test set has, if it has only some, as ImageNet-R and ImageNet-A do.
 
     Args:
-        train_dataset: with or without `classes`, the names of its classes.
-        test_dataset: likewise; or it tells by `get_imagenet_class_mapping()`.
+        train_dataset: has `classes`, the names of its classes, or not; a `Subset` has those of its dataset.
+        test_dataset: the same; or it has `get_imagenet_class_mapping()`.
         name: what messages call the test set.
 
     Returns:
-        int64, the training class of each test class: scores are to be reduced to these columns. None if both have the
-        same classes, or have no names.
+        int64, the training class of each test class: scores are reduced to these columns. None if both have the same
+        classes, or classes without names.
 
     Raises:
         ValueError: the test set has a class that the training set does not have; names the first.
     """
+    train_dataset, test_dataset = (
+        dataset.dataset if isinstance(dataset, Subset) else dataset for dataset in (train_dataset, test_dataset)
+    )
     mapping = getattr(test_dataset, "get_imagenet_class_mapping", lambda: None)()
     if mapping is not None:
         return torch.as_tensor(mapping, dtype=torch.int64)
@@ -296,27 +400,24 @@ def find_class_mapping(train_dataset: Any, test_dataset: Any, name: str) -> Tens
     if unknown := [test_name for test_name in test_names if test_name not in places]:
         raise ValueError(
             f"{len(unknown)} of the {len(test_names)} classes of {name} are not in the training set, the first is "
-            f"{unknown[0]!r}; the training set has {_first(train_names)}: give both the same class folders"
+            f"{unknown[0]!r}; the training set has {list_names([*map(repr, train_names)])}: give both the same class "
+            "folders"
         )
     logger.warning(
-        "%s has %d of the %d training classes: scores of the others are left out", name, len(test_names), len(places)
+        "%s has %d of the %d training classes: only their scores are compared", name, len(test_names), len(places)
     )
     return torch.tensor([places[test_name] for test_name in test_names])
 
 
 def check_class_mapping(mapping: Tensor | None, num_classes: int, name: str) -> None:
-    """Refuse a test set that is a part of more classes than were trained.
-
-    Raises:
-        ValueError: names both numbers.
-    """
+    """Raise a ValueError if the test set has classes beyond those that were trained."""
     if mapping is not None and int(mapping.max()) >= num_classes:
         raise ValueError(
-            f"{name} is a part of {int(mapping.max()) + 1} or more classes, train.dataset has {num_classes}"
+            f"{name} has some of at least {int(mapping.max()) + 1} classes, but train.dataset has only {num_classes}"
         )
 
 
-def _tells_targets(dataset: Any) -> bool:
+def _has_separate_targets(dataset: Any) -> bool:
     return hasattr(dataset, "get_targets") or hasattr(dataset, "get_target")
 
 
@@ -325,7 +426,8 @@ def _targets_without_images(dataset: Any) -> Any:
         targets = dataset.get_targets()
     else:
         targets = [dataset.get_target(index) for index in range(len(dataset))]
-    transform = get_target_transform(dataset)
+    # `get_targets` gives them as stored; the samples, and so the metrics, have them transformed.
+    transform = getattr(getattr(dataset, "transforms", None), "target_transform", None)
     return targets if targets is None or transform is None else [transform(target) for target in targets]
 
 
@@ -348,14 +450,10 @@ def _check_largest_class(largest: int, num_classes: int, name: str) -> None:
         raise ValueError(f"{name} has class {largest}, but the classifier has only {num_classes} classes")
 
 
-def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else "")
-
-
 def _as_labels(targets: Any, dataset: Any) -> Tensor:
     name = type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__
     if targets is None or (len(targets) and any(target is None for target in (targets[0], targets[-1]))):
-        raise ValueError(f"the dataset {name} has no labels; an ImageFolder has them if each class has its sub-folder")
+        raise ValueError(f"the dataset {name} has no labels; an ImageFolder has them if each class is a sub-folder")
     try:
         array = np.stack([np.asarray(t) for t in targets]) if isinstance(targets, list) else np.asarray(targets)
     except ValueError as error:
@@ -369,14 +467,10 @@ def _as_labels(targets: Any, dataset: Any) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _num_classes(labels: Tensor) -> int:
-    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-
-
 def _draw_from_each_class(
     mapping: Mapping[int, Tensor], seed: int, *, count: int | None = None, fraction: float = 0
 ) -> Tensor:
-    # `count` of each class, or else a fraction, which may be more than 1: all.
+    # `count` of each class, or otherwise a fraction; above 1 it means all.
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for samples in mapping.values():

@@ -14,9 +14,13 @@ from dinov3.eval.classification.neighbours_faiss import BACKENDS
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.features.cache import FeaturesConfig
 
+RESULTS_FILENAME = "results-knn.csv"
+#: Regular expressions of the columns that `eval.report` shows.
+MAIN_METRICS = [".* Top 1"]
+
 
 class Feature(Enum):
-    """What stands for an image."""
+    """What represents an image."""
 
     CLS = "cls"
     PATCH_MEAN = "patch_mean"

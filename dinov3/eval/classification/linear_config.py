@@ -19,6 +19,9 @@ from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.features.cache import FeaturesConfig
 
+RESULTS_FILENAME = "results-linear.csv"
+#: Regular expressions of the columns that `eval.report` shows.
+MAIN_METRICS = [".*_accuracy(_mean)?"]
 LEARNING_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dinov3 import distributed
-from dinov3.eval.classification.scoring import ModelWithIntermediateLayers
 from dinov3.eval.features.extraction import model_device
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 Tokens = Sequence[tuple[Tensor, Tensor]]
 

@@ -37,11 +37,11 @@ from dinov3.eval.classification.linear_heads import (
     setup_linear_classifiers,
     without_ddp_prefix,
 )
-from dinov3.eval.classification.scoring import ModelWithIntermediateLayers
 from dinov3.eval.command.progress import Progress
 from dinov3.eval.features.cache import FeatureCache, extract_cached, weights_digest
 from dinov3.eval.features.extraction import gather_rows, model_device, usable_workers
 from dinov3.eval.training.loader import TrainOrder, make_train_loader
+from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.utils.files import publish_directory, temporary_beside
 
 logger = logging.getLogger("dinov3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from omegaconf import MISSING
@@ -16,6 +17,9 @@ from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.utils import as_torch_dtype
 
+RESULTS_FILENAME = "results-log-regression.csv"
+#: Regular expressions of the columns that `eval.report` shows.
+MAIN_METRICS = ["top-1(_mean)?"]
 DTYPES = ("float32", "float64")
 AUTO_DTYPE = "auto"
 #: Multiply-adds of a pass over the features below which float64 costs little: there, calls of functions take most time.
@@ -99,7 +103,9 @@ class EvalConfig:
 
 @dataclass
 class LogregTransformConfig(TransformConfig):
-    """Short side after resizing, and the side of the central crop, in pixels."""
+    """As for the other evaluations, but the whole short side is seen."""
+
+    CUSTOMARY_RATIO: ClassVar[float] = 1.0
 
     resize_size: int = key(224, "short side after resizing, pixels")
 
@@ -116,6 +122,10 @@ class LogregEvalConfig:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     save_results: bool = key(False, "write class probabilities and targets as .npy")
     output_dir: str = key("", "where results go; . on the command line")
+
+    def resolved_test_metric_type(self) -> ClassificationMetricType:
+        """Return the metric of the test images."""
+        return self.eval.test_metric_type or self.train.val_metric_type
 
     def check(self) -> None:
         """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""

@@ -1,4 +1,4 @@
-"""What evaluations put around a backbone, the loop that scores a model, and small things with results."""
+"""What evaluations wrap around a backbone, the loop that scores a model, and averages and files of its results."""
 
 from __future__ import annotations
 
@@ -13,30 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.eval.classification.linear_config import LossType
 from dinov3.eval.command.results import as_file_name
 from dinov3.eval.features.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
-from dinov3.eval.features.extraction import extract_features, extract_features_with_dataloader
-from dinov3.eval.features.files import load_features_dict, save_features_dict
-from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
-
-__all__ = [
-    "LossType",
-    "ModelWithIntermediateLayers",
-    "ModelWithMultiScale",
-    "ModelWithNormalize",
-    "ModelWithPatchMean",
-    "all_gather_and_flatten",
-    "average_metrics",
-    "evaluate",
-    "extract_features",
-    "extract_features_with_dataloader",
-    "load_features_dict",
-    "save_features_dict",
-    "save_per_class",
-    "save_results",
-    "wrap_model",
-]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -82,7 +60,7 @@ class ModelWithPatchMean(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if not hasattr(model, "forward_features"):
-            raise ValueError(f"{type(model).__name__} has no forward_features, so its patch tokens are not to be had")
+            raise ValueError(f"{type(model).__name__} has no forward_features, so it has no patch tokens")
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -97,6 +75,28 @@ def wrap_model(model: nn.Module, *, normalize: bool = True, multi_scale: bool = 
     return ModelWithNormalize(model) if normalize else model
 
 
+class DictKeysModule(nn.Module):
+    """A postprocessor that takes predictions from nested dictionaries of outputs.
+
+    Args:
+        keys: the path to the predictions.
+        class_mapping: int64, the columns of the predictions to keep, in their new order. Default: all.
+    """
+
+    def __init__(self, keys: Sequence[Any], class_mapping: Tensor | None = None) -> None:
+        super().__init__()
+        self.keys = keys
+        self.class_mapping = class_mapping
+
+    def forward(self, features_dict: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Return `{"preds": features_dict[key][key]..., "target": targets}`."""
+        for name in self.keys:
+            features_dict = features_dict[name]
+        if self.class_mapping is not None:
+            features_dict = features_dict[:, self.class_mapping.to(features_dict.device)]
+        return {"preds": features_dict, "target": targets}
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -104,59 +104,39 @@ def evaluate(
     postprocessors: Mapping[Key, nn.Module],
     metrics: Mapping[Key, Any],
     device: torch.device,
-    criterion: nn.Module | None = None,
     accumulate_results: bool = False,
-) -> tuple[dict[str, float], dict[Key, dict[str, Tensor]], dict[Key, dict[str, Tensor] | None]]:
+) -> tuple[dict[Key, dict[str, Tensor]], dict[Key, dict[str, Tensor] | None]]:
     """Score a model, possibly by several metrics of several of its outputs at once.
 
     Args:
-        model: put into evaluation mode. It is called for every batch, also for one of padding alone, because it may
-            contain collectives.
+        model: put into evaluation mode.
         data_loader: yields `(samples, (index, targets))`; rows with a negative index are padding and dropped.
         postprocessors: by key, a function of (outputs, targets) that gives `{"preds", "target"}`.
         metrics: by key, what is updated with that; moved to `device`.
         device: where samples and targets go.
-        criterion: a loss of (outputs, targets), averaged over this process's batches.
         accumulate_results: also return all predictions and targets.
 
     Returns:
-        `{"loss": average}` (empty without criterion); the computed metrics by key; by key, `{"preds", "target"}` in
-        dataset order, or None.
+        The computed metrics by key; and by key, `{"preds", "target"}` in dataset order, or None.
     """
     model.eval()
     metrics = {key: metric.to(device) for key, metric in metrics.items()}
     accumulators: dict[Key, Accumulator] = {
         key: ResultsAccumulator() if accumulate_results else NoOpAccumulator() for key in postprocessors
     }
-    losses = []
     for samples, (index, targets) in data_loader:
         real = index >= 0
         samples, index, targets = (t[real.to(t.device)].to(device) for t in (samples, index, targets))
+        # The model is called for batches of padding too, because it may contain collectives.
         outputs = model(samples)
-        if criterion is not None and len(index):
-            losses.append(criterion(outputs, targets))
         for key, metric in metrics.items():
             results = postprocessors[key](outputs, targets)
             metric.update(**results)
             accumulators[key].update(**results, index=index)
-    averages = {"loss": torch.stack(losses).mean().item()} if losses else {}
     return (
-        averages,
         {key: metric.compute() for key, metric in metrics.items()},
         {key: accumulator.accumulate() for key, accumulator in accumulators.items()},
     )
-
-
-def all_gather_and_flatten(tensor: Tensor) -> Tensor:
-    """The rows of all processes, in rank order; every process must call it.
-
-    Args:
-        tensor: [n, ...]; n may differ between processes.
-
-    Returns:
-        [sum of n, ...], on every process.
-    """
-    return torch.cat(distributed.gather_all_tensors(tensor))
 
 
 def average_metrics(

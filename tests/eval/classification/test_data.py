@@ -169,13 +169,13 @@ def test_equal_or_unnamed_classes_need_no_mapping() -> None:
     assert find_class_mapping(ItemsOnly([0]), train, "x") is None
 
 
-def test_dataset_may_tell_its_part_of_the_classes() -> None:
+def test_dataset_may_name_its_part_of_the_classes() -> None:
     dataset = named("a", "b")
     dataset.get_imagenet_class_mapping = lambda: np.array([4, 1])
     mapping = find_class_mapping(ItemsOnly([0]), dataset, "x")
     assert mapping is not None and mapping.tolist() == [4, 1]
     check_class_mapping(mapping, 5, "x")
-    with pytest.raises(ValueError, match="x is a part of 5 or more classes, train.dataset has 4"):
+    with pytest.raises(ValueError, match="x has some of at least 5 classes, but train.dataset has only 4"):
         check_class_mapping(mapping, 4, "x")
 
 

@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinov3.configs.settings import format_keys
+from dinov3.eval.classification.knn_config import Feature, KnnEvalConfig
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 from dinov3.eval.dense.config import Dtype
 from dinov3.eval.depth.config import DepthConfig
-from dinov3.eval.knn import Feature, KnnEvalConfig
 
 NEEDED = ["model.dino_hub=dinov3_vits16", "train.dataset=A", "eval.test_dataset=B"]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dinov3 import distributed
-from dinov3.eval import log_regression
+from dinov3.eval.classification.log_regression_config import Solver, TrainConfig
+from dinov3.eval.classification.log_regression_module import sweep_C_values
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command import progress
 from dinov3.eval.command.progress import Progress, track
-from dinov3.eval.log_regression import Solver
 
 from .. import linear_toy, toy
 
@@ -98,13 +98,13 @@ def test_bar_ends_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def sweep(solver: Solver) -> Any:
     dataset = toy.Vectors("train", 60)
     labels = torch.as_tensor(dataset.labels)
-    return log_regression.sweep_C_values(
+    return sweep_C_values(
         train_features=dataset.samples,
         train_labels=labels,
         val_features=dataset.samples,
         val_labels=labels,
         val_metric=build_classification_metric(ClassificationMetricType.MEAN_ACCURACY, num_classes=6),
-        train_config=log_regression.TrainConfig(dataset="", solver=solver, max_train_iters=30),
+        train_config=TrainConfig(dataset="", solver=solver, max_train_iters=30),
     )
 
 

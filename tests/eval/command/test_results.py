@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from dinov3.eval.classification.knn_config import EvalConfig, Feature, KnnEvalConfig, TrainConfig
 from dinov3.eval.command import results
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.command.results import EvaluationResult, FileFormat, provenance, write_results
-from dinov3.eval.knn import EvalConfig, Feature, KnnEvalConfig, TrainConfig
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".yaml", ".excel", ".xlsx"])

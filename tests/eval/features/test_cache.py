@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dinov3.data.datasets import ImageFolder
-from dinov3.eval import knn
 from dinov3.eval.classification.data import SubsetEx
+from dinov3.eval.classification.knn_config import KnnEvalConfig
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 from dinov3.eval.features import cache as feature_cache
 from dinov3.eval.features.cache import FeatureCache, FeaturesConfig, extract_cached
@@ -191,7 +191,7 @@ def test_flag_turns_the_cache_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tokens = ["model.dino_hub=dinov3_vits16", "train.dataset=A", "eval.test_dataset=B"]
 
     def made(*more: str) -> FeatureCache | None:
-        return args_dict_to_dataclass(cli_parser([*tokens, *more]), knn.KnnEvalConfig, False)[0].features.make_cache()
+        return args_dict_to_dataclass(cli_parser([*tokens, *more]), KnnEvalConfig, False)[0].features.make_cache()
 
     assert made("--no-cache") is None
     chosen = made(f"features.cache_dir={tmp_path}")

@@ -1,4 +1,4 @@
-"""Files of features, rows of all processes, and names of the official release that lead elsewhere here."""
+"""Files of features."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from dinov3.eval.classification import scoring as utils
-from dinov3.eval.features.extraction import make_enumerated_loader
-from tests.parity import golden
-
-from .. import toy
+from dinov3.eval.features.files import load_features_dict, save_features_dict
 
 ENDINGS = [".safetensors", ".pt", ".npy"]
 
@@ -31,8 +26,8 @@ def test_features_load_back(tmp_path: Path, ending: str) -> None:
         "scalar": torch.tensor(7),
     }
     path = tmp_path / "new" / f"features{ending}"
-    utils.save_features_dict(features | {"array": np.arange(3, dtype=np.int16)}, path)
-    loaded = utils.load_features_dict(path)
+    save_features_dict(features | {"array": np.arange(3, dtype=np.int16)}, path)
+    loaded = load_features_dict(path)
     assert list(path.parent.iterdir()) == [path]
     assert loaded.keys() == features.keys() | {"array"}
     assert loaded.pop("array").tolist() == [0, 1, 2]
@@ -44,10 +39,10 @@ def test_features_load_back(tmp_path: Path, ending: str) -> None:
 def test_arrays_of_other_programs_are_read(tmp_path: Path) -> None:
     arrays = {"big": np.arange(4, dtype=">f8"), "fortran": np.asfortranarray(np.arange(6).reshape(2, 3))}
     np.save(tmp_path / "f.npy", arrays)  # type: ignore[arg-type]
-    loaded = utils.load_features_dict(tmp_path / "f.npy")
+    loaded = load_features_dict(tmp_path / "f.npy")
     assert loaded["big"].tolist() == [0, 1, 2, 3] and loaded["fortran"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    utils.save_features_dict(arrays, tmp_path / "f.safetensors")
-    assert utils.load_features_dict(tmp_path / "f.safetensors")["big"].tolist() == [0, 1, 2, 3]
+    save_features_dict(arrays, tmp_path / "f.safetensors")
+    assert load_features_dict(tmp_path / "f.safetensors")["big"].tolist() == [0, 1, 2, 3]
 
 
 class Attack:
@@ -69,7 +64,7 @@ def test_no_code_is_run(tmp_path: Path, ending: str) -> None:
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="run code"):
-        utils.load_features_dict(path)
+        load_features_dict(path)
     assert not (tmp_path / "harm").exists()
 
 
@@ -81,65 +76,37 @@ def test_arrays_that_are_no_numbers_are_refused(tmp_path: Path, content: Any) ->
     holder[()] = content
     np.save(tmp_path / "f.npy", holder)
     with pytest.raises(ValueError, match="dictionary of arrays"):
-        utils.load_features_dict(tmp_path / "f.npy")
+        load_features_dict(tmp_path / "f.npy")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.98])
 def test_truncated_files_are_refused(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "f.npy"
-    utils.save_features_dict({"a": torch.zeros(100)}, path)
+    save_features_dict({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(ValueError, match="damaged"):
-        utils.load_features_dict(path)
+        load_features_dict(path)
 
 
 def test_plain_arrays_are_no_features(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.zeros(3))
     with pytest.raises(ValueError, match="array of float64"):
-        utils.load_features_dict(tmp_path / "f.npy")
+        load_features_dict(tmp_path / "f.npy")
 
 
 def test_other_endings_and_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.safetensors, \.pt, \.npy"):
-        utils.save_features_dict({"a": torch.zeros(1)}, tmp_path / "f.csv")
+        save_features_dict({"a": torch.zeros(1)}, tmp_path / "f.csv")
     with pytest.raises(ValueError, match=r"\.safetensors, \.pt, \.npy"):
-        utils.load_features_dict(tmp_path / "f.csv")
+        load_features_dict(tmp_path / "f.csv")
     with pytest.raises(ValueError, match="'a' is a dict"):
-        utils.save_features_dict({"a": {}}, tmp_path / "f.pt")  # type: ignore[dict-item]
+        save_features_dict({"a": {}}, tmp_path / "f.pt")  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="array of numbers"):
-        utils.save_features_dict({"a": np.array(["text"])}, tmp_path / "f.npy")
+        save_features_dict({"a": np.array(["text"])}, tmp_path / "f.npy")
     assert not list(tmp_path.iterdir())
 
 
 def test_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov3.distributed.is_main_process", lambda: False)
-    utils.save_features_dict({"a": torch.zeros(1)}, tmp_path / "f.pt")
+    save_features_dict({"a": torch.zeros(1)}, tmp_path / "f.pt")
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_of_all_processes_come_in_rank_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = torch.ones(2, 3)
-    assert torch.equal(utils.all_gather_and_flatten(own), own)
-    monkeypatch.setattr("dinov3.distributed.gather_all_tensors", lambda rows: [rows, 2 * rows[:1]])
-    assert utils.all_gather_and_flatten(own)[:, 0].tolist() == [1, 1, 2]
-
-
-def test_features_of_a_loader() -> None:
-    dataset = toy.Vectors("train", 10)
-    loader = make_enumerated_loader(dataset, 3, 0)
-    features, labels = utils.extract_features_with_dataloader(nn.Identity(), loader, gather_on_cpu=True)
-    assert torch.equal(features, dataset.samples) and (labels.numpy() == dataset.labels).all()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "dinov3.eval.metrics.classification.AnyMatchAccuracy",
-        "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy",
-        "dinov3.eval.metrics.classification.build_topk_recall_metric",
-        "dinov3.eval.metrics.classification.build_topk_any_match_accuracy_metric",
-        "dinov3.eval.utils.LossType",
-    ],
-)
-def test_names_of_the_release_lead_somewhere(path: str) -> None:
-    assert golden.target(path).__name__
