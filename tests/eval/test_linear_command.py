@@ -112,5 +112,5 @@ def test_wrong_settings_name_their_key(token: str, message: str) -> None:
 
 def test_wrong_split_is_named_before_any_image_is_read(root: Path) -> None:
     argv = command(root, f"train.val_dataset=ImageFolder:split=NOPE:root={root}", f"output_dir={root}/out")
-    with pytest.raises(FileNotFoundError, match=r"split='NOPE'.*has c, train, val|split='NOPE'"):
+    with pytest.raises(FileNotFoundError, match="no directory .*NOPE; .*has .*train, val"):
         linear.main(argv)
