@@ -79,7 +79,10 @@ BAD_DATASETS: dict[str, tuple[dict[str, str], str]] = {
     "no test directory": ({"test": "ImageFolder:root={root}/gone"}, "gone' is not a directory"),
     "no training directory": ({"train__dataset": "ImageFolder:root={root}/gone"}, "gone' is not a directory"),
     "no test images": ({"test": "ImageFolder:root={root}/nothing"}, "no images in .*nothing"),
-    "wrong name of a folder's split": ({"test": "ImageFolder:root={root}:split=tset"}, "no directory .*tset; .*has .*test"),
+    "wrong name of a folder's split": (
+        {"test": "ImageFolder:root={root}:split=tset"},
+        "no directory .*tset; .*has .*test",
+    ),
     "wrong name of a split": (
         {"test": "ImageNet:split=VLA:root={root}/imagenet:extra={root}/imagenet"},
         r"unknown split 'VLA' \(did you mean 'VAL'\?\)",

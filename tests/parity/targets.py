@@ -50,14 +50,11 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.linear.MAIN_METRICS": CLASSIFICATION + ".linear_config.MAIN_METRICS",
     "dinov3.eval.accumulators": "dinov3.eval.features.accumulators",
     "dinov3.eval.metrics": METRICS,
-    "dinov3.eval.metrics.classification": METRICS + ".classification",
-    # Metrics: `classification` has the names and the plain counters, the others lie in files of their own.
-    "dinov3.eval.metrics.classification.AnyMatchAccuracy": METRICS + ".AnyMatchAccuracy",
-    "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": METRICS + ".GroupByAnyMatchAccuracy",
-    "dinov3.eval.metrics.classification.build_topk_recall_metric": METRICS + ".build_topk_recall_metric",
-    "dinov3.eval.metrics.classification.build_topk_any_match_accuracy_metric": (
-        METRICS + ".build_topk_any_match_accuracy_metric"
-    ),
+    "dinov3.eval.metrics.build_topk_accuracy_metric": METRICS + ".classification.build_topk_accuracy_metric",
+    "dinov3.eval.metrics.MacroAveragedMeanReciprocalRank": METRICS + ".counting.MacroAveragedMeanReciprocalRank",
+    "dinov3.eval.metrics.MeanAveragePrecisionVOC2007": METRICS + ".curves.MeanAveragePrecisionVOC2007",
+    "dinov3.eval.metrics.classification.AnyMatchAccuracy": METRICS + ".counting.AnyMatchAccuracy",
+    "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": METRICS + ".counting.GroupByAnyMatchAccuracy",
     # Depth: models are heads, what evaluations share lies in eval/dense.
     "dinov3.eval.depth.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.depth.models.encoder.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

@@ -1,26 +1,31 @@
-"""Top-k accuracy over all samples or as the mean over classes.
-
-Notable:
-- Ranks are counted instead of sorted: the target's rank is the number of classes with a larger score. Among equal
-  scores the lower class comes first, so the result does not depend on the device or on how samples are batched.
-- States are integer counters, summed over processes by `compute`; nothing is kept per sample.
-"""
+"""Which classification metrics there are, what targets they take, and how they are built."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from enum import Enum
-from typing import Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinov3 import distributed
+from dinov3.eval.classification.metrics.counting import (
+    AnyMatchAccuracy,
+    GroupByAnyMatchAccuracy,
+    MacroAveragedMeanReciprocalRank,
+    MulticlassF1,
+    MultilabelF1,
+    TopKAccuracy,
+)
+from dinov3.eval.classification.metrics.curves import MacroAUROC, MacroAveragePrecision, MeanAveragePrecisionVOC2007
+from dinov3.eval.classification.metrics.imagenet_c import CORRUPTION_TYPES, ImageNet_C_Metric
+
+MIN_CLASSES_FOR_TOP_5 = 5
+CORRUPTION_COLUMNS = 3
 
 
 class AveragingMethod(Enum):
-    """How samples become one number: each sample counts alike, or each class does; or there is one for each class."""
+    """How samples become one number: each sample counts the same, or each class does; or one number for each class."""
 
     MEAN_ACCURACY = "micro"
     MEAN_RECALL = MEAN_ACCURACY
@@ -59,7 +64,7 @@ class ClassificationMetricType(Enum):
 
     @property
     def averaging_method(self) -> AveragingMethod | None:
-        """How this metric averages; None where there is but one way."""
+        """How this metric averages; None if there is only one way."""
         return AveragingMethod.__members__.get(self.name)
 
     @property
@@ -74,7 +79,7 @@ class ClassificationMetricType(Enum):
 
     @property
     def is_multilabel(self) -> bool:
-        """Whether the release counts it among the multi-label metrics; `target_kind` tells what targets it takes."""
+        """Whether the release counts it among the multi-label metrics; `target_kind` says what targets it takes."""
         by_targets = self.target_kind in (TargetKind.MULTI_HOT, TargetKind.LISTS, TargetKind.INDICES)
         return by_targets and self is not ClassificationMetricType.MACRO_MULTILABEL_AVERAGE_PRECISION
 
@@ -109,109 +114,98 @@ class TargetKind(Enum):
     CORRUPTIONS = "rows of class, corruption and level"
 
 
-class CountingMetric(nn.Module):
-    """A metric whose state is buffers, which are 0 at first and summed over processes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counters: list[str] = []
-
-    def add_counter(self, name: str, *shape: int, dtype: torch.dtype = torch.int64) -> None:
-        """Make an attribute of zeros."""
-        self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=False)
-        self._counters.append(name)
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        for name in self._counters:
-            getattr(self, name).zero_()
-
-    def clone(self) -> Self:
-        """A copy with its own counters."""
-        return copy.deepcopy(self)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch of scores [B, C] and targets."""
-        raise NotImplementedError
-
-    def compute(self) -> dict[str, Tensor]:
-        """The results by name, over the samples of all processes."""
-        raise NotImplementedError
-
-
-class TopKAccuracy(CountingMetric):
-    """Share of samples whose target is among the k classes with the largest scores.
+def build_classification_metric(
+    metric_type: ClassificationMetricType, *, num_classes: int, ks: Sequence[int] | None = None, dataset: Any = None
+) -> Any:
+    """Build the metric of a type.
 
     Args:
-        num_classes: number of score columns C.
-        ks: one result per entry.
-        average: `MEAN_ACCURACY`: over samples. `MEAN_PER_CLASS_ACCURACY`: mean over classes of the share in each class,
-            where classes without samples are left out, except that for k = 1 one that was predicted counts as 0.
-            `PER_CLASS_ACCURACY`: the share in each class, 0 without samples.
-    """
-
-    counts: Tensor
-
-    def __init__(self, num_classes: int, ks: Sequence[int], average: AveragingMethod) -> None:
-        super().__init__()
-        self.ks = tuple(ks)
-        self.average = average
-        # [k..., C] hits by k, then how often each class was the target, then how often it was predicted.
-        self.add_counter("counts", len(self.ks) + 2, num_classes)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            preds: scores [B, C].
-            target: classes [B], integers in [0, C).
-        """
-        target = target.long()
-        rank = target_rank(preds, target)
-        weights = [rank < k for k in self.ks]
-        for row, weight in enumerate([*weights, torch.ones_like(rank)]):
-            self.counts[row].scatter_add_(0, target, weight.long())
-        predicted = preds.argmax(dim=1) if len(preds) else target
-        self.counts[-1].scatter_add_(0, predicted, torch.ones_like(predicted))
-
-    def compute(self) -> dict[str, Tensor]:
-        """`{"top-<k>": fraction}` over the samples of all processes, float32; NaN without samples.
-
-        Fractions are 0-dimensional, or [C] for `PER_CLASS_ACCURACY`.
-        """
-        counts = distributed.all_reduce(self.counts.clone())
-        present, predicted = counts[-2], counts[-1]
-        return {f"top-{k}": self._share(k, counts[row], present, predicted) for row, k in enumerate(self.ks)}
-
-    def present(self) -> Tensor:
-        """Boolean [C]: which classes have samples in any process."""
-        return distributed.all_reduce(self.counts[-2].clone()) > 0
-
-    def _share(self, k: int, hits: Tensor, present: Tensor, predicted: Tensor) -> Tensor:
-        if self.average is AveragingMethod.MEAN_ACCURACY:
-            return (hits.sum().double() / present.sum()).float()
-        if self.average is AveragingMethod.PER_CLASS_ACCURACY:
-            return (hits.double() / present.clamp(min=1)).float()
-        counted = present + predicted > 0 if k == 1 else present > 0
-        return (hits.double() / present.clamp(min=1))[counted].mean().float()
-
-
-def target_rank(scores: Tensor, target: Tensor) -> Tensor:
-    """How many classes come before the target: those with a larger score, and lower classes with an equal one.
-
-    Args:
-        scores: [B, C].
-        target: [B], integers in [0, C).
+        metric_type: what to report.
+        num_classes: number of score columns.
+        ks: values of k of a top-k metric. Default: (1, 5), or (1,) below five classes.
+        dataset: for `GROUPBY_...`, has `get_groupby_labels()` and `get_mapped_targets()`; for `IMAGENET_C_METRIC`, may
+            have `corruption_types`.
 
     Returns:
-        int64 [B]. NaN comes before all else, so a target of score NaN is behind all C classes.
+        An object with `update(preds, target)`, `compute() -> {"top-<k>": fraction}`, `reset()` and `clone()`.
+
+    Raises:
+        ValueError: the dataset does not have what the metric needs.
     """
-    own = scores.gather(1, target[:, None])
-    lower = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
-    return (~(scores <= own) | ((scores == own) & lower)).sum(dim=1)
+    name, average = metric_type.name, metric_type.averaging_method
+    if metric_type.is_topk_accuracy or metric_type.is_topk_recall:
+        assert average is not None
+        return build_topk_accuracy_metric(average, num_classes, ks)
+    if metric_type.target_kind is TargetKind.LISTS:
+        return build_topk_any_match_accuracy_metric(num_classes, ks)
+    if metric_type.target_kind is TargetKind.INDICES:
+        if not hasattr(dataset, "get_groupby_labels") or not hasattr(dataset, "get_mapped_targets"):
+            raise ValueError(f"{name} needs {metric_type.target_kind.value}; {type(dataset).__name__} do not")
+        return GroupByAnyMatchAccuracy(int(name[-1]), dataset.get_groupby_labels(), dataset.get_mapped_targets())
+    if metric_type.target_kind is TargetKind.CORRUPTIONS:
+        return ImageNet_C_Metric(getattr(dataset, "corruption_types", CORRUPTION_TYPES))
+    if "F1" in name:
+        assert average is not None
+        return (MultilabelF1 if metric_type.is_multilabel else MulticlassF1)(num_classes, average.value)
+    others: dict[str, type[Any]] = {
+        "AUROC": MacroAUROC,
+        "MACRO_AVERAGED_MEAN_RECIPROCAL_RANK": MacroAveragedMeanReciprocalRank,
+        "MEAN_AVERAGE_PRECISION_VOC_2007": MeanAveragePrecisionVOC2007,
+        "MACRO_MULTILABEL_AVERAGE_PRECISION": MacroAveragePrecision,
+    }
+    return others[name](num_classes)
 
 
-def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-    """Percentage of rows of `output` [B, C] whose `target` [B] is among the k largest, for each k of `topk`."""
-    rank = target_rank(output, target)
-    return [(rank < k).float().mean() * 100 for k in topk]
+def build_topk_accuracy_metric(
+    average_type: AveragingMethod, num_classes: int, ks: Sequence[int] | None = None
+) -> TopKAccuracy:
+    """Build a `TopKAccuracy`; `ks` as for `build_classification_metric`."""
+    return TopKAccuracy(num_classes, ks or _default_ks(num_classes), average_type.value)
+
+
+#: With one class per sample, the share of a class's samples that are found is its accuracy.
+build_topk_recall_metric = build_topk_accuracy_metric
+
+
+def build_topk_any_match_accuracy_metric(num_classes: int, ks: Sequence[int] | None = None) -> AnyMatchAccuracy:
+    """Build an `AnyMatchAccuracy`; `ks` as for `build_classification_metric`."""
+    return AnyMatchAccuracy(ks or _default_ks(num_classes))
+
+
+def scalar_results(metric: Any, values: dict[str, Tensor]) -> dict[str, float]:
+    """Turn the values of a metric into numbers; every process must call it.
+
+    Args:
+        metric: that gave them.
+        values: as returned by `metric.compute()`.
+
+    Returns:
+        The same, with a value for each class replaced by the mean over the classes that are present.
+    """
+    vectors = [name for name, value in values.items() if value.ndim]
+    present = metric.present() if vectors else torch.empty(0)
+    return {name: float(value[present].mean() if name in vectors else value) for name, value in values.items()}
+
+
+def check_targets(metric_type: ClassificationMetricType, labels: Tensor | None, name: str) -> None:
+    """Refuse targets that a metric cannot take, before anything is computed.
+
+    Args:
+        metric_type: the metric.
+        labels: of the dataset, [N] or [N, L]; None if they are unknown without the images.
+        name: what the message calls the dataset.
+
+    Raises:
+        ValueError: says what the metric needs.
+    """
+    kind = metric_type.target_kind
+    n_dims = {TargetKind.CLASSES: 1, TargetKind.MULTI_HOT: 2, TargetKind.CORRUPTIONS: 2}.get(kind)
+    if labels is None or n_dims is None:
+        return
+    if labels.ndim != n_dims or (kind is TargetKind.CORRUPTIONS and labels.shape[1] != CORRUPTION_COLUMNS):
+        have = "one class per image" if labels.ndim == 1 else f"rows of {labels.shape[1]}"
+        raise ValueError(f"{metric_type.name} needs {kind.value}, but {name} has {have}")
+
+
+def _default_ks(num_classes: int) -> tuple[int, ...]:
+    return (1, 5) if num_classes >= MIN_CLASSES_FOR_TOP_5 else (1,)

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dinov3 import distributed
-from dinov3.eval.classification.metrics.classification import CountingMetric, target_rank
+from dinov3.eval.classification.metrics.counting import CountingMetric, target_rank
 
 logger = logging.getLogger("dinov3")
 
@@ -40,7 +39,7 @@ _ALEXNET_ERRORS = {
     "SPATTER": (0.47196, 0.62194, 0.75052, 0.84132, 0.90182),
     "SATURATE": (0.59342, 0.65514, 0.51174, 0.70834, 0.8226),
 }
-#: Error of AlexNet by corruption and level.
+#: Error of AlexNet by corruption and level (the release's name is misleading).
 ALEXNET_INVERSE_SCORES = {name: dict(enumerate(errors, start=1)) for name, errors in _ALEXNET_ERRORS.items()}
 #: Number of a (corruption, level) among all, by name.
 CORRUPTION_LEVEL_TO_ID = {
@@ -51,27 +50,25 @@ CORRUPTION_LEVEL_TO_ID = {
 ID_TO_CORRUPTION_LEVEL = {number: pair for pair, number in CORRUPTION_LEVEL_TO_ID.items()}
 #: What the corruption indices of targets mean, unless said otherwise.
 CORRUPTION_TYPES = tuple(sorted((name.lower() for name in ALEXNET_INVERSE_SCORES), reverse=True))
-#: Not among the 15 that papers report.
-EXTRA_CORRUPTION_TYPES = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 def compute_relative_average_scores(
     accuracy: Mapping[str, Mapping[int, float]], reference: Mapping[str, Mapping[int, float]]
 ) -> float:
-    """Mean over corruptions of their error relative to a reference.
+    """Average over corruptions their error relative to a reference.
 
     Args:
         accuracy: in [0, 1], by corruption and level; corruptions that the reference does not have are left out.
         reference: errors in [0, 1], by corruption and level.
 
     Returns:
-        The mean, of the levels that are there; NaN without any.
+        The mean, over the levels that occur; NaN without any.
     """
-    relative = []
-    for name, levels in accuracy.items():
-        if name in reference and levels:
-            error = sum(1 - value for value in levels.values())
-            relative.append(error / sum(reference[name][level] for level in levels))
+    relative = [
+        sum(1 - value for value in levels.values()) / sum(reference[name][level] for level in levels)
+        for name, levels in accuracy.items()
+        if name in reference and levels
+    ]
     return sum(relative) / len(relative) if relative else float("nan")
 
 
@@ -80,27 +77,27 @@ class ImageNet_C_Metric(CountingMetric):
 
     Args:
         corruption_types: names in lower case, to which the corruption indices of targets refer.
-        standard_only: of the 15 corruptions of papers alone.
-
-    Attributes:
-        tp: int64 [95], hits by (corruption, level).
-        total: int64 [95], samples.
     """
 
-    tp: Tensor
-    total: Tensor
     ids: Tensor
 
-    def __init__(self, corruption_types: Sequence[str] = CORRUPTION_TYPES, standard_only: bool = False) -> None:
-        super().__init__()
+    def __init__(self, corruption_types: Sequence[str] = CORRUPTION_TYPES) -> None:
+        super().__init__(2, len(CORRUPTION_LEVEL_TO_ID))  # hits, samples
         unknown = [name for name in corruption_types if name.upper() not in ALEXNET_INVERSE_SCORES]
         if unknown:
             raise ValueError(f"unknown corruptions {', '.join(unknown)}; known are {', '.join(CORRUPTION_TYPES)}")
         first = [CORRUPTION_LEVEL_TO_ID[name.upper(), 1] for name in corruption_types]
-        self.left_out = EXTRA_CORRUPTION_TYPES if standard_only else ()
         self.register_buffer("ids", torch.tensor(first), persistent=False)
-        self.add_counter("tp", len(CORRUPTION_LEVEL_TO_ID))
-        self.add_counter("total", len(CORRUPTION_LEVEL_TO_ID))
+
+    @property
+    def tp(self) -> Tensor:
+        """Hits by (corruption, level), int64 [95]."""
+        return self.counts[0]
+
+    @property
+    def total(self) -> Tensor:
+        """Samples by (corruption, level), int64 [95]."""
+        return self.counts[1]
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -116,11 +113,11 @@ class ImageNet_C_Metric(CountingMetric):
         self.total.scatter_add_(0, number, torch.ones_like(number))
 
     def compute(self) -> dict[str, Tensor]:
-        """`{"top-1": mean corruption error}` over the samples of all processes."""
-        tp, total = (distributed.all_reduce(t.clone()).tolist() for t in (self.tp, self.total))
+        """Return `{"top-1": mean corruption error}` over the samples of all processes."""
+        tp, total = self.summed().tolist()
         accuracy: dict[str, dict[int, float]] = {}
         for number, (name, level) in ID_TO_CORRUPTION_LEVEL.items():
-            if total[number] and name.lower() not in self.left_out:
+            if total[number]:
                 accuracy.setdefault(name, {})[level] = tp[number] / total[number]
         n_covered = sum(len(levels) for levels in accuracy.values())
         if n_covered < len(total):
