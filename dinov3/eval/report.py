@@ -2,13 +2,13 @@
 
     python -m dinov3.eval.report DIR... [--output-dir OUT]
 
-Each DIR, with all below it, is searched for the result files of k-NN, logistic regression and linear probing. The
+Each DIR and everything below it is searched for the results files of k-NN, logistic regression and linear probing. The
 results of a model become a row of `report.md`; `report.png` shows the same as bars. Rows and columns come in the order
 of the directories given; the best value of a column is bold.
 
-Notable: a column is an evaluation on a dataset, few-shot apart, so figures that do not compare do not stand below each
-other. Results in one directory, or in neighbouring ones, such as RUN/knn and RUN/linear, are one row if they are of the
-same model. A further result in the same column, such as RUN/linear-2, is a row of its own.
+Notable: a column is one evaluation on one dataset with one metric and setting (few-shot, feature), so all figures in it
+are comparable. Results in one directory, or in neighbouring ones such as RUN/knn and RUN/linear, share a row if they
+are of the same model. A second result in the same column, such as RUN/linear-2, is a row of its own.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from dinov3.eval.classification import knn_config, linear_config, log_regression_config
 from dinov3.eval.classification.knn_config import Feature
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command import results
-from dinov3.eval.command.results import write_atomically
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.files import atomic_write
 
 TABLE_FILE, CHART_FILE = "report.md", "report.png"
 #: Title and main metrics, by results file.
@@ -39,13 +41,12 @@ EVALUATIONS: dict[str, tuple[str, list[str]]] = {
     log_regression_config.RESULTS_FILENAME: ("logistic regression", log_regression_config.MAIN_METRICS),
     linear_config.RESULTS_FILENAME: ("linear", linear_config.MAIN_METRICS),
 }
-DEFAULT_METRIC = ClassificationMetricType.MEAN_ACCURACY
+DEFAULT_METRIC = ClassificationMetricType.MEAN_ACCURACY.name
 LOWER_IS_BETTER = {metric.value for metric in ClassificationMetricType if metric.is_lower_better}
 _NEIGHBOURS = re.compile(r"(?P<k>[0-9]+) Top 1")
 _DATASET_METRIC = re.compile(r"(?P<dataset>.*?)_accuracy(_mean)?")
 _TEACHER = re.compile(r"(?:.*/)?(?P<run>[^/]+)/(eval/training_|ckpt/)(?P<iteration>[0-9]+)(/[^/]+)?")
 BAR_HEIGHT, WIDTH, MARGIN, LEGEND_LINE = 0.2, 9.0, 0.8, 0.2  # inches
-COLOURS = "tab10", "tab20"
 DPI = 120
 
 
@@ -54,10 +55,10 @@ class Column:
     """What is compared.
 
     Attributes:
-        dataset: the test images, in short; empty if they are not known.
+        dataset: short name of the test images; empty if unknown.
         evaluation: how they are classified.
-        metric: what is measured; empty for the share of images that are classified right.
-        setting: what is unusual about it: how few images it is trained on, or the feature.
+        metric: what is measured; empty for the accuracy over all images.
+        setting: what differs from the usual setting: few-shot, or the feature.
     """
 
     dataset: str
@@ -75,7 +76,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """All but the dataset."""
+        """Everything except for the dataset."""
         return ", ".join(part for part in (self.evaluation, self.setting, self.metric) if part)
 
 
@@ -84,30 +85,32 @@ class Row:
     """The results of a model.
 
     Attributes:
-        name: of the directory, below the one that all rows have in common; of several in one, with the model.
-        source: what was evaluated; empty if it is not known.
+        source: what was evaluated; empty if unknown.
         values: main metrics in percent, by column.
         spreads: standard deviations over tries, by column.
+        name: the directory, relative to the one that all rows have in common; with the model if several share it.
     """
 
-    name: str
     source: str
-    values: dict[Column, float]
-    spreads: dict[Column, float]
+    values: dict[Column, float] = field(default_factory=dict)
+    spreads: dict[Column, float] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def model(self) -> str:
-        """`source`, in short."""
-        return _short_model(self.source)
+        """A short name for `source`."""
+        if match := _TEACHER.fullmatch(self.source):
+            return f"{match['run']}, iteration {match['iteration']}"
+        return "/".join(Path(self.source).parts[-2:]) if self.source.startswith("/") else self.source
 
     def add(self, other: Row) -> None:
-        """Take the values of another one."""
+        """Take over the values of another row."""
         self.values |= other.values
         self.spreads |= other.spreads
 
 
 def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
-    """The results in some directories and below them.
+    """Read the results in some directories and below them.
 
     Args:
         directories: searched in this order.
@@ -116,8 +119,8 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
         One row per model and directory, see the module.
 
     Raises:
-        FileNotFoundError: a directory is not there, or has no result file.
-        ValueError: a result file cannot be read.
+        FileNotFoundError: a directory does not exist or has no results file.
+        ValueError: a results file cannot be read.
     """
     found: dict[Path, None] = {}
     for directory in map(Path, directories):
@@ -130,21 +133,22 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
     joined: list[tuple[Path, Row]] = []
     for directory in found:
         for row in _read_rows(directory):
-            neighbour = _find_neighbour(joined, directory, row)
-            if neighbour is None:
+            place = _find_row_to_join(joined, directory, row)
+            if place is None:
                 joined.append((directory, row))
             else:
-                _, other = joined[neighbour]
+                _, other = joined[place]
                 other.add(row)
-                joined[neighbour] = directory.parent, other  # under the name that they have in common
-    names = _short_names([path for path, _ in joined])
+                joined[place] = directory.parent, other  # its name is that of the parent from now on
+    common = os.path.commonpath([path.parent for path, _ in joined])
+    names = [os.path.relpath(path, common) for path, _ in joined]
     for (_, row), name in zip(joined, names, strict=True):
         row.name = name if names.count(name) == 1 else f"{name} ({row.model or 'unknown model'})"
     return [row for _, row in joined]
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     columns = _columns(rows)
     lines = [["run", "model", *map(str, columns)], ["---", "---", *["---:"] * len(columns)]]
     best = {column: _best(rows, column) for column in columns}
@@ -154,59 +158,58 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a PNG with one group of horizontal bars per column, one bar per row that has it."""
+    """Write a PNG with one group of horizontal bars per column, one bar per row that has a value in it."""
     columns = _columns(rows)
     n_places = sum(1 + sum(column in row.values for row in rows) for column in columns)
     height = MARGIN + BAR_HEIGHT * n_places + LEGEND_LINE * len(rows)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colours = _colours(len(rows))
-    bars: dict[int, Any] = {}
+    palette = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    colours = [palette[number % len(palette)] for number in range(len(rows))]
     place, ticks = 0, []
     for column in columns:
-        having = [(number, row) for number, row in enumerate(rows) if column in row.values]
-        ticks.append(place + (len(having) - 1) / 2)
-        for number, row in having:
-            spread = row.spreads.get(column)
-            bar = axes.barh(place, row.values[column], height=0.9, xerr=spread, color=colours[number])
-            axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
-            bars.setdefault(number, bar)
-            place += 1
-        place += 1
-    axes.set_yticks(ticks, [_tick(column) for column in columns], fontsize=8)
+        first = place
+        for row, colour in zip(rows, colours, strict=True):
+            if column in row.values:
+                spread = row.spreads.get(column)
+                bar = axes.barh(place, row.values[column], height=0.9, xerr=spread, color=colour)
+                axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
+                place += 1
+        ticks.append((first + place - 1) / 2)
+        place += 1  # a gap between the groups
+    labels = [f"{column.dataset}\n{column.title}" if column.dataset else column.title for column in columns]
+    axes.set_yticks(ticks, labels, fontsize=8)
     axes.set_ylim(place - 1, -1)
     axes.set_xlabel("%")
     axes.margins(x=0.1)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    names = [rows[number].name for number in sorted(bars)]
-    figure.legend([bars[number] for number in sorted(bars)], names, loc="outside upper left", fontsize=8, frameon=False)
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    figure.savefig(temporary, dpi=DPI, format="png")
-    temporary.replace(target)
+    handles = [Patch(color=colour, label=row.name) for row, colour in zip(rows, colours, strict=True) if row.values]
+    figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Collect, write and print; see the module. `argv` of None is the command line. Returns 0."""
+    """Collect, write and print; see the module."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov3.eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", type=Path)
-    parser.add_argument("--output-dir", type=Path, default=Path("."), help="where the report goes; default: here")
+    parser.add_argument("--output-dir", type=Path, default=Path("."), help="where the report goes (default: here)")
     args = parser.parse_args(argv)
     rows = collect(args.directories)
     table = format_table(rows)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output_dir / TABLE_FILE, table)
+    with atomic_write(args.output_dir / TABLE_FILE, "w") as file:
+        file.write(table)
     draw_chart(rows, args.output_dir / CHART_FILE)
     print(table + f"\nwritten to {args.output_dir / TABLE_FILE} and {args.output_dir / CHART_FILE}")
     return 0
 
 
-def _find_neighbour(joined: Sequence[tuple[Path, Row]], directory: Path, row: Row) -> int | None:
-    # The row that this directory goes on: of the same model, in a directory beside this one.
+def _find_row_to_join(joined: Sequence[tuple[Path, Row]], directory: Path, row: Row) -> int | None:
+    # A row of the same model, in a directory beside this one, without values in the same columns.
     for number, (path, other) in enumerate(joined):
         is_beside = path == directory.parent or path.parent == directory.parent
         if is_beside and row.source and row.source == other.source:
@@ -215,23 +218,22 @@ def _find_neighbour(joined: Sequence[tuple[Path, Row]], directory: Path, row: Ro
 
 
 def _read_rows(directory: Path) -> list[Row]:
-    # One for each model; what is of an unknown one goes to the only other.
+    # One row for each model; results of an unknown model go to the only other one.
     rows: dict[str, Row] = {}
     for filename, (title, patterns) in EVALUATIONS.items():
         path = directory / filename
         if not path.is_file():
             continue
-        origin = _read_origin(path.with_suffix(".json"))
-        values = _read_results(path)
+        values, origin = _read_results(path), _read_origin(path.with_suffix(".json"))
         source = str(origin.get("model", ""))
-        row = rows.setdefault(source, Row("", source, {}, {}))
+        row = rows.setdefault(source, Row(source))
         for key, value in values.items():
             if not any(re.fullmatch(pattern, key) for pattern in patterns) or not isinstance(value, int | float):
                 continue
             column = _column(title, key, origin)
             row.values[column] = float(value)
-            spread = values.get(_spread_key(key))
-            if isinstance(spread, int | float) and _spread_key(key) != key:
+            spread = values.get(f"{key.removesuffix('_mean')}_std" if key.endswith("_mean") else f"{key} std")
+            if isinstance(spread, int | float):
                 row.spreads[column] = float(spread)
     if len(rows) == 2 and "" in rows:
         unknown = rows.pop("")
@@ -261,18 +263,22 @@ def _read_origin(path: Path) -> dict[str, Any]:
 
 def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
     config = origin.get("config", {})
-    setting = _setting(config)
+    test = config.get("eval", {})
     if match := _DATASET_METRIC.fullmatch(key):
-        dataset, metric = _of_linear(match["dataset"], origin)
-        return Column(_short_dataset(dataset), title, _short_metric(metric), setting)
-    metric = config.get("eval", {}).get("test_metric_type") or config.get("train", {}).get("val_metric_type")
-    dataset = _short_dataset(str(config.get("eval", {}).get("test_dataset", "")))
-    match = _NEIGHBOURS.fullmatch(key)
-    evaluation = f"{match['k']}-NN" if match else title
-    return Column(dataset, evaluation, _short_metric(str(metric or DEFAULT_METRIC.name)), setting)
+        dataset, metric = _find_dataset_and_metric(match["dataset"], config)
+    else:
+        dataset = str(test.get("test_dataset", ""))
+        metric = str(test.get("test_metric_type") or config.get("train", {}).get("val_metric_type") or DEFAULT_METRIC)
+    neighbours = _NEIGHBOURS.fullmatch(key)
+    return Column(
+        dataset=_short_dataset(dataset),
+        evaluation=f"{neighbours['k']}-NN" if neighbours else title,
+        metric="" if metric == DEFAULT_METRIC else ClassificationMetricType[metric].value,
+        setting=_describe_setting(config),
+    )
 
 
-def _setting(config: Mapping[str, Any]) -> str:
+def _describe_setting(config: Mapping[str, Any]) -> str:
     feature = config.get("eval", {}).get("feature", Feature.CLS.name)
     few_shot, parts = config.get("few_shot", {}), []
     if feature != Feature.CLS.name:
@@ -283,21 +289,16 @@ def _setting(config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _of_linear(name: str, origin: Mapping[str, Any]) -> tuple[str, str]:
-    # The dataset's string and the name of its metric, which is a part of the name of a second one on the same dataset.
-    config = origin.get("config", {})
+def _find_dataset_and_metric(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    # Of linear probing, whose columns are named by the dataset; a second metric on one dataset is part of the name.
     train, test = config.get("train", {}), config.get("eval", {})
-    default = str(train.get("val_metric_type", DEFAULT_METRIC.name))
+    default = str(train.get("val_metric_type", DEFAULT_METRIC))
     datasets, metrics = list(test.get("test_datasets", [])), list(test.get("test_metric_types", [])) or [default]
     metrics *= len(datasets) if len(metrics) == 1 else 1
     for dataset, metric in [(train.get("val_dataset"), default), *zip(datasets, metrics, strict=False)]:
         if name in (dataset, f"{dataset}_{ClassificationMetricType[metric].value}"):
             return str(dataset), metric
-    return name, DEFAULT_METRIC.name
-
-
-def _short_metric(name: str) -> str:
-    return "" if name == DEFAULT_METRIC.name else ClassificationMetricType[name].value
+    return name, DEFAULT_METRIC
 
 
 def _short_dataset(text: str) -> str:
@@ -309,37 +310,19 @@ def _short_dataset(text: str) -> str:
     return f"{kind} {given['split']}" if "split" in given else kind
 
 
-def _short_model(text: str) -> str:
-    if match := _TEACHER.fullmatch(text):
-        return f"{match['run']}, iteration {match['iteration']}"
-    return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
-
-
-def _spread_key(key: str) -> str:
-    return f"{key.removesuffix('_mean')}_std" if key.endswith("_mean") else f"{key} std"
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    common = os.path.commonpath([path.parent for path in paths])
-    return [os.path.relpath(path, common) for path in paths]
-
-
 def _columns(rows: Sequence[Row]) -> list[Column]:
     # Datasets and evaluations in the order of their first appearance, numbers of neighbours ascending.
     found = list(dict.fromkeys(column for row in rows for column in row.values))
     datasets = list(dict.fromkeys(column.dataset for column in found))
     settings = list(dict.fromkeys(column.setting for column in found))
+    titles = [title for title, _ in EVALUATIONS.values()]
 
-    def place(column: Column) -> tuple[Any, ...]:
-        rank = _rank(column.evaluation)
-        return datasets.index(column.dataset), column.metric, rank, settings.index(column.setting)
+    def rank(column: Column) -> tuple[Any, ...]:
+        k = column.evaluation.removesuffix("-NN")
+        evaluation = (0, int(k)) if k.isdecimal() else (1, titles.index(column.evaluation))
+        return datasets.index(column.dataset), column.metric, evaluation, settings.index(column.setting)
 
-    return sorted(found, key=place)
-
-
-def _rank(evaluation: str) -> tuple[int, int]:
-    count = evaluation.removesuffix("-NN")
-    return (0, int(count)) if count.isdecimal() else (1, [title for title, _ in EVALUATIONS.values()].index(evaluation))
+    return sorted(found, key=rank)
 
 
 def _best(rows: Sequence[Row], column: Column) -> float:
@@ -353,17 +336,6 @@ def _format_value(row: Row, column: Column, best: float) -> str:
     text = f"{row.values[column]:.2f}"
     text = f"**{text}**" if row.values[column] == best else text
     return f"{text} ± {row.spreads[column]:.2f}" if column in row.spreads else text
-
-
-def _tick(column: Column) -> str:
-    return f"{column.dataset}\n{column.title}" if column.dataset else column.title
-
-
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    palette = colormaps[COLOURS[count > 10]].colors  # type: ignore[attr-defined]
-    return [palette[number % len(palette)] for number in range(count)]
 
 
 if __name__ == "__main__":
