@@ -1,8 +1,4 @@
-"""From a command line to the configuration dataclass of an evaluation, and from its results to files.
-
-Notable: unknown keys are found before anything is merged, in files too; members of enumerations may be given by name or
-by value; the help text is made of the dataclass, so that a key is described once, where its default is.
-"""
+"""From a command line to the configuration dataclass of an evaluation."""
 
 from __future__ import annotations
 
@@ -32,9 +28,9 @@ def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse `key=value` tokens, whose values are YAML, into nested dictionaries.
 
     Args:
-        argv: the arguments after the program's name; None takes them from the command line. The output directory may
-            be given as `output_dir=DIR`, `--output-dir=DIR` or `--output-dir DIR`; the last one wins. `--no-cache`
-            stands for `features.cache=false`.
+        argv: the arguments after the program's name. Default: those of the command line. The output directory may be
+            given as `output_dir=DIR`, `--output-dir=DIR` or `--output-dir DIR`; the last one wins. `--no-cache` stands
+            for `features.cache=false`.
 
     Returns:
         The settings by section, and `output_dir` ("." if it is not given).
@@ -69,19 +65,19 @@ def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def args_dict_to_dataclass(
     eval_args: Mapping[str, Any], config_dataclass: type[Config], save_config: bool = True
 ) -> tuple[Config, str]:
-    """The configuration of an evaluation: defaults < the file that `config_file` names < the other arguments.
+    """Build the configuration of an evaluation: defaults < the file that `config_file` names < the other arguments.
 
     Args:
-        eval_args: nested settings, as of `cli_parser`. An `output_dir` of "." gives way to that of the file.
-        config_dataclass: the configuration's dataclass.
-        save_config: write `<output_dir>/eval_config.yaml`; the main process does it.
+        eval_args: nested settings, as returned by `cli_parser`. An `output_dir` of "." gives way to that of the file.
+        config_dataclass: the dataclass of the settings.
+        save_config: let the main process write `<output_dir>/eval_config.yaml`.
 
     Returns:
         The configuration and its output directory.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a missing one; names the key.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: values that contradict each other.
     """
     settings = dict(eval_args)

@@ -1,12 +1,11 @@
 """The model of an evaluation: from a training run, from weights in any format, or from the hub by name.
 
-Notable: only a training run needs a configuration, and its own is found; the structure of released weights, also as
-Hugging Face and timm have them, is told by their entries.
+Notable: only a training run needs a configuration, and its own is found; the structure of released weights, including
+those of Hugging Face and timm, follows from their entries.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import logging
@@ -33,6 +32,7 @@ from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
 from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
 from dinov3.utils import as_torch_dtype
+from dinov3.utils.messages import did_you_mean
 
 logger = logging.getLogger("dinov3")
 
@@ -45,13 +45,13 @@ MAX_DEPTH_IN_RUN = 3
 class ModelConfig:
     """Which backbone is evaluated: `pretrained_weights`, with or without `config_file`, or `dino_hub`."""
 
-    config_file: str | None = key(None, "configuration of a training; default: that of the run in pretrained_weights")
+    config_file: str | None = key(None, "configuration of a training run; null: that of the run in pretrained_weights")
     pretrained_weights: str | None = key(
         None,
         "a run directory, a .pth or .safetensors file, a checkpoint directory, or a model directory of Hugging Face or "
         "timm; null: random initialisation",
     )
-    dino_hub: str | None = key(None, "instead of these two: a model of the hub, such as dinov3_vits16")
+    dino_hub: str | None = key(None, "instead of these two: a hub model, such as dinov3_vits16")
     weights: str | None = key(None, "file or directory with the weights of dino_hub; null: the published ones")
 
     def __post_init__(self) -> None:
@@ -63,11 +63,11 @@ class ModelConfig:
             )
 
     def check(self) -> None:
-        """Refuse what names no model, before anything is loaded.
+        """Refuse settings that do not name a model, before anything is loaded.
 
         Raises:
-            ValueError: neither weights nor a configuration nor a hub name is given, or there is no such name.
-            FileNotFoundError: there is nothing at a path.
+            ValueError: neither weights nor a configuration nor a hub name is given, or the hub name is unknown.
+            FileNotFoundError: a path does not exist.
         """
         if not (self.dino_hub or self.config_file or self.pretrained_weights):
             raise ValueError(
@@ -75,7 +75,16 @@ class ModelConfig:
                 "or timm), or model.dino_hub=dinov3_vits16 model.weights=FILE"
             )
         if self.dino_hub:
-            _check_hub_name(self.dino_hub)
+            names = [
+                name
+                for name, entry in vars(backbones).items()
+                if name.startswith("dinov3_") and inspect.isfunction(entry)
+            ]
+            if self.dino_hub not in names:
+                raise ValueError(
+                    f"model.dino_hub={self.dino_hub}: no such model{did_you_mean(self.dino_hub, names)}; the hub has "
+                    f"{', '.join(names)}"
+                )
         if self.config_file:
             resolve_config_path(self.config_file)
         for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
@@ -83,7 +92,7 @@ class ModelConfig:
                 raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
 
     def describe(self) -> str:
-        """The weights, in a few words; links are followed, so that `teacher_checkpoint.pth` tells its iteration."""
+        """Name the weights, for reports; links are followed, so that `teacher_checkpoint.pth` shows its iteration."""
         if self.dino_hub:
             return f"{self.dino_hub} with {self.weights or 'published weights'}"
         if not self.pretrained_weights:
@@ -94,14 +103,17 @@ class ModelConfig:
         return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
 
     def find_config_file(self) -> str | None:
-        """`config_file`, or that of the training run that `pretrained_weights` is, or lies in; None without one."""
+        """Return `config_file`, or that of the training run in which `pretrained_weights` lies; None without a run."""
         if self.config_file or not self.pretrained_weights:
             return self.config_file
         path = _expand(self.pretrained_weights).absolute()
         # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
         for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
-            if _is_of_training(directory / CONFIG_FILE):
-                return str(directory / CONFIG_FILE)
+            file = directory / CONFIG_FILE
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            # Many programs write a config.yaml; that of a training has these sections.
+            if all(re.search(rf"^{section}:", text, re.MULTILINE) for section in ("student", "crops")):
+                return str(file)
         return None
 
 
@@ -150,10 +162,10 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
     elif config_file is not None:
         model, dtype = _build_as_trained(config_file, config.pretrained_weights)
         if not config.config_file:
-            logger.info("the structure of the model is that of %s", config_file)
+            logger.info("model: configuration found in %s", config_file)
     else:
         assert config.pretrained_weights is not None
-        model = load_without_config(config.pretrained_weights)
+        model = _build_from_weights(config.pretrained_weights)
     description = config.describe()
     logger.info("model: %s, run in %s on %s", description, dtype, runtime.device())
     return FrozenBackbone(model, dtype, description, find_trained_normalization(config, model))
@@ -168,7 +180,7 @@ def load_model_and_context(
 
 
 def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
-    """Return mean and standard deviation, by channel, of the images that a model was trained on; None if unknown."""
+    """Return mean and standard deviation, by channel, of the images that `model` was trained on; None if unknown."""
     if config.dino_hub:
         return find_normalization(ModelChoice(config.dino_hub, config.weights), model)[1]
     if config_file := config.find_config_file():
@@ -191,7 +203,7 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
 def _build_as_trained(config_file: str, weights: str | None) -> tuple[nn.Module, torch.dtype]:
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
     if not weights:
-        logger.warning("model.pretrained_weights is empty: the model is a %s, results are a baseline", RANDOM_WEIGHTS)
+        logger.warning("model.pretrained_weights is not given: the model is a %s, a baseline", RANDOM_WEIGHTS)
     with torch.random.fork_rng():
         torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
         model = build_model_for_eval(cfg, weights)
@@ -199,19 +211,8 @@ def _build_as_trained(config_file: str, weights: str | None) -> tuple[nn.Module,
     return model, torch.bfloat16 if is_bfloat16 else torch.float32
 
 
-def load_without_config(weights: str) -> nn.Module:
-    """The backbone whose structure its weights tell; what they do not tell is as in the published models.
-
-    Args:
-        weights: a path or a URL, as `weights=` of the hub: a model directory of Hugging Face or timm, a published file.
-
-    Returns:
-        The model on this process's device, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: there is no complete backbone.
-    """
+def _build_from_weights(weights: str) -> nn.Module:
+    # The structure follows from the weights: a model directory of Hugging Face or timm, or a published file.
     state = read_state_dict(locate(weights))
     model = build_from_shapes(state)
     check_complete(state, model, source=weights)
@@ -221,29 +222,11 @@ def load_without_config(weights: str) -> nn.Module:
     logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
     if known is None and not is_foreign:
         logger.warning(
-            "%s is no published model: what its weights do not tell, such as the epsilon of its norms, is taken to be "
-            "as in those; if you have the configuration of its training, give model.config_file",
+            "%s is not a published model: what its weights do not show, such as the epsilon of its norms, is assumed "
+            "to be as in the published ones; if you have the configuration of its training, give model.config_file",
             weights,
         )
     return model.to(runtime.device()).eval()
-
-
-def _check_hub_name(name: str) -> None:
-    names = [
-        entry for entry in vars(backbones) if entry.startswith("dinov3_") and inspect.isfunction(vars(backbones)[entry])
-    ]
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)
-        raise ValueError(
-            f"model.dino_hub={name}: no such model; did you mean {nearest[0]}? There are {', '.join(names)}"
-        )
-
-
-def _is_of_training(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return all(re.search(rf"^{section}:", text, re.MULTILINE) for section in ("student", "crops"))
 
 
 def _expand(path: str) -> Path:

@@ -1,6 +1,6 @@
-"""How far long work has come: a bar with the time left on a terminal, elsewhere a line in the log every half minute.
+"""Progress of long work: a bar with the time left on a terminal, otherwise a line in the log every half minute.
 
-Notable: the main process shows its own share of the work; the others show nothing.
+Notable: the main process shows its own share of the work, the others show nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DEFAULT_SIZE = {"ncols": 100, "nrows": 20}
 
 
 class Progress:
-    """A count that is shown while it grows. A context manager; the bar ends with it.
+    """A context manager that shows a growing count.
 
     Args:
         description: what is being done.
-        total: count at the end; None if it is not known.
+        total: count at the end; None if unknown.
         unit: what is counted.
         initial: count at the beginning.
     """
@@ -45,9 +45,9 @@ class Progress:
             total=total,
             unit=unit,
             initial=initial,
-            disable=None if distributed.is_main_process() else True,  # None: shown on terminals alone
-            **_size_if_unknown(),
-            miniters=0,  # a new note is shown although the count stands still
+            disable=None if distributed.is_main_process() else True,  # None: shown only on terminals
+            **_fallback_size(),
+            miniters=0,  # show a new note even if the count has not changed
         )
 
     def __enter__(self) -> Progress:
@@ -57,11 +57,11 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count on.
+        """Add to the count.
 
         Args:
-            count: may be 0, to show a new note alone.
-            note: shown from now on behind the count; None: as before.
+            count: 0 only shows a new note.
+            note: shown behind the count from now on. Default: as before.
         """
         self.done += count
         if note is not None:
@@ -70,7 +70,7 @@ class Progress:
         self._bar.update(count)
         if self._bar.disable and distributed.is_main_process() and time.monotonic() - self._logged >= LOG_PERIOD:
             self._logged = time.monotonic()
-            logger.info("%s", str(self))  # as it is now
+            logger.info("%s", str(self))  # formatted now, because the count moves on
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
@@ -91,10 +91,8 @@ def track(
 
     Args:
         items: any number.
-        description: see `Progress`.
-        total: likewise; None: the length of `items`, if they have one.
-        unit: likewise.
-        initial: likewise.
+        description, unit, initial: see `Progress`.
+        total: see `Progress`. Default: the length of `items`, if they have one.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -104,8 +102,8 @@ def track(
             progress.advance()
 
 
-def _size_if_unknown() -> dict[str, int]:
-    # Terminals without a size, as containers have them, would show nothing.
+def _fallback_size() -> dict[str, int]:
+    # Some terminals in containers claim to have no size, so tqdm would show nothing.
     try:
         is_known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):

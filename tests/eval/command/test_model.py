@@ -72,7 +72,7 @@ def test_any_other_configuration_beside_weights_is_left_alone(
     with caplog.at_level("WARNING", logger="dinov3"):
         found = features(pretrained_weights=str(tmp_path / "mine.pth"))
     torch.testing.assert_close(found, features_of_run(published), rtol=1e-4, atol=1e-5)
-    assert "what its weights do not tell" in caplog.text and "give model.config_file" in caplog.text
+    assert "what its weights do not show" in caplog.text and "give model.config_file" in caplog.text
 
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
@@ -126,7 +126,7 @@ def test_evaluation_of_a_directory_of_hugging_face(run: Path, tmp_path: Path) ->
             FileNotFoundError,
             "model.weights=gone.pth: there is no",
         ),
-        ({"dino_hub": "dinov3_vits15"}, ValueError, "model.dino_hub=dinov3_vits15.*did you mean dinov3_vits16"),
+        ({"dino_hub": "dinov3_vits15"}, ValueError, "model.dino_hub=dinov3_vits15.*did you mean 'dinov3_vits16'"),
         ({"config_file": "gone.yaml"}, FileNotFoundError, "no configuration file 'gone.yaml'"),
     ],
     ids=["nothing", "weights", "hub weights", "hub name", "config"],
