@@ -7,12 +7,11 @@ import logging
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import require_directory
 
 logger = logging.getLogger("dinov3")
@@ -45,9 +44,7 @@ class CocoCaptions(ExtendedVisionDataset):
     Args:
         split: one of `CocoCaptions.Split`.
         root: directory with `train2014/train2014/`, `val2017/val2017/` and the annotation files (`Split.annotations`).
-        transforms: applied to (image, caption), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the caption.
+        **transforms: see `Transforms`; targets are captions.
 
     Attributes:
         image_captions: for each image that has captions a dictionary with `id`, `image` (full path) and `captions`
@@ -65,14 +62,10 @@ class CocoCaptions(ExtendedVisionDataset):
         *,
         split: CocoCaptionsSplit,
         root: str | None = None,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
         directory = require_directory(root, "CocoCaptions")
-        super().__init__(
-            root=str(directory), transforms=transforms, transform=transform, target_transform=target_transform
-        )
+        super().__init__(root=str(directory), **transforms)
         self.split = CocoCaptionsSplit(split)
         self.image_captions = _read_captions(directory / self.split.annotations, directory / self.split.images)
 

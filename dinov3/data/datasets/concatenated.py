@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.pairs import PairedImageDataset
 
 
@@ -19,9 +19,7 @@ class ConcatenatedDataset(ExtendedVisionDataset):
 
     Args:
         datasets: at least one dataset, without transforms of their own; none may stream.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the image.
-        target_transform: applied to the target.
+        **transforms: see `Transforms`.
 
     Raises:
         ValueError: a dataset streams, or datasets with maps of labels name different classes.
@@ -34,12 +32,9 @@ class ConcatenatedDataset(ExtendedVisionDataset):
     def __init__(
         self,
         datasets: Sequence[ExtendedVisionDataset],
-        *,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(**transforms)
         self.datasets = list(datasets)
         if any(getattr(dataset, "stream", None) is not None for dataset in self.datasets):
             raise ValueError(

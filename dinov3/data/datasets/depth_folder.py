@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from io import BytesIO
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder
+from dinov3.data.datasets.extended import Transforms
 from dinov3.data.datasets.pairs import PairedFolderDataset
 
 _NPY = b"\x93NUMPY"  # how every .npy file begins
@@ -29,9 +29,7 @@ class DepthFolder(PairedFolderDataset):
         images: folder of the images.
         depth: folder of the maps.
         scale: units of a `.png` per metre, e.g. 1000 for millimetres; `.npy` files are not scaled.
-        transforms: applied to (image, map), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the map, float32 [H, W] in metres.
+        **transforms: see `Transforms`; targets are maps, float32 [H, W] in metres.
 
     Attributes:
         depth_in_metres: True; code that divides depth maps by a constant must not divide these.
@@ -51,9 +49,7 @@ class DepthFolder(PairedFolderDataset):
         images: str = "images",
         depth: str = "depth",
         scale: float = 1000.0,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"DepthFolder: scale={scale}: expected a positive number, the units per metre")
@@ -66,9 +62,7 @@ class DepthFolder(PairedFolderDataset):
             target_name="depth map",
             extensions=("png", "npy"),
             target_decoder=partial(DepthMapDecoder, scale=scale),
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
+            **transforms,
         )
 
 

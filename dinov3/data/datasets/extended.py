@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torchvision.datasets import VisionDataset
@@ -20,6 +20,20 @@ class BadImageError(RuntimeError):
     """An image that cannot be read or decoded; the message names dataset, index and file."""
 
 
+class Transforms(TypedDict, total=False):
+    """The arguments of all datasets that say what is done to a sample.
+
+    Attributes:
+        transforms: applied to (image, target), instead of the other two.
+        transform: applied to the PIL image.
+        target_transform: applied to the decoded target.
+    """
+
+    transforms: Callable[[Any, Any], Any] | None
+    transform: Callable[[Any], Any] | None
+    target_transform: Callable[[Any], Any] | None
+
+
 class ExtendedVisionDataset(VisionDataset):
     """A torchvision dataset in two halves: reading (`get_image_data`, `get_target`) and decoding.
 
@@ -28,8 +42,7 @@ class ExtendedVisionDataset(VisionDataset):
     Args:
         image_decoder: makes the decoder of what `get_image_data` returns.
         target_decoder: makes the decoder of what `get_target` returns.
-        *args, **kwargs: for `torchvision.datasets.VisionDataset`: `root` and either `transforms`, applied to
-            (image, target), or `transform` and `target_transform`.
+        *args, **kwargs: `root` and `Transforms`, as of `torchvision.datasets.VisionDataset`.
     """
 
     def __init__(

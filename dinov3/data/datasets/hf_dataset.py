@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import NO_LABEL, ExtendedVisionDataset, all_or_no_labels
+from dinov3.data.datasets.extended import NO_LABEL, ExtendedVisionDataset, Transforms, all_or_no_labels
 
 logger = logging.getLogger("dinov3")
 
@@ -35,9 +35,7 @@ class HFDataset(ExtendedVisionDataset):
         split: which split, if there are several.
         image: the column of images, decoded like those of all datasets, not by `datasets`.
         label: the column of class indices; empty for no labels. Default: `label`, if there is such a column.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the class index.
+        **transforms: see `Transforms`; targets are class indices.
 
     Attributes:
         classes: class names by class index; None if the column has no names.
@@ -55,11 +53,9 @@ class HFDataset(ExtendedVisionDataset):
         split: str = DEFAULT_SPLIT,
         image: str = "image",
         label: str | None = None,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(root=path, transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(root=path, **transforms)
         package = _import_datasets()
         table = _open(package, str(self.root) if os.path.exists(self.root) else path, split)
         self._image = image

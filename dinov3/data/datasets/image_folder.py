@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import find_directory, require_directory
 from dinov3.data.datasets.listing import EXTENSIONS, list_images, list_images_cached
 
@@ -25,9 +24,7 @@ class ImageFolder(ExtendedVisionDataset):
             labels; `auto`: `folder` if there are two or more such components and no image lies in the directory
             itself, otherwise `none`.
         extra: directory in which to cache the listing, which pays for millions of files.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the class index.
+        **transforms: see `Transforms`; targets are class indices.
 
     Attributes:
         classes: class names by class index; None without labels.
@@ -45,11 +42,9 @@ class ImageFolder(ExtendedVisionDataset):
         split: str | None = None,
         labels: str = "auto",
         extra: str | None = None,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(root=root, **transforms)
         if labels not in LABELS:
             raise ValueError(f"ImageFolder: labels={labels!r} is not one of {', '.join(LABELS)}")
         directory = require_directory(root, "ImageFolder")

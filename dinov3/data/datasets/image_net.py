@@ -9,14 +9,13 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, require_directory
 from dinov3.data.datasets.listing import list_images
 
@@ -73,9 +72,7 @@ class ImageNet(ExtendedVisionDataset):
         root: directory with `train/<class id>/`, `val/<class id>/`, `test/` and `labels.txt`, whose lines are
             `class id,class name`.
         extra: directory of the files that `dump_extra` writes; may be `root`.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the class index.
+        **transforms: see `Transforms`; targets are class indices.
 
     Raises:
         FileNotFoundError: `root` is not a directory. Missing files of `extra` are reported when they are first needed.
@@ -90,11 +87,9 @@ class ImageNet(ExtendedVisionDataset):
         split: ImageNetSplit,
         root: str,
         extra: str,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(root=root, **transforms)
         require_directory(root, "ImageNet")
         self._split = ImageNetSplit(split)
         directory = Path(extra).expanduser()

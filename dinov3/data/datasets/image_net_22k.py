@@ -13,13 +13,13 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, OpenFiles, require_directory
 from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files
 
@@ -40,10 +40,8 @@ class ImageNet22k(ExtendedVisionDataset):
         root: directory with `<class id>.tar` and, optionally, `blocks/<class id>.log`, the output of
             `tar --list --block-number --file <class id>.tar`.
         extra: directory of the files that `dump_extra` writes; may be `root`.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the class index.
         mmap_cache_size: number of tars that each process keeps open.
+        **transforms: see `Transforms`; targets are class indices.
 
     Raises:
         FileNotFoundError: `root` is not a directory. Missing files of `extra` are reported when they are first needed.
@@ -56,12 +54,10 @@ class ImageNet22k(ExtendedVisionDataset):
         *,
         root: str,
         extra: str,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
         mmap_cache_size: int = DEFAULT_OPEN_TARS,
+        **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(root=root, transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(root=root, **transforms)
         require_directory(root, "ImageNet22k")
         directory = Path(extra).expanduser()
         self._extra = ExtraFiles(

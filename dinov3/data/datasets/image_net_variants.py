@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.listing import list_images
 
@@ -24,7 +23,7 @@ _CORRUPTED_NAME = re.compile(r"(?:.*/)?(?P<corruption>[a-z_]+)/(?P<level>[1-5])/
 
 
 class _ListedImages(ExtendedVisionDataset):
-    def __init__(self, root: str, **transforms: Any) -> None:
+    def __init__(self, root: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root=root, **transforms)
         self._paths = list_images(require_directory(root, type(self).__name__)).images
         if not len(self._paths):
@@ -54,14 +53,14 @@ class ImageNetReaL(_ListedImages):
         root: directory of the images, `ILSVRC2012_val_00000001.JPEG` and so on, at any depth.
         labels: the JSON file of the re-assessed labels: for each image, in the order of their numbers, a list of class
             indices.
-        **transforms: `transforms`, or `transform` and `target_transform`.
+        **transforms: see `Transforms`.
 
     Raises:
         FileNotFoundError: the directory or the file does not exist, or there are no images.
         ValueError: an image has another name or no entry, or the file holds something else.
     """
 
-    def __init__(self, *, root: str, labels: str, **transforms: Callable[..., Any] | None) -> None:
+    def __init__(self, *, root: str, labels: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root, **transforms)
         lists = _read_lists(Path(labels).expanduser())
         numbers = [int(match[1]) for match in self._match(_VAL_NAME, "ILSVRC2012_val_00000001.JPEG")]
@@ -83,7 +82,7 @@ class ImageNetC(_ListedImages):
 
     Args:
         root: holds `<corruption>/<level from 1 to 5>/<class>/<image>`, at any depth; classes are sorted by name.
-        **transforms: `transforms`, or `transform` and `target_transform`.
+        **transforms: see `Transforms`.
 
     Attributes:
         corruption_types: names of the corruptions, sorted; targets are positions in it.
@@ -94,7 +93,7 @@ class ImageNetC(_ListedImages):
         ValueError: an image lies elsewhere.
     """
 
-    def __init__(self, *, root: str, **transforms: Callable[..., Any] | None) -> None:
+    def __init__(self, *, root: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root, **transforms)
         matches = self._match(_CORRUPTED_NAME, "fog/1/n01440764/image.JPEG (corruption, level, class)")
         self.corruption_types = sorted({match["corruption"] for match in matches})

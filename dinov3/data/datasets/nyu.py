@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
+from dinov3.data.datasets.extended import Transforms
 from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.listing import read_listing
 from dinov3.data.datasets.pairs import PairedImageDataset
@@ -35,11 +36,9 @@ class NYU(PairedImageDataset):
         split: one of `NYU.Split`.
         root: directory with the scenes and the listings `nyu_train.txt` and `nyu_test.txt`, whose lines are
             `<image> <depth> <focal length>`, paths relative to the root.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the PIL map.
         image_decoder: makes the decoder of an image file's bytes.
         target_decoder: makes the decoder of a depth file's bytes.
+        **transforms: see `Transforms`; targets are PIL images.
 
     Raises:
         FileNotFoundError: the root or the listing does not exist.
@@ -53,22 +52,18 @@ class NYU(PairedImageDataset):
         *,
         split: NYUSplit,
         root: str | None = None,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
         image_decoder: Callable[[Any], Decoder] = ImageDataDecoder,
         target_decoder: Callable[[Any], Decoder] = DenseTargetDecoder,
+        **transforms: Unpack[Transforms],
     ) -> None:
         directory = require_directory(root, "NYU")
         self.split = NYUSplit(split)
         super().__init__(
             root=str(directory),
             pairs=_read_pairs(directory / self.split.listing),
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
             image_decoder=image_decoder,
             target_decoder=target_decoder,
+            **transforms,
         )
 
 

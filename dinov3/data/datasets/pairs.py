@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
-from dinov3.data.datasets.extended import BadImageError, ExtendedVisionDataset
+from dinov3.data.datasets.extended import BadImageError, ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import find_directory, require_directory
 from dinov3.data.datasets.listing import EXTENSIONS, PathList, list_images
 from dinov3.utils.messages import list_names
@@ -21,11 +21,9 @@ class PairedImageDataset(ExtendedVisionDataset):
     Args:
         root: directory that the paths are relative to.
         pairs: (image path, target path) of each sample.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the decoded target.
         image_decoder: makes the decoder of an image file's bytes.
         target_decoder: makes the decoder of a target file's bytes.
+        **transforms: see `Transforms`.
 
     Attributes:
         image_paths: of all samples, relative to the root.
@@ -37,19 +35,15 @@ class PairedImageDataset(ExtendedVisionDataset):
         *,
         root: str,
         pairs: Sequence[tuple[str, str]],
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
         image_decoder: Callable[[Any], Decoder] = ImageDataDecoder,
         target_decoder: Callable[[Any], Decoder] = DenseTargetDecoder,
+        **transforms: Unpack[Transforms],
     ) -> None:
         super().__init__(
             image_decoder=image_decoder,
             target_decoder=target_decoder,
             root=root,
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
+            **transforms,
         )
         self.image_paths = [image for image, _ in pairs]
         self.target_paths = [target for _, target in pairs]
@@ -107,9 +101,7 @@ class PairedFolderDataset(PairedImageDataset):
         target_decoder: makes the decoder of a target file's bytes; it decodes to something with a size: a PIL image
             or an array [H, W].
         split: folder in both of them, as written or in lower case.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the decoded target.
+        **transforms: see `Transforms`.
 
     Raises:
         FileNotFoundError: a folder does not exist, or holds no image.
@@ -126,9 +118,7 @@ class PairedFolderDataset(PairedImageDataset):
         extensions: Sequence[str],
         target_decoder: Callable[[bytes], Decoder],
         split: str | None = None,
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
         name = type(self).__name__
         directory = require_directory(root, name)
@@ -158,10 +148,8 @@ class PairedFolderDataset(PairedImageDataset):
         super().__init__(
             root=str(directory),
             pairs=[(f"{image_folder}/{path}", f"{target_folder}/{target_of[_stem(path)]}") for path in found_images],
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
             target_decoder=target_decoder,
+            **transforms,
         )
 
     def load_sample(self, index: int) -> tuple[Any, Any]:

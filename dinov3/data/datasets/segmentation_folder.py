@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from PIL import Image
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder
+from dinov3.data.datasets.extended import Transforms
 from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.pairs import PairedFolderDataset
 from dinov3.utils.messages import list_names
@@ -31,9 +31,7 @@ class SegmentationFolder(PairedFolderDataset):
         split: a folder in both, e.g. `train`. Default: everything in them.
         images: folder of the images.
         labels: folder of the masks.
-        transforms: applied to (image, mask), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the mask, a PIL image of mode L.
+        **transforms: see `Transforms`; targets are masks, PIL images of mode L.
 
     Attributes:
         class_names: by class index; None without `classes.txt`.
@@ -53,9 +51,7 @@ class SegmentationFolder(PairedFolderDataset):
         split: str | None = None,
         images: str = "images",
         labels: str = "labels",
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
         self.class_names = _read_class_names(require_directory(root, "SegmentationFolder") / CLASSES_FILE)
         n_classes = None if self.class_names is None else len(self.class_names)
@@ -67,9 +63,7 @@ class SegmentationFolder(PairedFolderDataset):
             target_name="mask",
             extensions=("png",),
             target_decoder=partial(ClassMaskDecoder, n_classes=n_classes),
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
+            **transforms,
         )
 
 

@@ -180,7 +180,8 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
     if key in grammar.choices and value not in grammar.choices[key]:
         allowed = grammar.choices[key]
         raise DatasetStringError(
-            f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; {name} takes {', '.join(allowed)}"
+            f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; "
+            f"{name} takes {', '.join(allowed)}"
         )
     if key in grammar.integers:
         if not re.fullmatch(r"[1-9]\d*", value):

@@ -11,14 +11,14 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Unpack
 
 import numpy as np
 
 from dinov3 import distributed
-from dinov3.data.datasets.extended import NO_LABEL, ON_BAD_IMAGE, ExtendedVisionDataset, all_or_no_labels
+from dinov3.data.datasets.extended import NO_LABEL, ON_BAD_IMAGE, ExtendedVisionDataset, Transforms, all_or_no_labels
 from dinov3.data.datasets.files import OpenFiles
 from dinov3.data.datasets.shard_index import SampleRules, ShardIndex, load_index
 from dinov3.data.datasets.tar import SUFFIXES, BrokenTarError, is_compressed, is_tar, open_tar
@@ -58,9 +58,7 @@ class WebDataset(ExtendedVisionDataset):
         mode: `indexed`: any sample at any time; `stream`: training loaders read the shards from front to back.
         buffer: for `stream`, number of samples that each worker holds in memory to shuffle them.
         on_bad_image: what to do with a shard that ends early: `raise`, or `skip`, which uses what can be read of it.
-        transforms: applied to (image, target), instead of the next two.
-        transform: applied to the PIL image.
-        target_transform: applied to the class index.
+        **transforms: see `Transforms`; targets are class indices.
 
     Attributes:
         shards: their paths.
@@ -85,9 +83,7 @@ class WebDataset(ExtendedVisionDataset):
         mode: str = "indexed",
         buffer: int = DEFAULT_BUFFER,
         on_bad_image: str = "raise",
-        transforms: Callable[[Any, Any], Any] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Unpack[Transforms],
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"WebDataset: mode={mode!r} is not one of {', '.join(MODES)}")
@@ -103,7 +99,7 @@ class WebDataset(ExtendedVisionDataset):
                 "add mode=stream, or unpack the shards to .tar"
             )
         root = Path(os.path.commonpath([shard.parent for shard in self.shards]))
-        super().__init__(root=str(root), transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(root=str(root), **transforms)
         rules = SampleRules(tuple(image.lower().split(";")), label)
         directory = Path(extra).expanduser() if extra else root
         index_files = [directory / f"{shard.relative_to(root)}.idx.npz" for shard in self.shards]
