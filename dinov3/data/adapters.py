@@ -1,4 +1,4 @@
-"""A dataset whose targets carry the index of their sample, so that results of shards can be put together again."""
+"""A dataset whose targets carry the index of their sample, so that the results of several processes can be merged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class DatasetWithEnumeratedTargets(Dataset):
     """Item i of `dataset` as (image, (i, target)).
 
     Args:
-        dataset: of length n, with items (image, target) and, for the forwarding methods, what they forward to.
+        dataset: of length n, with items (image, target) and the methods of `ExtendedVisionDataset` that are used.
         pad_dataset: make the length a multiple of `num_replicas` by repeating the first samples with index -1, so that
             every process sees equally many.
         num_replicas: number of processes; needed for padding.
@@ -34,23 +34,23 @@ class DatasetWithEnumeratedTargets(Dataset):
         return self._padded_size
 
     def __getitem__(self, index: int) -> tuple[Any, tuple[int, Any]]:
-        """(image, (index, target)), where a target None becomes the index; for padding (image, (-1, target))."""
+        """Return (image, (index, target)), with the index for a target None; for padding (image, (-1, target))."""
         image, target = self._dataset[self._inner(index)]
         if index >= self._size:
             return image, (-1, target)
         return image, (index, index if target is None else target)
 
     def get_target(self, index: int) -> tuple[int, Any]:
-        """(index, target), for padding (-1, target)."""
+        """Return (index, target), for padding (-1, target)."""
         target = self._dataset.get_target(self._inner(index))
         return (index if index < self._size else -1), target
 
     def get_image_relpath(self, index: int) -> str:
-        """Path of the image, relative to the root of the dataset."""
+        """Return the path of the image, relative to the root of the dataset."""
         return self._dataset.get_image_relpath(self._inner(index))
 
     def get_image_data(self, index: int) -> bytes:
-        """The encoded image."""
+        """Return the encoded image."""
         return self._dataset.get_image_data(self._inner(index))
 
     def get_sample_decoder(self, index: int) -> Any:

@@ -4,7 +4,7 @@ Notable:
 - Crops are crop-major: crop 0 of all images, then crop 1 of all images, and so on.
 - Mask ratios are stratified over the batch, not drawn, and the masks are then shuffled among the crops; the two global
   crops of an image are masked independently.
-- Random draws come from the global generators of `random` and NumPy alone, so the caller can seed them.
+- All random draws come from the global generators of `random` and NumPy, so that the caller can seed them.
 - Crops may be uint8, a quarter of the bytes; they become floats here, once per batch.
 """
 
@@ -39,18 +39,18 @@ def collate_data_and_cast(
 
     Args:
         samples_list: B pairs (dictionary, target). The dictionary has lists of tensors [3, height, width]:
-            `global_crops` (G), `local_crops` (L), optionally `gram_teacher_crops` (G); every sample has what the first
-            one has. Targets are dropped.
-        mask_ratio_tuple: lowest and highest share of patches of a masked crop.
+            `global_crops` (G), `local_crops` (L), optionally `gram_teacher_crops` (G); every sample has the same
+            entries as the first. Targets are dropped.
+        mask_ratio_tuple: lowest and highest share of masked patches in a masked crop.
         mask_probability: share of the global crops that are masked.
         dtype: of the crops in the batch.
-        n_tokens: P, patches of a global crop; None: the size of the generator's grid.
+        n_tokens: P, patches of a global crop. Default: the size of the generator's grid.
         mask_generator: draws the masks.
         random_circular_shift: roll each mask by a random offset, which makes border patches as likely as others.
-        local_batch_size: number of images for which masks are drawn; None: B. Multi-distillation, where a student sees
-            the images of several processes, needs another number.
-        normalize: mean and standard deviation per channel, of pixels in [0, 1], for uint8 crops. Floating-point crops
-            are taken as they are.
+        local_batch_size: number of images for which masks are drawn. Default: B. It differs in multi-distillation,
+            where a student sees the images of several processes.
+        normalize: mean and standard deviation per channel, for uint8 crops scaled to [0, 1]. Floating-point crops are
+            taken as they are.
 
     Returns:
         `collated_global_crops` [G * B, 3, S, S], `collated_local_crops` [L * B, 3, s, s] and, if present,
@@ -84,18 +84,18 @@ def collate_data_and_cast(
 
 
 def get_batch_subset(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
-    """The first part of a batch of `collate_data_and_cast` with two global crops.
+    """Return the first part of a batch of `collate_data_and_cast` with two global crops.
 
     Args:
         batch: the batch, of B images; Gram-teacher crops are dropped.
-        divide_by: keeps ceil(B / divide_by) images and floor(masks per crop / divide_by) masks of each global crop. If
-            no patch is masked in these, masks of the batch are shuffled until one is.
+        divide_by: ceil(B / divide_by) images stay, and floor(masks per crop / divide_by) masks of each global crop. If
+            no patch is masked in these, the masks of the batch are shuffled until one is.
 
     Returns:
         A batch of the same form; `upperbound` is that of the whole batch, `global_batch_size`, where present, divided.
 
     Raises:
-        ValueError: no mask of the batch has a masked patch, or none is kept.
+        ValueError: no patch of the batch is masked, or no mask would be left.
     """
     n_images = len(batch["collated_global_crops"]) // N_GLOBAL_CROPS
     n_kept = -(-n_images // divide_by)
@@ -118,13 +118,13 @@ def _to_dtype(crops: Tensor, dtype: torch.dtype, normalize: tuple[Sequence[float
     if crops.dtype != torch.uint8:
         return crops.to(dtype)
     if normalize is None:
-        raise ValueError("the crops are uint8: pass normalize=(mean, std) to make floats of them")
+        raise ValueError("the crops are uint8: pass normalize=(mean, std) to convert them to floats")
     mean, std = (torch.tensor(tuple(values), dtype=torch.float32).view(-1, 1, 1) for values in normalize)
     return crops.float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
 def _masked_patches_per_crop(*, n_crops: int, n_tokens: int, ratios: tuple[float, float]) -> list[int]:
-    # In float32, whose products truncate to other integers than float64's now and then.
+    # In float32, because its products sometimes truncate to other integers than those of float64.
     shares = torch.linspace(*ratios, n_crops + 1, dtype=torch.float32)[1:]
     return (n_tokens * shares).long().tolist()
 

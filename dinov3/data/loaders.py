@@ -1,23 +1,21 @@
 """Datasets from strings, and loaders that read them.
 
 Notable:
-- Everything random about a training batch follows from (`train.seed`, loader, batch number, rank, position in the
-  batch). The number of workers makes no difference, and a resumed run sees the batches of an uninterrupted one.
-- Loading leaves the random generators of the calling process as they were.
-- Workers collect garbage even if the process that starts them does not: transforms leave cycles behind.
+- Everything random about a training batch depends only on (`train.seed`, loader, batch number, rank, position in the
+  batch): not on the number of workers, and a resumed run sees the batches of an uninterrupted one.
 - Nothing here is a closure, so that workers can be spawned as well as forked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -28,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from dinov3 import distributed
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset
 from dinov3.data.datasets.extended import ON_BAD_IMAGE
-from dinov3.data.datasets.strings import DATASETS, ParsedDataset, check_required_keys, parse_dataset_string
+from dinov3.data.datasets.strings import DATASETS, check_required_keys, parse_dataset_string
 from dinov3.data.datasets.web_dataset import StreamLayout
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov3.data.stream_order import LaneOrder
@@ -49,6 +47,9 @@ class SamplerType(Enum):
     SHARDED_INFINITE_NEW = 4  # the same, shuffled faster
 
 
+_INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+
+
 def make_dataset(
     *,
     dataset_str: str,
@@ -58,32 +59,38 @@ def make_dataset(
     on_bad_image: str = "raise",
     root: str | None = None,
 ) -> Any:
-    """The dataset that a string such as `ImageFolder:root=/data/photos` names.
+    """Open the dataset that a string such as `ImageFolder:root=/data/photos` names.
 
     Args:
         dataset_str: `NAME:key=value:...`, several joined by `+`; see `dinov3.data.datasets.strings`.
-        transform: of the image.
-        target_transform: of the target.
-        transforms: of (image, target), instead of these two.
-        on_bad_image: for datasets whose string does not say it: what to do with a tar shard that ends early, `raise` or
-            `skip`, which uses what can be read of it. A single image that cannot be read is a matter of the loader.
-        root: of datasets that have one and whose string does not say it.
+        transform: applied to the image.
+        target_transform: applied to the target.
+        transforms: applied to (image, target), instead of these two.
+        on_bad_image: what to do with a tar shard that ends early, unless the string says it: `raise`, or `skip`, which
+            uses what can be read of it. Single images that cannot be read are handled by the loader.
+        root: for datasets that need one and whose string has none.
 
     Returns:
         The dataset, with items (image, target).
 
     Raises:
-        DatasetStringError: a ValueError; the string means nothing, or lacks a key.
-        FileNotFoundError: what it names does not exist.
+        DatasetStringError: a ValueError; the string cannot be parsed, or lacks a key.
+        FileNotFoundError: a file or directory that it names does not exist.
     """
-    parsed = [_with_root(one, root) for one in parse_dataset_string(dataset_str)]
+    parsed = parse_dataset_string(dataset_str)
+    for one in parsed:
+        keys = DATASETS[one.name][1].keys
+        if root is not None and "root" in keys:
+            one.kwargs.setdefault("root", root)
+        if "on_bad_image" in keys:
+            one.kwargs.setdefault("on_bad_image", on_bad_image)
     check_required_keys(parsed, dataset_str)
     given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     dataset: Any
     if len(parsed) == 1:
-        dataset = _open(parsed[0], on_bad_image, **given)
+        dataset = DATASETS[parsed[0].name][0](**parsed[0].kwargs, **given)
     else:
-        dataset = ConcatenatedDataset([_open(one, on_bad_image) for one in parsed], **given)
+        dataset = ConcatenatedDataset([DATASETS[one.name][0](**one.kwargs) for one in parsed], **given)
     for name, value in given.items():
         if not hasattr(dataset, name):
             setattr(dataset, name, value)
@@ -102,34 +109,29 @@ def make_data_loader(
     sampler_size: int = -1,
     sampler_advance: int = 0,
     drop_last: bool = True,
-    persistent_workers: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
-    prefetch_factor: int | None = None,
-    timeout: float = 0,
-    multiprocessing_context: Any = None,
+    **worker_options: Any,
 ) -> DataLoader[Any]:
-    """A loader of this process's share of a dataset.
+    """Make a loader for evaluations and for your own scripts; pretraining uses `make_train_data_loader`.
 
     Args:
         dataset: with `len()` and integer indices.
         batch_size: samples per batch and process.
-        num_workers: processes that load; 0: this one.
-        shuffle: read in a random order.
+        num_workers: processes that load; 0 for this one.
+        shuffle: read the samples in a random order.
         seed: of that order.
         sampler_type: how the samples are shared out; None: this process reads all of them, once.
-        sampler_size: for EPOCH, samples per epoch of all processes; -1: as many as the dataset has.
-        sampler_advance: for the infinite samplers, entries of this process to leave out.
+        sampler_size: for EPOCH, samples per epoch of all processes; -1 for as many as the dataset has.
+        sampler_advance: for the infinite samplers, number of entries of this process to leave out.
         drop_last: leave out a last batch that is not full.
-        persistent_workers: keep the workers between epochs; without workers ignored, as are the last three arguments.
-        collate_fn: makes a batch of a list of samples; None: torch's.
+        collate_fn: makes a batch from a list of samples. Default: torch's.
         worker_init_fn: called in each worker with its number.
-        prefetch_factor: batches loaded ahead per worker; None: torch's default.
-        timeout: seconds to wait for a batch; 0: for ever.
-        multiprocessing_context: how workers are started, e.g. `"spawn"`; None: Python's default.
+        **worker_options: other options of torch's DataLoader for workers (`persistent_workers`, `prefetch_factor`,
+            `timeout`, `multiprocessing_context`); ignored without workers.
 
     Returns:
-        The loader; its batches lie in pinned memory where this process has a CUDA device.
+        The loader; its batches lie in pinned memory if this process has a CUDA device.
 
     Raises:
         TypeError: an iterable dataset.
@@ -155,12 +157,7 @@ def make_data_loader(
         collate_fn=collate_fn,
         pin_memory=runtime.device().type == "cuda",
         **_worker_options(
-            num_workers,
-            worker_init_fn=WorkerInit(worker_init_fn),
-            persistent_workers=persistent_workers,
-            prefetch_factor=prefetch_factor,
-            timeout=timeout,
-            multiprocessing_context=multiprocessing_context,
+            num_workers, worker_init_fn=functools.partial(init_worker, then=worker_init_fn), **worker_options
         ),
     )
 
@@ -178,30 +175,30 @@ def make_train_data_loader(
     on_bad_image: str = "raise",
     multiprocessing_context: Any = None,
 ) -> TrainDataLoader:
-    """An endless, shuffled loader whose batches depend on their number and on nothing that happened before.
+    """Make an endless, shuffled loader whose batches depend only on their number, not on what happened before.
 
     A dataset that streams (`WebDataset` with `mode=stream`) is read in the order of `dinov3.data.stream_order`,
-    whatever the sampler; unlike a sampler's, that order depends on the number of workers too.
+    whatever the sampler; unlike a sampler's, that order also depends on the number of workers.
 
     Args:
         dataset: with `len()` and integer indices.
         batch_size: samples per batch and process.
-        num_workers: processes that load; 0: this one.
+        num_workers: processes that load; 0 for this one.
         sampler_type: INFINITE, SHARDED_INFINITE or SHARDED_INFINITE_NEW.
         sampler_seed: of the order, the same for all processes.
-        collate_fn: makes a batch, a dictionary, of a list of samples; like the dataset, it may draw from the global
+        collate_fn: makes a batch, a dictionary, from a list of samples; like the dataset, it may draw from the global
             generators of torch (CPU), NumPy and `random`.
-        seed_key: (seed, number of the loader, rank), of everything else that is random; none below 0.
-        first_batch: number of the first batch to yield: as many have been consumed before.
-        on_bad_image: `raise`, or `skip`: take the next image instead of one that cannot be read, log each such file
-            once, and give their number in the batch as `n_bad_images`.
-        multiprocessing_context: how workers are started, e.g. `"spawn"`; None: Python's default.
+        seed_key: (seed, number of the loader, rank), the seed of everything else that is random; none below 0.
+        first_batch: number of the first batch to yield, which is the number of batches consumed before.
+        on_bad_image: `raise`, or `skip`, which takes the next image instead of one that cannot be read, logs each such
+            file once, and gives their number in the batch as `n_bad_images`.
+        multiprocessing_context: how workers are started, e.g. `"spawn"`. Default: Python's.
 
     Returns:
         An iterable of batches.
 
     Raises:
-        ValueError: another sampler, `on_bad_image` or seed than these, or fewer samples than processes.
+        ValueError: an unsuitable sampler, `on_bad_image` or seed, or fewer samples than processes.
     """
     if sampler_type not in _INFINITE:
         names = ", ".join(one.name for one in _INFINITE)
@@ -226,30 +223,29 @@ def make_train_data_loader(
         pin_memory=runtime.device().type == "cuda",
         # Starting the workers would otherwise draw from the generator of the model.
         generator=torch.Generator(),
-        **_worker_options(
-            num_workers, worker_init_fn=WorkerInit(None), multiprocessing_context=multiprocessing_context
-        ),
+        **_worker_options(num_workers, worker_init_fn=init_worker, multiprocessing_context=multiprocessing_context),
     )
     return TrainDataLoader(loader, batch_size, counts_bad_images=on_bad_image == "skip")
 
 
 class BatchRequest(NamedTuple):
-    """The number of a batch and the samples it is made of."""
+    """What a worker needs to know to make one batch.
+
+    Attributes:
+        number: of the batch.
+        indices: the samples that it is made of.
+        ahead: for datasets that stream, the samples to read and hold before that; otherwise None.
+        restart: first drop the samples that are held.
+    """
 
     number: int
     indices: list[int]
-    read_ahead: ReadAhead | None = None
-
-
-class ReadAhead(NamedTuple):
-    """The samples that a streaming dataset reads and holds before a batch; `restart`: instead of those it holds."""
-
-    indices: list[int]
-    restart: bool
+    ahead: list[int] | None = None
+    restart: bool = False
 
 
 class BatchRequests(Sampler[BatchRequest]):
-    """The entries of an endless sampler, grouped into batches that know their number."""
+    """The entries of an endless sampler, grouped into numbered batches."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, first_batch: int) -> None:
         self._sampler = sampler
@@ -263,15 +259,16 @@ class BatchRequests(Sampler[BatchRequest]):
 
 
 class StreamRequests(Sampler[BatchRequest]):
-    """The batches of a streaming dataset: batch number t is of lane t mod `n_lanes` of this process.
+    """The batches of a dataset that streams: batch t belongs to lane t mod `n_lanes` of this process.
 
-    A loader hands its batches to its workers in turn, so a lane stays with one worker, which alone reads its shards.
+    A loader hands its batches to its workers in turn, so that a lane stays with one worker, the only one that reads its
+    shards.
 
     Args:
         layout: of the dataset's shards.
         batch_size: samples per batch.
         first_batch: number of the first batch.
-        n_lanes: of this process: its workers.
+        n_lanes: number of workers of this process.
         seed: of the order, the same for all processes.
     """
 
@@ -289,13 +286,13 @@ class StreamRequests(Sampler[BatchRequest]):
             turn, lane = divmod(number, len(self._lanes))
             restart = number < self._first_batch + len(self._lanes)
             request = self._lanes[lane].request(turn * self._batch_size, self._batch_size, restart=restart)
-            yield BatchRequest(number, request.indices, ReadAhead(request.ahead, restart))
+            yield BatchRequest(number, request.indices, request.ahead, restart)
 
 
 class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
-    """A dataset whose items are whole batches, each drawn from its own seeds.
+    """A dataset whose items are complete batches, each drawn from seeds of its own.
 
-    An item is a pair: the batch, and for every image that was replaced its index and what was wrong.
+    An item is a pair: the batch, and for every image that was replaced its index and the error.
     """
 
     def __init__(
@@ -314,8 +311,9 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
     def __getitem__(self, request: BatchRequest) -> tuple[dict[str, Any], list[tuple[int, str]]]:
         key = [self._seed, self._loader, request.number, self._rank]
         problems: list[tuple[int, str]] = []
-        if request.read_ahead is not None:
-            self._dataset.read_ahead(request.read_ahead.indices, restart=request.read_ahead.restart)
+        if request.ahead is not None:
+            self._dataset.read_ahead(request.ahead, restart=request.restart)
+        # Without workers this is the training process, whose own generators must not notice.
         with _generators_restored():
             samples = [self._load(index, [*key, position], problems) for position, index in enumerate(request.indices)]
             _seed_generators(key)
@@ -324,7 +322,8 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
     def _load(self, index: int, key: list[int], problems: list[tuple[int, str]]) -> Any:
         n_samples = len(self._dataset)
         n_tries = min(n_samples, MAX_REPLACEMENTS + 1)
-        for candidate in ((index + attempt) % n_samples for attempt in range(n_tries)):
+        for attempt in range(n_tries):
+            candidate = (index + attempt) % n_samples
             _seed_generators(key)
             try:
                 return self._dataset[candidate]
@@ -333,7 +332,7 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
                     raise
                 problems.append((candidate, str(error)))
         raise BadImageError(
-            f"none of {n_tries} images in a row can be read, from index {index} on; the last: {problems[-1][1]}"
+            f"none of {n_tries} images in a row can be read, starting at index {index}; the last: {problems[-1][1]}"
         )
 
 
@@ -348,42 +347,33 @@ class TrainDataLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch, problems in self._loader:
+            # Reported here, because workers do not know of each other and may have no log.
+            for index, message in problems:
+                if index not in self._reported:
+                    self._reported.add(index)
+                    logger.warning("%s; another image takes its place", message)
             if self._counts_bad_images:
-                self._report(problems)
                 batch["n_bad_images"] = len(problems)
             yield batch
 
-    def _report(self, problems: list[tuple[int, str]]) -> None:
-        # Here rather than in the workers, which do not know of each other and may have no log.
-        for index, message in problems:
-            if index not in self._reported:
-                self._reported.add(index)
-                logger.warning("%s; another image takes its place", message)
 
+def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """Set up a worker process of a loader.
 
-class WorkerInit:
-    """What a worker does first.
-
-    It collects garbage, whatever its parent does, leaves the parent's process group, and then calls the caller's own
-    initialisation.
+    Args:
+        worker: its number.
+        then: called last, with that number.
     """
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self._then = then
-
-    def __call__(self, worker: int) -> None:
-        # What a forked worker shares with its parent is not looked at, or each page would be copied.
-        gc.freeze()
-        gc.enable()
-        # Slurm and terminals send signals to the whole process group: a worker that dies of one would end the training
-        # before it has saved itself.
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
-        if self._then is not None:
-            self._then(worker)
-
-
-_INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+    # Transforms leave cycles behind, and a training loop switches the collector off. What a forked worker shares with
+    # its parent is frozen, or the collector would write to, and so copy, each page of it.
+    gc.freeze()
+    gc.enable()
+    # Slurm and terminals send signals to the whole process group: a worker that one of them kills would end the
+    # training before it has saved itself.
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    if then is not None:
+        then(worker)
 
 
 def _make_sampler(
@@ -400,14 +390,8 @@ def _make_sampler(
         case None:
             return None
         case SamplerType.DISTRIBUTED:
-            return DistributedSampler(
-                dataset,
-                num_replicas=distributed.get_world_size(),
-                rank=distributed.get_rank(),
-                shuffle=shuffle,
-                seed=seed,
-                drop_last=False,
-            )
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            return DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         case SamplerType.EPOCH:
             return EpochSampler(size=size if size > 0 else count, sample_count=count, shuffle=shuffle, seed=seed)
         case SamplerType.INFINITE:
@@ -424,21 +408,8 @@ def _make_sampler(
 
 
 def _worker_options(num_workers: int, **options: Any) -> dict[str, Any]:
-    # Torch refuses most of these options where there are no workers.
+    # Torch refuses most of these options without workers.
     return {"num_workers": num_workers} | (options if num_workers > 0 else {})
-
-
-def _with_root(parsed: ParsedDataset, root: str | None) -> ParsedDataset:
-    if root is None or "root" not in DATASETS[parsed.name][1].keys:
-        return parsed
-    return ParsedDataset(parsed.name, {"root": root, **parsed.kwargs})
-
-
-def _open(parsed: ParsedDataset, on_bad_image: str, **given: Any) -> Any:
-    cls, grammar = DATASETS[parsed.name]
-    if "on_bad_image" in grammar.optional:
-        given["on_bad_image"] = on_bad_image
-    return cls(**given | parsed.kwargs)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -453,7 +424,7 @@ def _seed_generators(key: list[int]) -> None:
     torch.default_generator.manual_seed(int(words[:2].view(np.uint64)[0]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _generators_restored() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

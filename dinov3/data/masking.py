@@ -21,12 +21,12 @@ class MaskingGenerator:
     """Draws block masks on a grid of patches.
 
     Args:
-        input_size: height and width of the grid in patches; one number is both.
+        input_size: height and width of the grid in patches, or one number for both.
         num_masking_patches: only the default of `max_num_patches`.
         min_num_patches: smallest area of a block, in patches, before rounding.
-        max_num_patches: most patches that one block may add; None: no limit.
+        max_num_patches: most patches that one block may add. Default: no limit.
         min_aspect: smallest ratio of a block's height to its width.
-        max_aspect: largest ratio; None: 1 / `min_aspect`.
+        max_aspect: largest ratio. Default: 1 / `min_aspect`.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class MaskingGenerator:
         )
 
     def get_shape(self) -> tuple[int, int]:
-        """Height and width of the grid."""
+        """Return height and width of the grid."""
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0) -> NDArray[np.bool_]:
         """Draw a mask.
 
         Args:
-            num_masking_patches: number of patches to mask, at most the whole grid.
+            num_masking_patches: number of patches to mask, at most all of the grid.
 
         Returns:
             bool [height, width] with exactly that many true entries.
@@ -80,7 +80,7 @@ class MaskingGenerator:
             if not added:
                 break
             missing -= added
-        # Also with nothing missing: the draw advances the generator, and seeded masks stay as published.
+        # Drawn even if nothing is missing: the draw advances the generator, and seeded masks stay as published.
         mask.flat[np.random.choice(np.flatnonzero(~mask), size=missing, replace=False)] = True
         return mask
 

@@ -13,30 +13,30 @@ from dinov3 import distributed
 
 logger = logging.getLogger("dinov3")
 
-# What floats that are meant to add up to 1 may lack of it.
+# Ratios that are meant to add up to 1 may miss it by this much, for they are floats.
 _RATIO_TOLERANCE = 1e-8
 
 
 class CombinedDataLoader:
-    """Draws a loader for each batch and yields the next batch of that loader, until the drawn loader has none left.
+    """Draws a loader for each batch and yields that loader's next batch, until the drawn loader has none left.
 
     Each `iter()` starts the same sequence of draws again.
 
     Args:
         loaders_with_ratios: pairs (loader, probability of drawing it); every loader has an attribute `batch_size`.
         batch_size: of all loaders.
-        combining_mode: `GLOBAL_HOMOGENEOUS`, every process draws the same loader, as it must where the loaders' batches
+        combining_mode: `GLOBAL_HOMOGENEOUS`, every process draws the same loader, as it must if the loaders' batches
             differ in shape; or `LOCAL_HOMOGENEOUS`, each process draws for itself.
         seed: of the draws; mixed with the rank in the local mode.
         name: of the loader in the log.
-        logging_period: the shares of the loaders are logged each time so many batches were drawn.
-        advance: number of draws to leave out, when resuming; the loaders themselves are expected to be where these
-            draws have brought them, see `count_draws`.
+        logging_period: number of batches after which the shares of the loaders are logged.
+        advance: number of draws to leave out when resuming; the loaders must already stand where these draws have
+            brought them, see `count_draws`.
 
     Attributes:
         loaders, batch_size, combining_mode, name: as given.
         ratios: list of the probabilities, which add up to 1.
-        loader_count: float64 [number of loaders], batches that the newest iterator drew from each loader.
+        loader_count: float64 [number of loaders], number of batches that the newest iterator drew from each loader.
 
     Raises:
         ValueError: no loader, a ratio that is not positive, an unknown mode, or loaders of another batch size.
@@ -58,7 +58,7 @@ class CombinedDataLoader:
     ) -> None:
         pairs = list(loaders_with_ratios)
         self.loaders = [loader for loader, _ in pairs]
-        self.ratios = _normalized([float(ratio) for _, ratio in pairs], name)
+        self.ratios = _normalize([float(ratio) for _, ratio in pairs], name)
         self.batch_size = batch_size
         self.combining_mode = combining_mode
         self.name = name
@@ -66,11 +66,23 @@ class CombinedDataLoader:
         self._seed = seed
         self._logging_period = logging_period
         self._advance = advance
-        self._check()
+        if combining_mode not in (self.GLOBAL_HOMOGENEOUS, self.LOCAL_HOMOGENEOUS):
+            raise ValueError(
+                f"combining_mode={combining_mode!r} is neither GLOBAL_HOMOGENEOUS = {self.GLOBAL_HOMOGENEOUS} "
+                f"nor LOCAL_HOMOGENEOUS = {self.LOCAL_HOMOGENEOUS}"
+            )
+        for index, loader in enumerate(self.loaders):
+            if loader.batch_size != batch_size:
+                raise ValueError(f"loader {index} has batch size {loader.batch_size}, the combined loader {batch_size}")
+        if logging_period < 1:
+            raise ValueError(f"logging_period must be at least 1, got {logging_period}")
+        if advance < 0:
+            raise ValueError(f"advance must be at least 0, got {advance}")
 
     def __iter__(self) -> Iterator[Any]:
         iterators = [iter(loader) for loader in self.loaders]
-        generator = np.random.default_rng(self._seed_of_draws())
+        local = self.combining_mode == self.LOCAL_HOMOGENEOUS
+        generator = np.random.default_rng([self._seed, distributed.get_rank()] if local else self._seed)
         generator.random(self._advance)
         self.loader_count = count = np.zeros(len(iterators))
         while True:
@@ -80,38 +92,15 @@ class CombinedDataLoader:
             except StopIteration:
                 return
             count[drawn] += 1
-            self._log(count)
+            n_batches = int(count.sum())
+            if n_batches % self._logging_period == 0:
+                shares = ", ".join(f"{share:.3f}" for share in count / n_batches)
+                logger.info("%s: shares of the loaders in %d batches: %s", self.name or "combined", n_batches, shares)
             yield batch
-
-    def _seed_of_draws(self) -> int | list[int]:
-        local = self.combining_mode == self.LOCAL_HOMOGENEOUS
-        return [self._seed, distributed.get_rank()] if local else self._seed
-
-    def _log(self, count: np.ndarray) -> None:
-        n_batches = int(count.sum())
-        if n_batches % self._logging_period == 0:
-            shares = ", ".join(f"{share:.3f}" for share in count / n_batches)
-            logger.info("%s: shares of the loaders in %d batches: %s", self.name or "combined", n_batches, shares)
-
-    def _check(self) -> None:
-        if self.combining_mode not in (self.GLOBAL_HOMOGENEOUS, self.LOCAL_HOMOGENEOUS):
-            raise ValueError(
-                f"combining_mode={self.combining_mode!r} is neither GLOBAL_HOMOGENEOUS = {self.GLOBAL_HOMOGENEOUS} "
-                f"nor LOCAL_HOMOGENEOUS = {self.LOCAL_HOMOGENEOUS}"
-            )
-        for index, loader in enumerate(self.loaders):
-            if loader.batch_size != self.batch_size:
-                raise ValueError(
-                    f"loader {index} has batch size {loader.batch_size}, the combined loader {self.batch_size}"
-                )
-        if self._logging_period < 1:
-            raise ValueError(f"logging_period must be at least 1, got {self._logging_period}")
-        if self._advance < 0:
-            raise ValueError(f"advance must be at least 0, got {self._advance}")
 
 
 def count_draws(ratios: Iterable[float], seed: int, n_draws: int) -> list[int]:
-    """How many batches each loader has delivered after `n_draws` draws of the mode GLOBAL_HOMOGENEOUS.
+    """Count the batches that each loader has delivered after `n_draws` draws in the mode GLOBAL_HOMOGENEOUS.
 
     Args:
         ratios: of the loaders, as given to `CombinedDataLoader`.
@@ -121,12 +110,12 @@ def count_draws(ratios: Iterable[float], seed: int, n_draws: int) -> list[int]:
     Returns:
         One number per loader.
     """
-    shares = _normalized([float(ratio) for ratio in ratios], None)
+    shares = _normalize([float(ratio) for ratio in ratios], None)
     draws = np.random.default_rng(seed).choice(len(shares), size=n_draws, p=shares)
     return np.bincount(draws, minlength=len(shares)).tolist()
 
 
-def _normalized(ratios: list[float], name: str | None) -> list[float]:
+def _normalize(ratios: list[float], name: str | None) -> list[float]:
     if not ratios:
         raise ValueError("there must be at least one loader to combine")
     if not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):

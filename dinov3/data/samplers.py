@@ -1,10 +1,10 @@
 """In which order a dataset is read: every process takes its own slice of one order that all of them know.
 
 Notable:
-- The orders are those of the published recipes, bit for bit, but made with array operations instead of one Python-level
-  random draw per sample.
-- `advance=k` gives exactly what is left of a sequence after its first k entries, and costs next to nothing, so that a
-  run can be resumed at its millionth step.
+- The orders are those of the published recipes, bit for bit, but made with array operations instead of one random draw
+  in Python per sample.
+- `advance=k` gives exactly what is left of a sequence after its first k entries, at next to no cost, so that a run can
+  be resumed at its millionth step.
 - Each `iter()` restarts the same sequence.
 """
 
@@ -22,12 +22,12 @@ from torch.utils.data import Sampler
 
 from dinov3 import distributed
 
-# From these sizes on torch draws 64-bit words, in `randperm` and in `randint`, and the array operations below would no
-# longer repeat the loops that define the orders.
+# From these sizes on torch's `randperm` and `randint` draw 64-bit words, and the array operations below would no longer
+# repeat the loops that define the orders.
 RANDPERM_64BIT_FROM = 2**32 // 20
 RANDINT_64BIT_FROM = 2**28
 
-# Shorter passes are made faster than a thread is woken.
+# For smaller datasets, waking a thread takes longer than making a pass.
 BACKGROUND_FROM = 100_000
 
 _CHUNK = 2**16
@@ -43,10 +43,10 @@ class EpochSampler(Sampler[int]):
     Args:
         size: samples per epoch, of all processes together.
         sample_count: length N of the dataset; indices 0..N-1 are repeated as often as `size` needs.
-        shuffle: draw `size` of the repeated indices without replacement; else take the first `size`.
+        shuffle: draw `size` of the repeated indices without replacement; otherwise take the first `size`.
         seed: of the order.
-        start: first position of this process in the order; None: its rank.
-        step: distance of its positions; None: the number of processes.
+        start: first position of this process in the order. Default: its rank.
+        step: distance between its positions. Default: the number of processes.
 
     Raises:
         ValueError: `size`, `sample_count` or `step` below 1, or `start` below 0.
@@ -72,7 +72,7 @@ class EpochSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; without it every epoch has the order of epoch 0."""
+        """Choose the order; without a call every epoch has the order of epoch 0."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -86,20 +86,8 @@ class EpochSampler(Sampler[int]):
         return max(0, (self._size - self._start + self._step - 1) // self._step)
 
 
-class InfiniteSampler(Sampler[int]):
-    """The dataset again and again; shuffled, in another permutation each time, of which each process takes its slice.
-
-    Args:
-        sample_count: length N of the dataset.
-        shuffle: draw permutations; else 0..N-1 each time, of which a process sees only `start`, `start + step`, ...
-        seed: of the permutations, the same for all processes.
-        start: first position of this process in each permutation; None: its rank.
-        step: distance of its positions; None: the number of processes.
-        advance: number of entries of this process's sequence to leave out.
-
-    Raises:
-        ValueError: a size out of range, or no sample for this process.
-    """
+class _EndlessSampler(Sampler[int]):
+    # Passes over the data, one after the other; `_count` is the number of entries of this process in each of them.
 
     def __init__(
         self,
@@ -115,45 +103,73 @@ class InfiniteSampler(Sampler[int]):
         self._shuffle = shuffle
         self._seed = seed
         self._start, self._step = _slice_of_this_process(sample_count, start, step)
-        self._count = len(range(self._start, sample_count, self._step))
-        self._advance = _checked_advance(advance)
-        _check_enough(self._count, sample_count, self._start, self._step)
+        if advance < 0:
+            raise ValueError(f"advance must be at least 0, got {advance}")
+        self._advance = advance
+        self._count = self._count_entries()
+        if self._count < 1:
+            raise ValueError(
+                f"no sample is left for process {self._start} of {self._step}: the dataset has {sample_count} samples; "
+                "use a larger dataset or fewer processes"
+            )
 
     def __iter__(self) -> Iterator[int]:
-        n_passes, offset = divmod(self._advance, self._count)
-        passes = self._permutations(n_passes) if self._shuffle else itertools.repeat(self._own(None))
-        return _flatten(passes, offset, in_background=self._shuffle and self._sample_count >= BACKGROUND_FROM)
+        first_pass, offset = divmod(self._advance, self._count)
+        if not self._shuffle:
+            own = np.arange(self._start, self._sample_count, self._step)
+            return _flatten(itertools.repeat(own), offset, in_background=False)
+        in_background = self._sample_count >= BACKGROUND_FROM
+        return _flatten(self._shuffled_passes(first_pass), offset, in_background=in_background)
 
-    def _permutations(self, n_skipped: int) -> Iterator[np.ndarray]:
-        generator = torch.Generator().manual_seed(self._seed)
-        if self._sample_count >= RANDPERM_64BIT_FROM:
-            for permutation in itertools.islice(_permutations_by_loop(self._sample_count, generator), n_skipped, None):
-                yield self._own(permutation)
-        _discard_words(generator, n_skipped * self._sample_count)
-        while True:
-            yield self._own(_next_permutation(self._sample_count, generator))
+    def _count_entries(self) -> int:
+        return len(range(self._start, self._sample_count, self._step))
 
-    def _own(self, permutation: np.ndarray | None) -> np.ndarray:
-        if permutation is None:
-            return np.arange(self._start, self._sample_count, self._step)
-        return permutation[self._start :: self._step].copy()  # a copy lets go of the other processes' entries
+    def _shuffled_passes(self, first: int) -> Iterator[np.ndarray]:
+        raise NotImplementedError
 
 
-class ShardedInfiniteSampler(Sampler[int]):
-    """The dataset again and again, where each process keeps to its own part of it, so that caches of files work.
-
-    The parts are slices of one permutation and equally large: what is left over when the samples are divided by the
-    processes is not read. Seed and start are added up, so that seed 0 on rank 1 shuffles like seed 1 on rank 0.
+class InfiniteSampler(_EndlessSampler):
+    """The dataset again and again; shuffled, each time in another permutation, of which each process takes its slice.
 
     Args:
         sample_count: length N of the dataset.
-        shuffle: deal out the samples at random, and shuffle each part anew in each pass; else the part is `start`,
-            `start + step`, ... of 0..N-1, nothing left over.
-        seed: of the permutations.
-        start: number of this process; None: its rank.
-        step: number of processes; None: as many as there are.
+        shuffle: draw permutations; otherwise 0..N-1 each time, of which a process sees only `start`, `start + step` ...
+        seed: of the permutations, the same for all processes.
+        start: first position of this process in each permutation. Default: its rank.
+        step: distance between its positions. Default: the number of processes.
         advance: number of entries of this process's sequence to leave out.
-        use_new_shuffle_tensor_slice: shuffle by `torch.randperm`, else by an inside-out Fisher-Yates shuffle.
+
+    Raises:
+        ValueError: a size out of range, or no sample for this process.
+    """
+
+    def _shuffled_passes(self, first: int) -> Iterator[np.ndarray]:
+        n = self._sample_count
+        generator = torch.Generator().manual_seed(self._seed)
+        if n >= RANDPERM_64BIT_FROM:
+            permutations: Iterator[np.ndarray] = itertools.islice(_permutations_by_loop(n, generator), first, None)
+        else:
+            _discard_words(generator, first * n)
+            permutations = _permutations(n, generator)
+        for permutation in permutations:
+            yield permutation[self._start :: self._step].copy()  # a copy frees the entries of the other processes
+
+
+class ShardedInfiniteSampler(_EndlessSampler):
+    """The dataset again and again, where each process keeps to its own part of it, so that caches of files work.
+
+    The parts are slices of one permutation and equally large: the remainder of the samples divided by the processes is
+    not read. Seed and start are added up, so that seed 0 on rank 1 shuffles like seed 1 on rank 0.
+
+    Args:
+        sample_count: length N of the dataset.
+        shuffle: deal out the samples at random, and shuffle each part again in each pass; otherwise the part is
+            `start`, `start + step`, ... of 0..N-1, without a remainder.
+        seed: of the permutations.
+        start: number of this process. Default: its rank.
+        step: number of processes. Default: as many as there are.
+        advance: number of entries of this process's sequence to leave out.
+        use_new_shuffle_tensor_slice: shuffle by `torch.randperm` instead of an inside-out Fisher-Yates shuffle.
 
     Raises:
         ValueError: a size out of range, or no sample for this process.
@@ -170,30 +186,20 @@ class ShardedInfiniteSampler(Sampler[int]):
         advance: int = 0,
         use_new_shuffle_tensor_slice: bool = False,
     ) -> None:
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._start, self._step = _slice_of_this_process(sample_count, start, step)
-        self._advance = _checked_advance(advance)
+        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
         self._shuffle_shard = _shuffle_by_randperm if use_new_shuffle_tensor_slice else _shuffle_inside_out
-        unshuffled = len(range(self._start, sample_count, self._step))
-        self._count = min(unshuffled, sample_count // self._step) if shuffle else unshuffled
-        _check_enough(self._count, sample_count, self._start, self._step)
-        if shuffle and sample_count % self._step:
+        n_left = sample_count % self._step
+        if shuffle and n_left:
             warnings.warn(
-                f"{sample_count} samples do not divide by {self._step} processes: "
-                f"{sample_count % self._step} of them are not read",
+                f"{sample_count} samples do not divide by {self._step} processes: {n_left} of them are not read",
                 stacklevel=2,
             )
 
-    def __iter__(self) -> Iterator[int]:
-        first_pass, offset = divmod(self._advance, self._count)
-        if not self._shuffle:
-            own = np.arange(self._start, self._sample_count, self._step)
-            return _flatten(itertools.repeat(own), offset, in_background=False)
-        return _flatten(self._passes(first_pass), offset, in_background=self._count >= BACKGROUND_FROM)
+    def _count_entries(self) -> int:
+        count = super()._count_entries()
+        return min(count, self._sample_count // self._step) if self._shuffle else count
 
-    def _passes(self, first: int) -> Iterator[np.ndarray]:
+    def _shuffled_passes(self, first: int) -> Iterator[np.ndarray]:
         dtype = torch.int32 if self._sample_count <= 2**31 else torch.int64
         generator = torch.Generator().manual_seed(self._seed)
         permutation = torch.randperm(self._sample_count, dtype=dtype, generator=generator)
@@ -212,20 +218,6 @@ def _slice_of_this_process(sample_count: int, start: int | None, step: int | Non
     return start, step
 
 
-def _checked_advance(advance: int) -> int:
-    if advance < 0:
-        raise ValueError(f"advance must be at least 0, got {advance}")
-    return advance
-
-
-def _check_enough(count: int, sample_count: int, start: int, step: int) -> None:
-    if count < 1:
-        raise ValueError(
-            f"no sample is left for process {start} of {step}: the dataset has {sample_count} samples; "
-            "use a larger dataset or fewer processes"
-        )
-
-
 def _flatten(passes: Iterator[np.ndarray], offset: int, *, in_background: bool) -> Iterator[int]:
     for indices in _one_ahead(passes) if in_background else passes:
         for begin in range(offset, len(indices), _CHUNK):
@@ -234,20 +226,20 @@ def _flatten(passes: Iterator[np.ndarray], offset: int, *, in_background: bool) 
 
 
 def _one_ahead(passes: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    # The next pass is made while this one is read: a loader would else stand still between passes.
+    # The next pass is made while this one is read, or a loader would stand still between passes.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, passes)
+        upcoming = pool.submit(next, passes)
         while True:
-            current = following.result()
-            following = pool.submit(next, passes)
+            current = upcoming.result()
+            upcoming = pool.submit(next, passes)
             yield current
 
 
-def _next_permutation(n: int, generator: torch.Generator) -> np.ndarray:
-    # Equals the forward Fisher-Yates loop below, which also draws for the last position, where nothing is left to draw.
-    permutation = torch.randperm(n, generator=generator).numpy()
-    torch.randint(1, (1,), generator=generator)
-    return permutation
+def _permutations(n: int, generator: torch.Generator) -> Iterator[np.ndarray]:
+    while True:
+        yield torch.randperm(n, generator=generator).numpy()
+        # The loop below, which defines the order, also draws for the last position, where there is nothing to choose.
+        torch.randint(1, (1,), generator=generator)
 
 
 def _permutations_by_loop(n: int, generator: torch.Generator) -> Iterator[np.ndarray]:
@@ -271,8 +263,8 @@ def _shuffle_by_randperm(shard: np.ndarray, seed: int) -> np.ndarray:
 
 def _shuffle_inside_out(shard: np.ndarray, seed: int) -> np.ndarray:
     # The loop `result[i] = result[j]; result[j] = shard[i]`, j = draws[i], for i = 0, 1, ..., as array operations.
-    # Entry i is put into slot j. Whenever a later step draws the slot in which an entry lies, it moves to the slot
-    # numbered like that step. So it follows a chain of slots, and the ends of all chains are found by doubling.
+    # Entry i is put into slot j. Whenever a later step draws the slot of an entry, the entry moves to the slot numbered
+    # like that step. So it follows a chain of slots, and the ends of all chains are found by doubling.
     n = len(shard)
     draws = _inside_out_draws(n, seed)
     steps = np.argsort(draws, kind="stable")  # grouped by the slot they draw, in order of time
@@ -304,7 +296,7 @@ def _inside_out_draws(n: int, seed: int) -> np.ndarray:
 
 
 def _torch_words(seed: int, count: int) -> np.ndarray:
-    # The 32-bit words of a torch generator: no torch function gives all bits of them, but NumPy has the same generator.
+    # The 32-bit words of a torch generator. No torch function returns all their bits, but NumPy has the same generator.
     words = np.random.MT19937()
     words.state = cast(Any, np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False))
     return words.random_raw(count)

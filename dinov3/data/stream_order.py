@@ -1,31 +1,33 @@
 """In which order shards are read from front to back by many workers, and how their samples are shuffled.
 
-The workers of all processes are numbered through: worker w of n on rank r is lane r * n + w. In each pass over the data
-the shards are shuffled and dealt out to the lanes; where there are fewer shards than lanes, each lane takes every k-th
+The workers of all processes are numbered consecutively: worker w of n on rank r is lane r * n + w. In each pass over
+the data the shards are shuffled and dealt out to the lanes; with fewer shards than lanes, each lane takes every k-th
 sample of all shards. A lane is thus a stream of samples, in the order in which they lie in its shards. It is cut into
 windows, and each window is emitted in a random order.
 
 Notable:
 - Everything is a function of (seed, pass, lane, position), so that a run is resumed without replaying anything.
-- A pass has as many samples for every lane, so that all processes begin the next one together: a lane with more samples
-  leaves some out, others in each pass, and one with fewer begins again at its first shard.
+- A pass has equally many samples for every lane, so that all processes begin the next one together: a lane with more
+  samples leaves some out, others in each pass, and one with fewer starts again at its first shard.
 - Before a sample is emitted, the stream has been read to one window beyond its own position. A worker then holds one
   window at any time, and reads as many samples as it emits.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 
 class LaneRequest(NamedTuple):
-    """What a lane does for one batch.
+    """The work of a lane for one batch.
 
     Attributes:
         indices: samples to emit, in order.
-        ahead: samples to read before that and hold, in the order of the stream.
+        ahead: samples to read and hold before that, in the order of the stream.
     """
 
     indices: list[int]
@@ -37,10 +39,10 @@ class LaneOrder:
 
     Args:
         counts: samples of each shard, in the order of their indices in the dataset.
-        window: samples that are shuffled among each other.
+        window: number of samples that are shuffled among each other.
         seed: the same for all lanes.
         lane: number of this one.
-        n_lanes: how many there are.
+        n_lanes: number of lanes of all processes.
 
     Raises:
         ValueError: fewer samples than lanes.
@@ -63,27 +65,25 @@ class LaneOrder:
         self._order_of_window: tuple[int, int, np.ndarray] | None = None
 
     def request(self, first: int, count: int, *, restart: bool) -> LaneRequest:
-        """Emissions `first` to `first + count` of the lane.
+        """Return what the lane emits, and reads before that, for its emissions `first` to `first + count`.
 
         Args:
             first: number of the first emission, counted through all passes.
-            count: how many.
-            restart: nothing is held yet, as at the start and after a resume; else what the request for the emissions
-                just before `first` asked for is.
+            count: number of emissions.
+            restart: whether nothing is held yet, as at the start and after a resume; otherwise the lane holds what the
+                request for the emissions just before `first` asked for.
         """
-        positions = [self._emitted_position(number) for number in range(first, first + count)]
+        positions = []
+        for number in range(first, first + count):
+            begin, order = self._window_of(number)
+            positions.append(begin + int(order[number - begin]))
         horizon = first + count + self._window
-        if not restart:
-            return LaneRequest(self._indices_at(positions), self._indices_at(range(first + self._window, horizon)))
-        begin, order = self._window_of(first)
-        pending = sorted((begin + order[first - begin :]).tolist())
-        return LaneRequest(
-            self._indices_at(positions), self._indices_at([*pending, *range(begin + len(order), horizon)])
-        )
-
-    def _emitted_position(self, number: int) -> int:
-        begin, order = self._window_of(number)
-        return begin + int(order[number - begin])
+        to_read: Iterable[int] = range(first + self._window, horizon)
+        if restart:
+            begin, order = self._window_of(first)
+            not_emitted = sorted((begin + order[first - begin :]).tolist())
+            to_read = itertools.chain(not_emitted, range(begin + len(order), horizon))
+        return LaneRequest(self._find_indices(positions), self._find_indices(to_read))
 
     def _window_of(self, number: int) -> tuple[int, np.ndarray]:
         # The first position of the window of an emission, and the order in which its positions are emitted.
@@ -91,12 +91,12 @@ class LaneOrder:
         window = within // self._window
         if self._order_of_window is None or self._order_of_window[:2] != (pass_number, window):
             size = min(self._window, self.pass_length - window * self._window)
-            # Not lane 0: NumPy pads keys with zeros, and the shards of the pass are drawn by (pass,).
+            # Lanes count from 1 here: NumPy pads keys with zeros, and the shards of the pass are drawn by (pass,).
             order = self._generator(pass_number, self._lane + 1, window).permutation(size)
             self._order_of_window = (pass_number, window, order)
         return pass_number * self.pass_length + window * self._window, self._order_of_window[2]
 
-    def _indices_at(self, positions: range | list[int]) -> list[int]:
+    def _find_indices(self, positions: Iterable[int]) -> list[int]:
         indices = []
         for position in positions:
             pass_number, within = divmod(position, self.pass_length)
@@ -123,7 +123,7 @@ class LaneOrder:
 
 
 class _OwnSamples(NamedTuple):
-    # The samples of a lane in one pass: every `step`-th of these shards, from `first` on.
+    # The samples of a lane in one pass: every `step`-th sample of these shards, starting with number `first`.
     starts: np.ndarray  # index of each shard's first sample
     ends: np.ndarray  # number of samples up to the end of each shard
     first: int

@@ -1,4 +1,4 @@
-"""Datasets from strings, and loaders whose batches depend on their number alone."""
+"""Datasets from strings, and loaders whose batches depend only on their number."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_worker_initialisation_freezes_enables_and_calls_the_given_function() ->
     called = []
     gc.disable()
     try:
-        loaders.WorkerInit(called.append)(7)
+        loaders.init_worker(7, then=called.append)
         assert gc.isenabled() and gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()

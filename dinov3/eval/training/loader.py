@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from dinov3 import distributed
-from dinov3.data.loaders import BatchRequest, TrainBatches, WorkerInit
+from dinov3.data.loaders import BatchRequest, TrainBatches, init_worker
 from dinov3.data.samplers import InfiniteSampler
 from dinov3.distributed import runtime
 
@@ -50,7 +50,7 @@ def make_train_loader(
         collate_fn=_CollateSamples(collate_fn),
         num_workers=num_workers,
         pin_memory=runtime.device().type == "cuda",
-        worker_init_fn=WorkerInit(None),
+        worker_init_fn=init_worker,
         # Starting the workers would otherwise draw from the generator of the training.
         generator=torch.Generator(),
     )
