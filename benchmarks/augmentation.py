@@ -24,7 +24,7 @@ from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
 from dinov3.data.augmentations import DataAugmentationDINO
-from dinov3.data.transforms import GaussianBlur, make_base_transform
+from dinov3.data.transforms import make_base_transform
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
 BASELINE = "torchvision on Pillow, float32"
@@ -44,10 +44,13 @@ class PlainAugmentation:
             cut = v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC)
             return v2.Compose([cut, v2.RandomHorizontalFlip(), *jitter, *distortions, *finish])
 
+        def blur(probability: float) -> v2.Transform:
+            return v2.RandomApply([v2.GaussianBlur(9, sigma=(0.1, 2.0))], p=probability)
+
         self.views = [
             view(global_size, GLOBAL_SCALE),
-            view(global_size, GLOBAL_SCALE, GaussianBlur(p=0.9), v2.RandomSolarize(threshold=128, p=0.2)),
-            *[view(local_size, LOCAL_SCALE, GaussianBlur(p=0.5))] * local_number,
+            view(global_size, GLOBAL_SCALE, blur(0.9), v2.RandomSolarize(threshold=128, p=0.2)),
+            *[view(local_size, LOCAL_SCALE, blur(0.5))] * local_number,
         ]
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:

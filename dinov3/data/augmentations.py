@@ -1,12 +1,9 @@
 """The multi-crop augmentation of pretraining: two global views of an image, and several small local ones.
 
 Notable:
-- Views are uint8 tensors from the first resize to the last distortion, in torch operations alone: no conversion to
-  Pillow and back, and no reference cycles, so nothing piles up in workers whose garbage collector is off.
-- Between two roundings to uint8 the colour changes and the blur are float32 and in place. Hue is rotated without a
-  branch, and the blur is separable and leaves out taps that cannot show in 8 bits.
+- Views are uint8 tensors from the first resize to the last distortion, made only by torch: no conversion to Pillow and
+  back, and no reference cycles, so that nothing piles up in workers whose garbage collector is off.
 - Every random number comes from torch's global generator: `torch.manual_seed` fixes all views of an image.
-- Global crop 1 is never blurred. This is how the published models were trained (see `BLUR_PROBABILITIES`).
 - An image smaller than a crop is enlarged, like any other cut that has fewer pixels than the crop.
 """
 
@@ -23,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinov3.data.transforms import BLUR_KERNEL_SIZE, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from dinov3.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov3")
 
@@ -37,14 +34,15 @@ SATURATION = 0.2
 HUE = 0.1  # in turns of the colour circle, either way
 GRAYSCALE_PROBABILITY = 0.2
 
-#: Of global crop 1, global crop 2 and the local crops. The release states 1.0, 0.1, 0.5 but applies a blur with one
-#: minus the stated probability; the published weights come from what it does.
+#: Of global crop 1 (never blurred), global crop 2 and the local crops. The release states 1.0, 0.1, 0.5 but applies a
+#: blur with one minus the stated probability; the published weights were trained with what it does.
 BLUR_PROBABILITIES = (0.0, 0.9, 0.5)
+BLUR_KERNEL_SIZE = 9  # pixels
 BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_PROBABILITIES = (0.0, 0.2)  # of global crops 1 and 2
 
 CROP_ATTEMPTS = 10
-MIN_CROP_SIZE = BLUR_KERNEL_SIZE // 2 + 1  # the blur reflects half a kernel at the borders
+MIN_CROP_SIZE = BLUR_KERNEL_SIZE // 2 + 1  # pixels; the blur reflects half a kernel at the borders
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 SMALLEST_STD = 1e-6
 CHANNEL_HUES = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1)  # in sixths of a turn
@@ -53,37 +51,37 @@ NEGLIGIBLE_TAP = 1e-4
 
 
 class DataAugmentationDINO:
-    """Two global views, n local views and optionally two views for the Gram teacher, of one image.
+    """Makes two global views, n local views and optionally two views for the Gram teacher of one image.
 
     Each view is cut at random, resized with antialiasing, mirrored, and distorted: colour jitter, grayscale, blur and,
     in the second global view, solarisation.
 
     The Gram teacher sees the cuts of the global views at `gram_teacher_crops_size`. Cuts are then made at the larger of
     the two sizes. With distortions, a view is distorted at that size, normalised, and resized as floats to the smaller
-    one; without, it is resized first, so that the blur is that of the global crop's resolution.
+    one; without, it is resized first, so that the blur is as strong as in a global crop.
 
     Args:
         global_crops_scale: smallest and largest share of the image's area that a global crop shows, 0 < a <= b <= 1.
-        local_crops_scale: the same of a local crop.
+        local_crops_scale: the same for a local crop.
         local_crops_number: n, local views per image.
         global_crops_size: side of a global view in pixels, at least 5.
         local_crops_size: side of a local view, at least 5.
-        gram_teacher_crops_size: side of a view for the Gram teacher; None: there are none.
+        gram_teacher_crops_size: side of a view for the Gram teacher. Default: no such views.
         gram_teacher_no_distortions: the Gram teacher sees cuts without colour changes, blur and solarisation.
         teacher_no_color_jitter: `global_crops_teacher` are cuts without any distortion.
-        local_crops_subset_of_global_crops: cut local views out of the cuts of the global ones, at offsets that are
-            multiples of `patch_size`, instead of out of the image; `local_crops_scale` then has no effect.
-        patch_size: used by `local_crops_subset_of_global_crops` alone; crop sizes must then be multiples of it.
+        local_crops_subset_of_global_crops: cut local views from the cuts of the global ones, at offsets that are
+            multiples of `patch_size`, instead of from the image; `local_crops_scale` then has no effect.
+        patch_size: used only by `local_crops_subset_of_global_crops`; crop sizes must then be multiples of it.
         share_color_jitter: one jitter for the whole image instead of one per view.
         horizontal_flips: mirror half of the cuts.
-        mean: per channel, of pixels in [0, 1].
+        mean: per channel, for pixels in [0, 1].
         std: per channel, > 0.
         blur_probabilities: of global view 1, global view 2 and the local views, in [0, 1].
-        output_uint8: give views as uint8, a quarter of the bytes to move, and leave normalising to
+        output_uint8: return views as uint8, a quarter of the bytes to move, and leave normalising to
             `collate_data_and_cast(normalize=...)`. Views that were resized as floats stay normalised float32.
 
     Raises:
-        TypeError: a size or number is no integer.
+        TypeError: a size or number is not an integer.
         ValueError: a parameter is out of range.
     """
 
@@ -107,23 +105,25 @@ class DataAugmentationDINO:
         blur_probabilities: Sequence[float] = BLUR_PROBABILITIES,
         output_uint8: bool = False,
     ) -> None:
-        self.global_crops_scale = _checked_scale("global_crops_scale", global_crops_scale)
-        self.local_crops_scale = _checked_scale("local_crops_scale", local_crops_scale)
-        self.local_crops_number = _checked_int("local_crops_number", local_crops_number, minimum=0)
-        self.global_crops_size = _checked_int("global_crops_size", global_crops_size, minimum=MIN_CROP_SIZE)
-        self.local_crops_size = _checked_int("local_crops_size", local_crops_size, minimum=MIN_CROP_SIZE)
+        self.global_crops_scale = _check_scale("global_crops_scale", global_crops_scale)
+        self.local_crops_scale = _check_scale("local_crops_scale", local_crops_scale)
+        self.local_crops_number = _check_int("local_crops_number", local_crops_number, minimum=0)
+        self.global_crops_size = _check_int("global_crops_size", global_crops_size, minimum=MIN_CROP_SIZE)
+        self.local_crops_size = _check_int("local_crops_size", local_crops_size, minimum=MIN_CROP_SIZE)
         self.gram_teacher_crops_size = gram_teacher_crops_size
         if gram_teacher_crops_size is not None:
-            _checked_int("gram_teacher_crops_size", gram_teacher_crops_size, minimum=MIN_CROP_SIZE)
+            _check_int("gram_teacher_crops_size", gram_teacher_crops_size, minimum=MIN_CROP_SIZE)
         self.gram_teacher_no_distortions = gram_teacher_no_distortions
         self.teacher_no_color_jitter = teacher_no_color_jitter
         self.local_crops_subset_of_global_crops = local_crops_subset_of_global_crops
-        self.patch_size = _checked_int("patch_size", patch_size, minimum=1)
+        self.patch_size = _check_int("patch_size", patch_size, minimum=1)
         self.share_color_jitter = share_color_jitter
         self.horizontal_flips = horizontal_flips
-        self.mean = _checked_numbers("mean", mean)
-        self.std = _checked_numbers("std", std, minimum=SMALLEST_STD)
-        self.blur_probabilities = _checked_numbers("blur_probabilities", blur_probabilities, minimum=0, maximum=1)
+        self.mean = _check_numbers("mean", mean, count=3)
+        self.std = _check_numbers("std", std, count=3, minimum=SMALLEST_STD)
+        self.blur_probabilities = _check_numbers(
+            "blur_probabilities", blur_probabilities, count=3, minimum=0, maximum=1
+        )
         self.output_uint8 = output_uint8
         if local_crops_subset_of_global_crops:
             self._check_local_crops_fit()
@@ -147,70 +147,74 @@ class DataAugmentationDINO:
         Raises:
             TypeError: not a PIL image of mode RGB.
         """
-        pixels = _pixels_of(image)
+        if not isinstance(image, Image.Image) or image.mode != "RGB":
+            got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
+            raise TypeError(f"the augmentation takes a PIL image of mode RGB, got {got}; use image.convert('RGB')")
+        # [3, H, W], with the channels last in memory: the layout for which torch has a vectorised resize of uint8.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.share_color_jitter:
-            pixels = _channels_last(_distorted(pixels, jitter=True))
+            pixels = _distort(pixels, jitter=True).unsqueeze(0).contiguous(memory_format=torch.channels_last)[0]
         cut_size = max(self.global_crops_size, self.gram_teacher_crops_size or 0)
         cuts = [self._cut(pixels, cut_size, self.global_crops_scale) for _ in SOLARIZE_PROBABILITIES]
 
         views: dict[str, Any] = {"weak_flag": True} | self._global_views(cuts)
         if self.teacher_no_color_jitter:
             size = self.global_crops_size
-            views["global_crops_teacher"] = [self._finished(_resized(cut, size), size) for cut in cuts]
+            views["global_crops_teacher"] = [self._finish(_resize(cut, size), size) for cut in cuts]
         if self.local_crops_subset_of_global_crops:
             return views | self._local_views_of(cuts)
         local_cuts = (
             self._cut(pixels, self.local_crops_size, self.local_crops_scale) for _ in range(self.local_crops_number)
         )
-        views["local_crops"] = [self._finished(self._distorted_local(cut), self.local_crops_size) for cut in local_cuts]
+        views["local_crops"] = [self._finish(self._distort_local(cut), self.local_crops_size) for cut in local_cuts]
         return views | {"offsets": ()}
 
     def _global_views(self, cuts: list[Tensor]) -> dict[str, list[Tensor]]:
         size, gram_size = self.global_crops_size, self.gram_teacher_crops_size
         undistorted_gram = gram_size is not None and self.gram_teacher_no_distortions
-        sources = [_resized(cut, size) for cut in cuts] if undistorted_gram else cuts
+        sources = [_resize(cut, size) for cut in cuts] if undistorted_gram else cuts
         distorted = [
-            _distorted(source, jitter=not self.share_color_jitter, blur=blur, solarize=solarize)
+            _distort(source, jitter=not self.share_color_jitter, blur=blur, solarize=solarize)
             for source, blur, solarize in zip(sources, self.blur_probabilities, SOLARIZE_PROBABILITIES, strict=False)
         ]
-        global_crops = [self._finished(view, size) for view in distorted]
+        global_crops = [self._finish(view, size) for view in distorted]
         views = {"global_crops": global_crops, "global_crops_teacher": list(global_crops)}
         if gram_size is not None:
-            gram_sources = [_resized(cut, gram_size) for cut in cuts] if undistorted_gram else distorted
-            views["gram_teacher_crops"] = [self._finished(source, gram_size) for source in gram_sources]
+            gram_sources = [_resize(cut, gram_size) for cut in cuts] if undistorted_gram else distorted
+            views["gram_teacher_crops"] = [self._finish(source, gram_size) for source in gram_sources]
         return views
 
     def _local_views_of(self, cuts: list[Tensor]) -> dict[str, Any]:
         size = self.local_crops_size
-        sources = [_resized(cut, self.global_crops_size) for cut in cuts]
+        sources = [_resize(cut, self.global_crops_size) for cut in cuts]
         # The first cut gets the extra view of an odd number.
         from_first = -(-self.local_crops_number // len(sources))
         positions = (self.global_crops_size - size) // self.patch_size + 1
         offsets, views = [], []
         for index in range(self.local_crops_number):
-            view = self._distorted_local(sources[index // from_first])
+            view = self._distort_local(sources[index // from_first])
             top, left = (self.patch_size * int(draw * positions) for draw in _uniforms(2))
             offsets.append((top, left))
             # A clone: a slice would drag the memory of the whole cut through the queues of the loader.
-            views.append(self._finished(view[:, top : top + size, left : left + size].clone(), size))
+            views.append(self._finish(view[:, top : top + size, left : left + size].clone(), size))
         return {"local_crops": views, "offsets": offsets}
 
-    def _distorted_local(self, cut: Tensor) -> Tensor:
-        return _distorted(cut, jitter=not self.share_color_jitter, blur=self.blur_probabilities[2])
+    def _distort_local(self, cut: Tensor) -> Tensor:
+        return _distort(cut, jitter=not self.share_color_jitter, blur=self.blur_probabilities[2])
 
     def _cut(self, pixels: Tensor, size: int, scale: tuple[float, float]) -> Tensor:
         top, left, height, width = _random_box(pixels.shape[1], pixels.shape[2], scale)
-        cut = _resized(pixels[:, top : top + height, left : left + width], size)
+        cut = _resize(pixels[:, top : top + height, left : left + width], size)
         return cut.flip(-1) if self.horizontal_flips and _happens(FLIP_PROBABILITY) else cut
 
-    def _finished(self, view: Tensor, size: int) -> Tensor:
+    def _finish(self, view: Tensor, size: int) -> Tensor:
         resize_needed = view.shape[-1] != size
         if self.output_uint8 and not resize_needed:
             return view
         mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (self.mean, self.std))
         normalized = view.float().div_(255).sub_(mean).div_(std)
         # Floats, because bicubic values beyond the range of the pixels are kept.
-        return _resized(normalized, size) if resize_needed else normalized
+        return _resize(normalized, size) if resize_needed else normalized
 
     def _check_local_crops_fit(self) -> None:
         sizes = {name: getattr(self, name) for name in ("global_crops_size", "local_crops_size")}
@@ -225,18 +229,6 @@ class DataAugmentationDINO:
                     f"{name}={size} is not a multiple of patch_size={self.patch_size}, as cutting local crops on the "
                     f"patch grid needs; the next smaller multiple is {size // self.patch_size * self.patch_size}"
                 )
-
-
-def _pixels_of(image: Image.Image) -> Tensor:
-    if not isinstance(image, Image.Image) or image.mode != "RGB":
-        got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
-        raise TypeError(f"the augmentation takes a PIL image of mode RGB, got {got}; use image.convert('RGB')")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W], channels last in memory
-
-
-def _channels_last(pixels: Tensor) -> Tensor:
-    # The layout for which torch has a vectorised resize of uint8.
-    return pixels.unsqueeze(0).contiguous(memory_format=torch.channels_last)[0]
 
 
 def _random_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -263,25 +255,25 @@ def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _resized(view: Tensor, size: int) -> Tensor:
+def _resize(view: Tensor, size: int) -> Tensor:
     if view.shape[1:] == (size, size):
         return view.contiguous()
     return F.interpolate(view.unsqueeze(0), size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
-def _distorted(view: Tensor, *, jitter: bool, blur: float = 0.0, solarize: float = 0.0) -> Tensor:
-    """uint8 [3, H, W] to a new tensor of the same kind, or the same object if nothing happens to it."""
+def _distort(view: Tensor, *, jitter: bool, blur: float = 0.0, solarize: float = 0.0) -> Tensor:
+    """Distort uint8 [3, H, W]; returns the same object if nothing happens to it."""
     adjust = jitter and _happens(JITTER_PROBABILITY)
     to_gray = jitter and _happens(GRAYSCALE_PROBABILITY)
     taps = _gaussian_taps(_between(*BLUR_SIGMA, _uniforms(1)[0])) if blur and _happens(blur) else []
     if adjust or to_gray or len(taps) > 1:
         levels = view.to(torch.float32, memory_format=torch.contiguous_format)
         if adjust:
-            levels = _color_jittered(levels)
+            levels = _jitter_color(levels)
         if to_gray:
             levels = _luma(levels).expand_as(levels)
         if len(taps) > 1:
-            levels = _blurred(levels, taps)
+            levels = _blur(levels, taps)
         # By way of int16: the direct cast from float to uint8 is not vectorised.
         view = levels.round().to(torch.int16).to(torch.uint8)
     if solarize and _happens(solarize):
@@ -290,8 +282,8 @@ def _distorted(view: Tensor, *, jitter: bool, blur: float = 0.0, solarize: float
     return view
 
 
-def _color_jittered(levels: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of float32 levels in [0, 255], in random order, in place."""
+def _jitter_color(levels: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of float32 levels in [0, 255], in random order and in place."""
     draws = _uniforms(4)
     ranges = ((1 - BRIGHTNESS, 1 + BRIGHTNESS), (1 - CONTRAST, 1 + CONTRAST), (1 - SATURATION, 1 + SATURATION))
     brightness, contrast, saturation = (_between(*r, draw) for r, draw in zip(ranges, draws, strict=False))
@@ -305,7 +297,7 @@ def _color_jittered(levels: Tensor) -> Tensor:
             gray_levels = _luma(levels)
             levels.mul_(saturation).add_(gray_levels, alpha=1 - saturation).clamp_(0, 255)
         else:
-            levels = _hue_rotated(levels, _between(-HUE, HUE, draws[3]))
+            levels = _rotate_hue(levels, _between(-HUE, HUE, draws[3]))
     return levels
 
 
@@ -313,7 +305,7 @@ def _luma(levels: Tensor) -> Tensor:
     return (LUMA @ levels.reshape(3, -1)).view(levels.shape[1:])  # [H, W]
 
 
-def _hue_rotated(levels: Tensor, turns: float) -> Tensor:
+def _rotate_hue(levels: Tensor, turns: float) -> Tensor:
     """Rotate the hue of [3, H, W] by up to 1/6 turn; value and chroma (largest minus smallest channel) stay."""
     red, green, blue = levels
     # Sort the channels while keeping track of the hue, in sixths of a turn from red: first green and blue, then the
@@ -333,15 +325,15 @@ def _hue_rotated(levels: Tensor, turns: float) -> Tensor:
 
 
 def _gaussian_taps(sigma: float) -> list[float]:
-    """Weights by distance, from 0 on; they sum to 1 over both sides."""
+    """Return the blur's weights by distance, from 0 on; they sum to 1 over both sides."""
     weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(BLUR_KERNEL_SIZE // 2 + 1)]
     total = 2 * sum(weights) - weights[0]
-    kept = [weight for weight in weights if weight > NEGLIGIBLE_TAP * total]
-    total = 2 * sum(kept) - kept[0]
-    return [weight / total for weight in kept]
+    weights = [weight for weight in weights if weight > NEGLIGIBLE_TAP * total]
+    total = 2 * sum(weights) - weights[0]
+    return [weight / total for weight in weights]
 
 
-def _blurred(levels: Tensor, taps: list[float]) -> Tensor:
+def _blur(levels: Tensor, taps: list[float]) -> Tensor:
     reach = len(taps) - 1
     _, height, width = levels.shape
     padded = F.pad(levels.unsqueeze(0), (reach,) * 4, mode="reflect")[0]
@@ -368,14 +360,14 @@ def _between(low: float, high: float, draw: float) -> float:
     return low + (high - low) * draw
 
 
-def _checked_scale(name: str, scale: Sequence[float]) -> tuple[float, float]:
-    low, high = values = _floats(name, scale, count=2)
+def _check_scale(name: str, scale: Sequence[float]) -> tuple[float, float]:
+    low, high = values = _check_numbers(name, scale, count=2)
     if not 0 < low <= high <= 1:
         raise ValueError(f"{name} is the smallest and the largest share of the area, 0 < a <= b <= 1; got {values}")
     return low, high
 
 
-def _checked_int(name: str, value: int, *, minimum: int) -> int:
+def _check_int(name: str, value: int, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < minimum:
@@ -383,20 +375,15 @@ def _checked_int(name: str, value: int, *, minimum: int) -> int:
     return value
 
 
-def _checked_numbers(
-    name: str, values: Sequence[float], *, minimum: float = -math.inf, maximum: float = math.inf
+def _check_numbers(
+    name: str, values: Sequence[float], *, count: int, minimum: float = -math.inf, maximum: float = math.inf
 ) -> tuple[float, ...]:
-    numbers = _floats(name, values, count=3)
-    if not all(minimum <= number <= maximum for number in numbers):
-        raise ValueError(f"{name} must be three numbers from {minimum:g} to {maximum:g}, got {numbers}")
-    return numbers
-
-
-def _floats(name: str, values: Sequence[float], *, count: int) -> tuple[float, ...]:
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be {count} numbers, got {values!r}")
+    if not all(minimum <= number <= maximum for number in numbers):
+        raise ValueError(f"{name} must be {count} numbers from {minimum:g} to {maximum:g}, got {numbers}")
     return numbers

@@ -73,7 +73,7 @@ def levels(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("turns", [-0.1, -0.03, 0.0, 0.04, 0.1])
 def test_hue_rotation_agrees_with_torchvision(turns: float) -> None:
     want = TF.adjust_hue(levels() / 255, turns) * 255
-    assert torch.allclose(augmentations._hue_rotated(levels(), turns), want, atol=0.02)
+    assert torch.allclose(augmentations._rotate_hue(levels(), turns), want, atol=0.02)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -89,13 +89,13 @@ def test_colour_jitter_agrees_with_torchvision(seed: int) -> None:
             lambda x: TF.adjust_hue(x, -0.1 + 0.2 * hue),
         ][step](want)
     torch.manual_seed(seed)
-    assert torch.allclose(augmentations._color_jittered(levels()), want * 255, atol=0.1)
+    assert torch.allclose(augmentations._jitter_color(levels()), want * 255, atol=0.1)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.3, 2.0])
 def test_blur_agrees_with_torchvision(sigma: float) -> None:
     want = TF.gaussian_blur(levels(), [9, 9], [sigma, sigma])
-    got = augmentations._blurred(levels(), augmentations._gaussian_taps(sigma))
+    got = augmentations._blur(levels(), augmentations._gaussian_taps(sigma))
     assert torch.allclose(got, want, atol=0.1)
 
 
@@ -106,7 +106,7 @@ def test_the_widest_blur_uses_the_whole_kernel_and_the_narrowest_is_none() -> No
 
 def test_grayscale_repeats_the_luma(monkeypatch: pytest.MonkeyPatch, undistorted: None) -> None:
     monkeypatch.setattr(augmentations, "GRAYSCALE_PROBABILITY", 1.0)
-    view = augmentations._distorted(levels().byte(), jitter=True)
+    view = augmentations._distort(levels().byte(), jitter=True)
     want = TF.rgb_to_grayscale(levels(), num_output_channels=3)
     assert torch.equal(view, view[:1].expand_as(view))
     assert (view.float() - want).abs().max() <= 0.55
@@ -271,7 +271,7 @@ def test_no_blur_pass_runs_where_the_probability_is_zero(monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise AssertionError("blurred")
 
-    monkeypatch.setattr(augmentations, "_blurred", fail)
+    monkeypatch.setattr(augmentations, "_blur", fail)
     for seed in range(5):
         views_at(seed, augmentation(blur_probabilities=(0.0, 0.0, 0.0)))
     with pytest.raises(AssertionError, match="blurred"):
@@ -423,9 +423,9 @@ def test_other_inputs_than_rgb_images_are_refused(image: Any) -> None:
         ({"local_crops_size": 0}, "local_crops_size must be at least 5, got 0"),
         ({"gram_teacher_crops_size": 0}, "gram_teacher_crops_size must be at least 5, got 0"),
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
-        ({"std": (0.2, 0.2, 0.0)}, "std must be three numbers from"),
+        ({"std": (0.2, 0.2, 0.0)}, "std must be 3 numbers from"),
         ({"mean": (0.5, 0.5)}, r"mean must be 3 numbers, got \(0.5, 0.5\)"),
-        ({"blur_probabilities": (0.0, 1.1, 0.5)}, "blur_probabilities must be three numbers from 0 to 1"),
+        ({"blur_probabilities": (0.0, 1.1, 0.5)}, "blur_probabilities must be 3 numbers from 0 to 1"),
         (
             {"local_crops_subset_of_global_crops": True, "local_crops_size": 48},
             "local_crops_size=48 > global_crops_size",

@@ -153,6 +153,6 @@ def test_constants_of_the_published_method() -> None:
     assert tuple(solarize[f"p_{view}"] for view in ("global_1", "global_2")) == ours.SOLARIZE_PROBABILITIES
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     inverted = torch.where(ramp >= solarize["threshold"], 255 - ramp, ramp)
-    assert torch.equal(ours._distorted(ramp, jitter=False, solarize=1.0), inverted)
+    assert torch.equal(ours._distort(ramp, jitter=False, solarize=1.0), inverted)
     assert want["horizontal_flip_p"] == ours.FLIP_PROBABILITY
     assert tuple(want["ratio"]) == ours.ASPECT_RATIO

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torchvision.transforms.v2 import InterpolationMode
 
 from . import golden
 from .data_images import assert_same_pixels, make_image
@@ -14,8 +15,7 @@ from .data_images import assert_same_pixels, make_image
 def test_eval_transform(case: dict[str, Any]) -> None:
     kwargs = dict(case["kwargs"])
     if "interpolation" in kwargs:
-        make_mode = golden.target("dinov3.data.transforms.make_interpolation_mode")
-        kwargs["interpolation"] = make_mode(kwargs["interpolation"])
+        kwargs["interpolation"] = InterpolationMode(kwargs["interpolation"])
     image = golden.target(case["call"])(**kwargs)(make_image(case["input"]))
     assert_same_pixels(image, case["outputs"]["image"], std=kwargs.get("std"))
 
@@ -23,7 +23,7 @@ def test_eval_transform(case: dict[str, Any]) -> None:
 def test_constants() -> None:
     want = dict(golden.case("data", "transform-constants")["expect"])
     for name in want.pop("interpolation_names"):
-        assert golden.target("dinov3.data.transforms.make_interpolation_mode")(name).value == name
+        assert InterpolationMode(name).value == name
     for name, value in want.items():
         got = golden.target(f"dinov3.data.transforms.{name}")
         assert got == (tuple(value) if isinstance(value, list) else value), name
