@@ -1,10 +1,10 @@
 """Multi-head self-attention with rotary positions, and the causal one of text models (arXiv 1706.03762).
 
 Notable:
-- The sequence is [prefix tokens, patches]; the rotation touches the patches alone. Queries and keys are rotated in the
-  precision of the sines, which may be lower or higher than their own.
+- The sequence is [prefix tokens, patches]; only the patches are rotated, in the precision of the sines, which may be
+  lower or higher than that of queries and keys.
 - A bias of the keys would not cancel in the softmax once keys are rotated; `LinearKMaskedBias` removes it.
-- Lists of token tensors of different lengths share the projections and attend each on its own.
+- Token tensors of different lengths, in a list, share the projections; each attends only to itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_rotate_half(x: Tensor) -> Tensor:
-    """[..., d] with halves (a, b) of the channels becomes (-b, a)."""
+    """Turn x [..., d], whose channels have the halves (a, b), into (-b, a)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)
 
 
 def rope_apply(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate the pairs (channel e, channel e + d / 2) of x [..., d]; `sin` and `cos` broadcast to it."""
-    # Equal to x * cos + rope_rotate_half(x) * sin, bit for bit; adding in place moves half as much memory.
+    # Equals x * cos + rope_rotate_half(x) * sin, bit for bit, but adding in place moves half as much memory.
     half = x.shape[-1] // 2
     rotated = x * cos
     rotated[..., :half] -= x[..., half:] * sin[..., :half]
@@ -38,23 +38,19 @@ def rope_apply(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 def rope_with_prefix(rope: Rope, n_prefix: int) -> Rope:
-    """The rotations [..., N, d], behind those by 0 of `n_prefix` tokens: [..., n_prefix + N, d].
+    """Extend the rotations [..., N, d] by those of `n_prefix` tokens before them, which are rotated by 0.
 
-    They leave the prefix as it is, and are cheaper than taking queries and keys apart and joining them again.
+    This is cheaper than taking queries and keys apart and joining them again.
     """
     sin, cos = rope
     return F.pad(sin, (0, 0, n_prefix, 0)), F.pad(cos, (0, 0, n_prefix, 0), value=1.0)
 
 
 class LinearKMaskedBias(nn.Linear):
-    """A linear layer to queries, keys and values whose bias is multiplied by the buffer `bias_mask`.
+    """A linear layer to queries, keys and values, with the arguments of `nn.Linear`, and a mask for its bias.
 
-    The mask is NaN until `init_weights_vit` sets it (1 for queries and values, 0 for keys) or a state dict brings it;
-    a loaded mask is used as it is.
-
-    Args:
-        *args: of `nn.Linear`.
-        **kwargs: of `nn.Linear`.
+    The bias is multiplied by the buffer `bias_mask`. It is NaN until `init_weights_vit` sets it (1 for queries and
+    values, 0 for keys) or a state dict brings it; a loaded mask is used as it is.
 
     Raises:
         ValueError: `out_features` is not a multiple of 3.
@@ -82,12 +78,9 @@ class SelfAttention(nn.Module):
     Args:
         dim: D, input and output channels.
         num_heads: number of heads; d = D / num_heads.
-        qkv_bias: bias of the input projection.
-        proj_bias: bias of the output projection.
-        attn_drop: dropout of the attention weights.
-        proj_drop: dropout of the output.
+        qkv_bias: whether the input projection has a bias.
+        proj_bias: whether the output projection has a bias.
         mask_k_bias: silence the key part of the bias.
-        device: of the parameters.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
@@ -99,51 +92,37 @@ class SelfAttention(nn.Module):
         num_heads: int = 8,
         qkv_bias: bool = False,
         proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
         mask_k_bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         linear_class = LinearKMaskedBias if mask_k_bias else nn.Linear
         self.qkv = linear_class(dim, 3 * dim, bias=qkv_bias, device=device)
-        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
-        self.proj_drop = nn.Dropout(proj_drop)
         #: See `dinov3.layers.packed_attention.set_attention_backend`.
         self.attention_backend = "sdpa"
 
-    def forward(self, x: Tensor, attn_bias: None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
         """Attend within each sequence.
 
         Args:
             x: [B, T, D].
-            attn_bias: must be None.
             rope: (sin, cos), each [N, d], [heads, N, d] or [B, 1 or heads, N, d], for the last N <= T tokens.
 
         Returns:
             [B, T, D].
         """
-        assert attn_bias is None, "attention biases are not supported"
-        return self.proj_drop(self.proj(self._attend(self.qkv(x), rope)))
+        return self.proj(self._attend(self.qkv(x), rope))
 
-    def forward_list(
-        self, x_list: list[Tensor], attn_bias: None = None, rope_list: list[Rope | None] | None = None
-    ) -> list[Tensor]:
-        """`forward` of several tensors [B_i, T_i, D], with the projections computed on all of them at once.
+    def forward_list(self, x_list: list[Tensor], rope_list: list[Rope | None] | None = None) -> list[Tensor]:
+        """Apply `forward` to several tensors [B_i, T_i, D], with the projections computed on all of them at once.
 
         Args:
             x_list: the tensors.
-            attn_bias: must be None.
-            rope_list: one rope, or None, for each tensor; None: no rope for any.
-
-        Returns:
-            A list of tensors of the shapes of the inputs.
+            rope_list: a rope, or None, for each tensor. Default: no ropes.
         """
-        assert attn_bias is None, "attention biases are not supported"
         flat, shapes, num_tokens = cat_keep_shapes(x_list)
         rope_list = [None] * len(x_list) if rope_list is None else rope_list
         return uncat_with_shapes(self.forward_flat(flat, shapes, num_tokens, rope_list), shapes, num_tokens)
@@ -151,21 +130,19 @@ class SelfAttention(nn.Module):
     def forward_flat(
         self, flat: Tensor, shapes: list[torch.Size], num_tokens: list[int], rope_list: list[Rope | None]
     ) -> Tensor:
-        """`forward_list` on what `cat_keep_shapes` made of the list: [sum of B_i * T_i, D] to the same shape."""
+        """Do what `forward_list` does with the result of `cat_keep_shapes`, [sum of B_i * T_i, D], in the same form."""
         assert len(shapes) == len(rope_list), f"{len(shapes)} tensors, but {len(rope_list)} ropes"
         qkv_list = uncat_with_shapes(self.qkv(flat), shapes, num_tokens)
         if self.attention_backend == "xformers":
-            heads = [self._rotated_heads(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
-            attended = attend_packed(heads, self._dropout())
-        else:
-            attended_list = [self._attend(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
-            attended = cat_keep_shapes(attended_list)[0]
-        return self.proj_drop(self.proj(attended))
+            heads = [self._rotate_heads(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+            return self.proj(attend_packed(heads))
+        attended = [self._attend(qkv, rope) for qkv, rope in zip(qkv_list, rope_list, strict=True)]
+        return self.proj(cat_keep_shapes(attended)[0])
 
     def apply_rope(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotate the last N of the T tokens of q and k.
 
-        Everything, also the T - N prefix tokens, passes through the precision of the sines and back to its own.
+        All tokens, including the T - N of the prefix, are converted to the precision of the sines and back.
 
         Args:
             q: [B, heads, T, d].
@@ -185,18 +162,14 @@ class SelfAttention(nn.Module):
         return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
     def _attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
-        q, k, v = self._rotated_heads(qkv, rope)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self._dropout())
+        x = F.scaled_dot_product_attention(*self._rotate_heads(qkv, rope))
         return x.transpose(1, 2).flatten(2)  # [B, T, D]
 
-    def _rotated_heads(self, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotate_heads(self, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _split_heads(qkv, self.num_heads)  # each [B, heads, T, d]
         if rope is not None:
             q, k = self.apply_rope(q, k, rope)
         return q, k, v
-
-    def _dropout(self) -> float:
-        return self.attn_drop.p if self.training else 0.0
 
 
 class CausalSelfAttention(nn.Module):
@@ -205,8 +178,8 @@ class CausalSelfAttention(nn.Module):
     Args:
         dim: D, input and output channels.
         num_heads: number of heads.
-        qkv_bias: bias of the input projection.
-        proj_bias: bias of the output projection.
+        qkv_bias: whether the input projection has a bias.
+        proj_bias: whether the output projection has a bias.
         attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
 
@@ -235,11 +208,11 @@ class CausalSelfAttention(nn.Module):
     def init_weights(
         self, init_attn_std: float | None = None, init_proj_std: float | None = None, factor: float = 1.0
     ) -> None:
-        """Normal weights and zero biases.
+        """Draw normal weights and set zero biases.
 
         Args:
-            init_attn_std: of the input projection; None: dim ** -0.5.
-            init_proj_std: of the output projection; None: that of the input times `factor`.
+            init_attn_std: of the input projection. Default: dim ** -0.5.
+            init_proj_std: of the output projection. Default: that of the input times `factor`.
             factor: see `init_proj_std`.
         """
         attn_std = self.dim**-0.5 if init_attn_std is None else init_attn_std

@@ -4,7 +4,7 @@ Notable:
 - A block takes one token tensor or a list of them (crops of several sizes): norms, projections and FFN run once on the
   tokens of all entries, attention runs on each entry.
 - Stochastic depth drops whole samples before the branch instead of zeroing them after it (DINOv2, arXiv 2304.07193,
-  "efficient stochastic depth"): the dropped ones cost nothing.
+  "efficient stochastic depth"), so that the dropped ones cost nothing.
 """
 
 from __future__ import annotations
@@ -29,19 +29,14 @@ class SelfAttentionBlock(nn.Module):
         dim: D, channels of the tokens.
         num_heads: attention heads.
         ffn_ratio: hidden channels of the FFN are int(dim * ffn_ratio).
-        qkv_bias: bias of the attention's input projection.
-        proj_bias: bias of its output projection.
-        ffn_bias: bias of the FFN.
-        drop: dropout of the outputs of attention and FFN.
-        attn_drop: dropout of the attention weights.
-        init_values: of LayerScale; None or 0: no LayerScale.
+        qkv_bias: whether the attention's input projection has a bias.
+        proj_bias: whether its output projection has a bias.
+        ffn_bias: whether the FFN has biases.
+        init_values: of LayerScale; None or 0 for no LayerScale.
         drop_path: p, the share of samples that training leaves out of each branch.
-        act_layer: activation of the FFN.
         norm_layer: makes a norm; called with (dim, device=device).
-        attn_class: `SelfAttention` or a subclass.
-        ffn_layer: `Mlp`, `SwiGLUFFN` or alike.
+        ffn_layer: makes the FFN, such as `Mlp` or `SwiGLUFFN`.
         mask_k_bias: silence the key part of the qkv bias.
-        device: of the parameters.
     """
 
     def __init__(
@@ -52,39 +47,19 @@ class SelfAttentionBlock(nn.Module):
         qkv_bias: bool = False,
         proj_bias: bool = True,
         ffn_bias: bool = True,
-        drop: float = 0.0,
-        attn_drop: float = 0.0,
         init_values: float | None = None,
         drop_path: float = 0.0,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        attn_class: Callable[..., SelfAttention] = SelfAttention,
         ffn_layer: Callable[..., nn.Module] = Mlp,
         mask_k_bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim, device=device)
-        self.attn = attn_class(
-            dim,
-            num_heads=num_heads,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=drop,
-            mask_k_bias=mask_k_bias,
-            device=device,
-        )
+        self.attn = SelfAttention(dim, num_heads, qkv_bias, proj_bias, mask_k_bias, device)
         self.ls1 = LayerScale(dim, init_values=init_values, device=device) if init_values else nn.Identity()
         self.norm2 = norm_layer(dim, device=device)
-        self.mlp = ffn_layer(
-            in_features=dim,
-            hidden_features=int(dim * ffn_ratio),
-            act_layer=act_layer,
-            drop=drop,
-            bias=ffn_bias,
-            device=device,
-        )
+        self.mlp = ffn_layer(dim, hidden_features=int(dim * ffn_ratio), bias=ffn_bias, device=device)
         self.ls2 = LayerScale(dim, init_values=init_values, device=device) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
@@ -100,11 +75,11 @@ class SelfAttentionBlock(nn.Module):
         """Transform one token tensor, or several together.
 
         Args:
-            x_or_list: [B, T, D], or a list of such, each with its own B and T.
+            x_or_list: [B, T, D], or a list of such tensors, each with its own B and T.
             rope_or_list: (sin, cos), see `SelfAttention.forward`, or None; for a list, a list of these.
 
         Returns:
-            A tensor or a list, of the shapes of the input.
+            A tensor or a list, with the shapes of the input.
         """
         if isinstance(x_or_list, Tensor):
             assert not isinstance(rope_or_list, list), "one tensor takes one rope"
@@ -133,12 +108,13 @@ class SelfAttentionBlock(nn.Module):
     ) -> list[Tensor]:
         sizes = [max(int(len(x) * (1 - self.sample_drop_ratio)), 1) for x in x_list]
         subsets = [torch.randperm(len(x), device=x.device)[:n] for x, n in zip(x_list, sizes, strict=True)]
-        kept_x = [x[kept] for x, kept in zip(x_list, subsets, strict=True)]
-        kept_ropes = [_rope_of_samples(rope, kept) for rope, kept in zip(ropes, subsets, strict=True)]
+        x_of_subsets = [x[subset] for x, subset in zip(x_list, subsets, strict=True)]
+        ropes_of_subsets = [_select_rope(rope, subset) for rope, subset in zip(ropes, subsets, strict=True)]
+        outs = branch(x_of_subsets, ropes_of_subsets)
         return [
-            # Scaled, so that the expected sum over the samples is what it is without dropping.
-            torch.index_add(x, 0, kept, scale(out).to(x.dtype), alpha=len(x) / n)
-            for x, kept, out, n in zip(x_list, subsets, branch(kept_x, kept_ropes), sizes, strict=True)
+            # Scaled, so that the expected sum over the samples is the same as without dropping.
+            torch.index_add(x, 0, subset, scale(out).to(x.dtype), alpha=len(x) / n)
+            for x, subset, out, n in zip(x_list, subsets, outs, sizes, strict=True)
         ]
 
     def _attention_branch(self, x_list: list[Tensor], ropes: list[Rope | None]) -> list[Tensor]:
@@ -162,7 +138,7 @@ class CausalSelfAttentionBlock(nn.Module):
         dim: D, channels of the tokens.
         num_heads: attention heads.
         ffn_ratio: hidden channels of the FFN are int(dim * ffn_ratio).
-        ls_init_value: of LayerScale; None or 0: no LayerScale.
+        ls_init_value: of LayerScale; None or 0 for no LayerScale.
         is_causal: tokens do not see those after them.
         act_layer: activation of the FFN.
         norm_layer: makes a norm from `dim`.
@@ -199,12 +175,12 @@ class CausalSelfAttentionBlock(nn.Module):
         init_fc_std: float | None = None,
         factor: float = 1.0,
     ) -> None:
-        """Normal weights; norms and layer scales reset; the FFN's biases stay as they were constructed.
+        """Draw normal weights and reset norms and layer scales; the FFN's biases stay as they were constructed.
 
         Args:
-            init_attn_std: of the attention's input projection; None: dim ** -0.5.
-            init_proj_std: of the outputs of attention and FFN; None: `init_attn_std` times `factor`.
-            init_fc_std: of the FFN's first linear; None: (2 * dim) ** -0.5.
+            init_attn_std: of the attention's input projection. Default: dim ** -0.5.
+            init_proj_std: of the outputs of attention and FFN. Default: `init_attn_std` times `factor`.
+            init_fc_std: of the FFN's first linear. Default: (2 * dim) ** -0.5.
             factor: see `init_proj_std`.
         """
         attn_std = self.dim**-0.5 if init_attn_std is None else init_attn_std
@@ -223,7 +199,7 @@ class CausalSelfAttentionBlock(nn.Module):
         return add_scaled(x, self.feed_forward(self.ffn_norm(x)), self.ls2)
 
 
-def _rope_of_samples(rope: Rope | None, samples: Tensor) -> Rope | None:
+def _select_rope(rope: Rope | None, samples: Tensor) -> Rope | None:
     # Only a 4-D rope has a batch dimension; the others are shared by all samples.
     if rope is None or rope[0].ndim < 4:
         return rope

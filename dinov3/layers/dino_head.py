@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DINOHead(nn.Module):
-    """Features to prototype scores. The prototypes are a plain linear layer, without weight normalisation.
+    """Scores features by prototypes, which are a plain linear layer, without weight normalisation.
 
     Args:
         in_dim: D, channels of the features.
@@ -17,7 +17,7 @@ class DINOHead(nn.Module):
         nlayers: linears of the MLP; less than 1 counts as 1.
         hidden_dim: channels between them.
         bottleneck_dim: channels of the normalised vector.
-        mlp_bias: bias of the MLP's linears.
+        mlp_bias: whether the MLP's linears have a bias.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class DINOHead(nn.Module):
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
         layers.append(nn.Linear(widths[-1], bottleneck_dim, bias=mlp_bias))
-        # State dicts of a one-layer head have no index in its names.
+        # The names in the state dict of a one-layer head have no index.
         self.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
 
     def init_weights(self) -> None:
-        """Truncated normal weights of standard deviation 0.02, zero biases, batch norms reset."""
+        """Set truncated normal weights of standard deviation 0.02 and zero biases, and reset batch norms."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -66,6 +66,6 @@ class DINOHead(nn.Module):
         """
         if not only_last_layer:
             x = self.mlp(x)
-            # 1e-12 is zero in float16.
+            # The usual 1e-12 is zero in float16.
             x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return x if no_last_layer else self.last_layer(x)

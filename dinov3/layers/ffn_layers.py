@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from dinov3.utils import cat_keep_shapes, uncat_with_shapes
 
 class _TokenwiseModule(nn.Module):
     def forward_list(self, x_list: list[Tensor]) -> list[Tensor]:
-        """`forward` of several tensors [..., in_features], computed on all their tokens at once."""
+        """Apply `forward` to several tensors [..., in_features], on all their tokens at once."""
         flat, shapes, num_tokens = cat_keep_shapes(x_list)
         return uncat_with_shapes(self(flat), shapes, num_tokens)
 
@@ -24,12 +23,11 @@ class Mlp(_TokenwiseModule):
 
     Args:
         in_features: input channels.
-        hidden_features: channels between the two; None: as many as the input.
-        out_features: output channels; None: as many as the input.
+        hidden_features: channels between the two. Default: as many as the input.
+        out_features: output channels. Default: as many as the input.
         act_layer: makes the activation.
         drop: dropout after the activation and after the output.
-        bias: of both linears.
-        device: of the parameters.
+        bias: whether both linears have a bias.
     """
 
     def __init__(
@@ -59,13 +57,10 @@ class SwiGLUFFN(_TokenwiseModule):
 
     Args:
         in_features: input channels.
-        hidden_features: hidden channels of the MLP that this replaces; None: as many as the input.
-        out_features: output channels; None: as many as the input.
-        act_layer: not used, the gate is a SiLU; there so that blocks can build either kind alike.
-        drop: dropout after the gate and after the output.
-        bias: of all linears.
+        hidden_features: hidden channels of the MLP that this replaces. Default: as many as the input.
+        out_features: output channels. Default: as many as the input.
+        bias: whether all linears have a bias.
         align_to: the number of hidden channels is a multiple of this.
-        device: of the parameters.
 
     Raises:
         ValueError: no hidden channel is left.
@@ -76,8 +71,6 @@ class SwiGLUFFN(_TokenwiseModule):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer: Any = None,
-        drop: float = 0.0,
         bias: bool = True,
         align_to: int = 8,
         device: torch.device | str | None = None,
@@ -92,8 +85,7 @@ class SwiGLUFFN(_TokenwiseModule):
         self.w1 = nn.Linear(in_features, hidden, bias=bias, device=device)
         self.w2 = nn.Linear(in_features, hidden, bias=bias, device=device)
         self.w3 = nn.Linear(hidden, out_features or in_features, bias=bias, device=device)
-        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return self.drop(self.w3(self.drop(F.silu(self.w1(x)) * self.w2(x))))
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))

@@ -3,10 +3,9 @@
 Notable:
 - Both operands are scaled row by row to the range of e4m3 just before each product; weights, activations, results and
   gradients keep their own precision, so that parameters and state dicts are those of the plain layers.
-- Scales are applied to the product, in float32, instead of within it: the kernel without them is the faster one.
 - The gradient of the input goes through 8 bits, with one scale for the whole weight; that of the weight does not.
-- CUDA devices of compute capability 8.9 and later have the products. On the CPU they are there for tests and small
-  runs: not fast, but the same numbers.
+- CUDA devices of compute capability 8.9 and later have the products. On the CPU, for tests and small runs, the rounded
+  operands are multiplied in float32, which gives the same numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ logger = logging.getLogger("dinov3")
 FP8 = torch.float8_e4m3fn
 ALIGNMENT = 64
 NEEDED_CAPABILITY = (8, 9)  # Ada and Hopper are the first with 8-bit matrix products
-#: Some versions of PyTorch have no 8-bit products on the CPU; float32 ones then give the same numbers.
-HAS_CPU_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm", "CPU")
 
 _LARGEST = torch.finfo(FP8).max  # 448
 _SMALLEST_MAXIMUM = 1e-12  # rows of zeros stay zeros
@@ -58,20 +55,20 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Linear]] = {
 
 
 def convert_linears_to_fp8(root_module: nn.Module, *, filter: str) -> nn.Module:
-    """Replace linear layers by such that compute in 8 bits, in place.
+    """Replace linear layers with ones that compute in 8 bits, in place.
 
-    The new layers hold the parameters and buffers of the old ones themselves, under their names.
+    The new layers share the parameters and buffers of the old ones, under the same names.
 
     Args:
-        root_module: its descendants are replaced, never itself.
+        root_module: its descendants are replaced, never the module itself.
         filter: regular expression; layers whose dotted name has a match are replaced, with "" all of them.
 
     Returns:
         `root_module`.
 
     Raises:
-        RuntimeError: a layer's channels are not multiples of 64; nothing has been replaced then.
-        AssertionError: no layer matches, or one that does is neither a `nn.Linear` nor a `LinearKMaskedBias`.
+        RuntimeError: a layer's channels are not multiples of 64; then nothing has been replaced.
+        AssertionError: no layer matches, or a match is neither an `nn.Linear` nor a `LinearKMaskedBias`.
     """
     linears = {
         name: module
@@ -91,14 +88,14 @@ def convert_linears_to_fp8(root_module: nn.Module, *, filter: str) -> nn.Module:
 
     named_replace(replace, root_module)
     if "torch._dynamo" in sys.modules:
-        # What is compiled already computes with the old layers.
+        # Code that is compiled already would still call the old layers.
         torch._dynamo.reset_code_caches()
     logger.info("%d linear layers compute in 8 bits (filter %r)", len(linears), filter)
     return root_module
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias with both factors rounded to 8 bits.
+    """Return x @ weight.T + bias with both factors rounded to 8 bits.
 
     Args:
         x: [..., K], floating point.
@@ -106,14 +103,14 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [N], or None.
 
     Returns:
-        [..., N]: bfloat16, or what bfloat16 and the bias promote to.
+        [..., N], in the dtype to which bfloat16 and that of the bias promote.
     """
     out: Tensor = _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], -1)
 
 
 def fp8_problem(device: torch.device) -> str | None:
-    """Why 8-bit products do not run on a device; None if they do."""
+    """Say why 8-bit products do not run on a device; None if they do."""
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:
@@ -149,27 +146,22 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _scaled_product(a: Tensor, a_maxima: Tensor, b: Tensor, b_maxima: Tensor) -> Tensor:
-    """a [M, K] @ b.T [K, N] in bfloat16; the maxima [M, 1] and [N, 1] fill the range of 8 bits."""
+    """Multiply a [M, K] by b.T [K, N] in 8 bits, whose range the maxima [M, 1] and [N, 1] fill; bfloat16 [M, N]."""
     a_scale, b_scale = (maxima.clamp(min=_SMALLEST_MAXIMUM) / _LARGEST for maxima in (a_maxima, b_maxima))
-    product = _product((a / a_scale).to(FP8), (b / b_scale).to(FP8).contiguous())
+    a8, b8 = (a / a_scale).to(FP8), (b / b_scale).to(FP8).contiguous()
+    if a8.device.type == "cpu":
+        product = (a8.float() @ b8.float().t()).bfloat16()
+    else:
+        # The kernel without scales is faster than the one with them. It wants its second operand column by column,
+        # which is what the transpose of rows is.
+        one = torch.ones((), device=a8.device)
+        product = torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     return (product * a_scale * b_scale.t()).bfloat16()
 
 
 def _row_maxima(x: Tensor) -> Tensor:
-    """The largest absolute value of each row, float32 [M, 1]."""
+    """Return the largest absolute value of each row, float32 [M, 1]."""
     return x.abs().amax(dim=-1, keepdim=True).float()
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and not HAS_CPU_KERNEL:
-        return (a.float() @ b.float().t()).bfloat16()
-    return _kernel(a, b)
-
-
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    one = torch.ones((), device=a.device)
-    # The kernel wants its second operand column by column, which is what the transpose of rows is.
-    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def _check_layer(name: str, linear: nn.Linear) -> None:

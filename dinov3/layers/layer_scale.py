@@ -11,21 +11,12 @@ class LayerScale(nn.Module):
 
     Args:
         dim: D, number of channels.
-        init_values: what `reset_parameters` sets every factor to.
-        inplace: overwrite the input.
-        device: of `gamma` [D].
+        init_values: the factor that `reset_parameters` sets for every channel.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        init_values: float = 1e-5,
-        inplace: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, dim: int, init_values: float = 1e-5, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.init_values = init_values
-        self.inplace = inplace
         self.gamma = nn.Parameter(torch.empty(dim, device=device))
         self.reset_parameters()
 
@@ -35,11 +26,11 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+        return x * self.gamma
 
 
 def add_scaled(x: Tensor, residual: Tensor, scale: nn.Module) -> Tensor:
-    """x + scale(residual), of a `LayerScale` in one pass over memory."""
+    """Return x + scale(residual), for a `LayerScale` in one pass over memory."""
     if isinstance(scale, LayerScale):
         return torch.addcmul(x, residual, scale.gamma)
     return x + scale(residual)

@@ -1,7 +1,7 @@
 """Attention within each of many sequences of different lengths in one call, on CUDA, with xformers.
 
-The crops of a training are sequences of a few lengths. By default `SelfAttention` calls PyTorch's fused attention once
-for each length; with this backend all of them are one long sequence whose mask is block-diagonal.
+The crops of a training batch are sequences of a few lengths. By default `SelfAttention` calls PyTorch's fused attention
+once for each length; with this backend all of them are one long sequence whose mask is block-diagonal.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ BACKENDS = ("sdpa", "xformers")
 
 
 def set_attention_backend(model: nn.Module, backend: str, device: torch.device) -> None:
-    """Choose how every `SelfAttention` of a model attends several token tensors at once.
+    """Choose how every `SelfAttention` of a model attends to several token tensors at once.
 
     Args:
-        model: changed in place; its parameters stay.
+        model: changed in place, except for its parameters.
         backend: `sdpa`, one call of `torch.nn.functional.scaled_dot_product_attention` per tensor, or `xformers`.
         device: where the model will run.
 
     Raises:
         ImportError: xformers is not installed.
-        ValueError: another backend, or xformers elsewhere than on CUDA.
+        ValueError: an unknown backend, or xformers on another device than CUDA.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; use {' or '.join(BACKENDS)}")
@@ -39,12 +39,11 @@ def set_attention_backend(model: nn.Module, backend: str, device: torch.device) 
             module.attention_backend = backend  # type: ignore[assignment]
 
 
-def attend_packed(heads: list[tuple[Tensor, Tensor, Tensor]], dropout: float) -> Tensor:
-    """Attention within each sequence, by xformers.
+def attend_packed(heads: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Attend within each sequence, by xformers.
 
     Args:
         heads: queries, keys and values, each [B_i, heads, T_i, d].
-        dropout: of the attention weights.
 
     Returns:
         [sum of B_i * T_i, heads * d].
@@ -52,9 +51,8 @@ def attend_packed(heads: list[tuple[Tensor, Tensor, Tensor]], dropout: float) ->
     ops: Any = importlib.import_module("xformers.ops")
     lengths = [q.shape[2] for q, _, _ in heads for _ in range(len(q))]
     mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=heads[0][0].device)
-    q, k, v = (torch.cat([_as_rows(part) for part in parts])[None] for parts in zip(*heads, strict=True))
-    return ops.memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout)[0].flatten(1)
-
-
-def _as_rows(part: Tensor) -> Tensor:
-    return part.transpose(1, 2).flatten(0, 1)  # [B * T, heads, d]
+    q, k, v = (
+        torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None]  # [1, sum of B_i * T_i, heads, d]
+        for parts in zip(*heads, strict=True)
+    )
+    return ops.memory_efficient_attention(q, k, v, attn_bias=mask)[0].flatten(1)

@@ -1,7 +1,4 @@
-"""Images of any size for a network that wants multiples of its patch: padded or stretched, and back again.
-
-Notable: "center" padding puts the smaller half on the top and left, and pads with zeros, the mean of normalised images.
-"""
+"""Images of any size for a network that needs multiples of its patch: padded or stretched, and back again."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Margins = tuple[int, int, int, int]
 
 
 class CenterPadding(nn.Module):
-    """Zeros around an image, up to the next multiples.
+    """Pads an image with zeros, the mean of normalised images, up to the next multiples.
 
     Args:
         multiple: of both sides, in pixels.
@@ -28,21 +25,22 @@ class CenterPadding(nn.Module):
 
     def __init__(self, multiple: int) -> None:
         super().__init__()
-        self.multiple = _checked(multiple)
+        self.multiple = _check_multiple(multiple)
 
     def margins(self, height: int, width: int) -> Margins:
-        """What is added to an image of this size: (top, bottom, left, right), in pixels."""
+        """Return the padding of an image of this size: (top, bottom, left, right), in pixels."""
         rows, columns = (-side % self.multiple for side in (height, width))
+        # The smaller half at the top and left, as the published dense heads pad.
         return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H, W] to [..., H', W'], the multiples at or above; the very same tensor where nothing is missing."""
+        """[..., H, W] to [..., H', W'], the multiples at or above; the same tensor if it has such sides."""
         top, bottom, left, right = self.margins(*x.shape[-2:])
         return F.pad(x, (left, right, top, bottom)) if top or bottom or left or right else x
 
 
 class StretchToMultiple(nn.Module):
-    """An image resized to the next multiples: bilinear, without antialiasing.
+    """Resizes an image to the next multiples: bilinear, without antialiasing.
 
     Args:
         multiple: of both sides, in pixels.
@@ -53,10 +51,10 @@ class StretchToMultiple(nn.Module):
 
     def __init__(self, multiple: int) -> None:
         super().__init__()
-        self.multiple = _checked(multiple)
+        self.multiple = _check_multiple(multiple)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H, W] to [..., H', W'], the multiples at or above; the very same tensor where it has such sides."""
+        """[..., H, W] to [..., H', W'], the multiples at or above; the same tensor if it has such sides."""
         height, width = (side + -side % self.multiple for side in x.shape[-2:])
         if x.shape[-2:] == (height, width):
             return x
@@ -65,7 +63,7 @@ class StretchToMultiple(nn.Module):
 
 
 def cut_margins(maps: Tensor, margins: Margins) -> Tensor:
-    """Maps [B, C, H, W] without their margins; where a margin is negative, its edge is repeated instead.
+    """Cut the margins off maps [B, C, H, W]; negative margins repeat the edge instead.
 
     Args:
         maps: of the image with its margins, one value per pixel.
@@ -77,7 +75,7 @@ def cut_margins(maps: Tensor, margins: Margins) -> Tensor:
     return F.pad(maps, (-left, -right, -top, -bottom), mode="replicate")
 
 
-def _checked(multiple: int) -> int:
+def _check_multiple(multiple: int) -> int:
     if multiple < 1:
-        raise ValueError(f"multiple={multiple}: sides can be multiples of 1 pixel and more")
+        raise ValueError(f"multiple={multiple}: expected at least 1 pixel")
     return int(multiple)

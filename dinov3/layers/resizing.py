@@ -1,4 +1,4 @@
-"""Bilinear resizing of maps, where it changes anything."""
+"""Bilinear resizing of maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def resize_bilinear(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Maps [B, C, H, W] at `size` (height, width), without antialiasing; the same tensor where that is its size."""
+    """Resize maps [B, C, H, W] to (height, width), without antialiasing; the same tensor if it has that size."""
     height, width = int(size[0]), int(size[1])
     if maps.shape[-2:] == (height, width):
         return maps

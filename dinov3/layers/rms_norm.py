@@ -16,7 +16,6 @@ class RMSNorm(nn.Module):
     Args:
         dim: D, number of channels.
         eps: added to the mean square.
-        device: of `weight` [D].
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, device: torch.device | str | None = None) -> None:

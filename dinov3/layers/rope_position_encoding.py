@@ -4,7 +4,7 @@ Notable:
 - Positions are patch centres, normalised to [-1, 1], so that one model serves every image size.
 - A quarter of a head's channels turns with the row, a quarter with the column, and the two halves of the channels are
   the two components of the rotated pairs: channel blocks of d / 4 are row, column, row, column.
-- `periods` is a buffer that state dicts carry; what is loaded counts and is never computed again.
+- `periods` is a buffer in state dicts; loaded values count and are never computed again.
 - In training the coordinates may be shifted, jittered and rescaled at random ("RoPE-box jittering") at each call.
 """
 
@@ -19,9 +19,9 @@ _NORMALIZATIONS = ("separate", "max", "min")
 
 
 class RopePositionEmbedding(nn.Module):
-    """The sines and cosines that rotate queries and keys of a grid of patches.
+    """Makes the sines and cosines that rotate queries and keys of a grid of patches.
 
-    The frequencies come from `base`, or from `min_period` and `max_period`: one of the two.
+    The frequencies come either from `base` or from `min_period` and `max_period`.
 
     Args:
         embed_dim: D, the channels of all heads together; a multiple of 4 * num_heads.
@@ -30,14 +30,13 @@ class RopePositionEmbedding(nn.Module):
         min_period: shortest period.
         max_period: longest period.
         normalize_coords: what spans [-1, 1]: `separate` each axis, `max` the longer one, `min` the shorter one.
-        shift_coords: training shifts each axis by a value in +-shift_coords; None: never.
+        shift_coords: training shifts each axis by a value in +-shift_coords. Default: no shift.
         jitter_coords: training scales each axis by a factor in [1 / jitter_coords, jitter_coords], log-uniform.
         rescale_coords: the same with one factor for both axes.
-        dtype: of every step of the computation; None: PyTorch's default.
-        device: of the buffer `periods`.
+        dtype: of every step of the computation. Default: PyTorch's.
 
     Raises:
-        ValueError: an argument is out of its range, or the frequencies are not given in exactly one way.
+        ValueError: an argument is out of its range, or the frequencies are given in no way or in both.
     """
 
     periods: Tensor  # [d / 4]
@@ -91,7 +90,7 @@ class RopePositionEmbedding(nn.Module):
         return self.training and any(option is not None for option in options)
 
     def forward(self, *, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """The rotation of every patch, in row-major order.
+        """Return the rotation of every patch, in row-major order.
 
         Args:
             H: rows of the grid, in patches.
@@ -103,7 +102,7 @@ class RopePositionEmbedding(nn.Module):
         return self.rotations(self.coordinates(H, W))
 
     def coordinates(self, H: int, W: int) -> Tensor:
-        """The normalised (row, column) of the patch centres [H * W, 2], not augmented."""
+        """Return the normalised (row, column) of the patch centres [H * W, 2], not augmented."""
         height, width = {"separate": (H, W), "max": (max(H, W),) * 2, "min": (min(H, W),) * 2}[self.normalize_coords]
         rows = torch.arange(0.5, H, device=self.periods.device, dtype=self.dtype) / height
         columns = torch.arange(0.5, W, device=self.periods.device, dtype=self.dtype) / width
@@ -111,7 +110,7 @@ class RopePositionEmbedding(nn.Module):
         return 2.0 * grid.flatten(0, 1) - 1.0
 
     def rotations(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """(sin, cos), each [P, d], of the `coordinates` [P, 2], which training augments first."""
+        """Return (sin, cos), each [P, d], of the `coordinates` [P, 2], which training augments first."""
         if self.is_random:
             coordinates = self._augment(coordinates)
         angles = 2 * math.pi * coordinates[:, :, None] / self.periods  # [P, 2, d / 4]
@@ -136,7 +135,7 @@ class RopePositionEmbedding(nn.Module):
         n_periods = self.D_head // 4
         device, dtype = self.periods.device, self.dtype
         if device.type == "meta":
-            return  # There are no values to set, and arithmetic on meta tensors would load PyTorch's compiler.
+            return  # there are no values to set, and arithmetic on meta tensors would load PyTorch's compiler
         if self.base is not None:
             exponents = 2 * torch.arange(n_periods, device=device, dtype=dtype) / (self.D_head // 2)
             periods = self.base**exponents

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.layers import LinearKMaskedBias, convert_linears_to_fp8, fp8_linear
+from dinov3.layers import LinearKMaskedBias, convert_linears_to_fp8
 from dinov3.layers.fp8_linear import Fp8Linear, Fp8LinearKMaskedBias, fp8_problem
 
 CPU = torch.device("cpu")
@@ -60,12 +60,6 @@ def check_against_the_emulation(dtype: torch.dtype, device: torch.device = CPU) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_and_gradients_are_those_of_the_emulation(dtype: torch.dtype) -> None:
     check_against_the_emulation(dtype)
-
-
-def test_a_pytorch_without_the_kernel_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8_linear, "HAS_CPU_KERNEL", False)
-    monkeypatch.setattr(fp8_linear, "_kernel", None)
-    check_against_the_emulation(torch.float32)
 
 
 def test_results_are_close_to_those_of_the_plain_layer() -> None:

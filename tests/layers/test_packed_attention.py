@@ -27,9 +27,9 @@ class BlockDiagonalMask:
         return cls(lengths)
 
 
-def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_bias: BlockDiagonalMask, p: float) -> Tensor:
+def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_bias: BlockDiagonalMask) -> Tensor:
     """[1, rows, heads, d] to the same, in which a row attends to those of its own sequence."""
-    assert p == 0 and sum(attn_bias.lengths) == q.shape[1]
+    assert sum(attn_bias.lengths) == q.shape[1]
     numbers = torch.repeat_interleave(torch.arange(len(attn_bias.lengths)), torch.tensor(attn_bias.lengths))
     mask = numbers[:, None] == numbers[None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -41,9 +41,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Install the stand-in; lists the sequence lengths of each call."""
     seen: list[list[int]] = []
 
-    def attention(*args: Any, attn_bias: BlockDiagonalMask, p: float) -> Tensor:
+    def attention(*args: Any, attn_bias: BlockDiagonalMask) -> Tensor:
         seen.append(attn_bias.lengths)
-        return memory_efficient_attention(*args, attn_bias=attn_bias, p=p)
+        return memory_efficient_attention(*args, attn_bias=attn_bias)
 
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
     package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from dinov3.layers import RopePositionEmbedding
 from dinov3.layers.attention import rope_apply, rope_rotate_half
 
 
-def test_rotations_depend_on_relative_position_alone() -> None:
+def test_rotations_depend_only_on_relative_position() -> None:
     """Products of rotated queries and keys are equal for pairs of patches at equal distance (RoFormer, section 3)."""
     torch.manual_seed(0)
     sin, cos = RopePositionEmbedding(16, num_heads=1, dtype=torch.float64)(H=3, W=4)
@@ -25,7 +25,7 @@ def test_rotations_round_as_their_formula_does(dtype: torch.dtype) -> None:
     assert torch.equal(rope_apply(x, sin, cos), x * cos + rope_rotate_half(x) * sin)
 
 
-def test_each_call_draws_anew_in_training_and_never_in_evaluation() -> None:
+def test_each_call_draws_again_in_training_and_never_in_evaluation() -> None:
     rope = RopePositionEmbedding(16, num_heads=1, rescale_coords=2)
     assert not torch.equal(rope(H=2, W=2)[0], rope(H=2, W=2)[0])
     rope.eval()

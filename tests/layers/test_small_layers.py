@@ -33,13 +33,6 @@ def test_rms_norm_ignores_the_mean() -> None:
     torch.testing.assert_close(got, torch.ones(1, 4), atol=1e-4, rtol=0)
 
 
-def test_layer_scale_in_place() -> None:
-    x = torch.ones(2, 3)
-    with torch.no_grad():
-        assert LayerScale(3, 0.5, inplace=True)(x) is x
-    assert (x == 0.5).all()
-
-
 def test_scaled_residuals_are_added_with_and_without_a_scale() -> None:
     x, residual, scale = torch.randn(2, 3), torch.randn(2, 3), LayerScale(3, 0.5)
     torch.testing.assert_close(add_scaled(x, residual, scale), x + 0.5 * residual)
