@@ -25,7 +25,7 @@ class DINOLoss(CenteredLoss):
         super().__init__((1, out_dim), student_temp, center_momentum)
 
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
-        """Targets from the teacher's logits.
+        """Make targets from the teacher's logits.
 
         Args:
             teacher_output: [N, K], the class tokens of *all* global crops of this rank together, crop-major.
@@ -38,18 +38,18 @@ class DINOLoss(CenteredLoss):
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     def forward(self, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:
-        """Mean cross-entropy over all pairs of a student and a teacher crop, and over the images.
+        """Compute the mean cross-entropy over all pairs of a student and a teacher crop, and over the images.
 
         Args:
             student_logits: [s, B, K], any floating dtype.
             teacher_probs: [t, B, K], float32 distributions.
-            ignore_diagonal: leave out the pairs of equal crop index, where both networks see the same pixels.
+            ignore_diagonal: leave out the pairs of equal crop index, for which both networks see the same pixels.
 
         Returns:
             0-dim float32.
 
         Raises:
-            ValueError: shapes that do not fit, or no pair of crops is left.
+            ValueError: the shapes do not fit, or no pair of crops is left.
         """
         if student_logits.shape[1:] != teacher_probs.shape[1:]:
             raise ValueError(

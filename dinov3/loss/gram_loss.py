@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class GramLoss(nn.Module):
-    """Mean squared difference of the similarity matrices of student and Gram teacher.
+    """Mean squared difference between the similarity matrices of student and Gram teacher.
 
     Args:
-        apply_norm: cosine similarities; without, dot products.
-        img_level: without effect, as in the published code; the argument of the call counts.
+        apply_norm: compare cosine similarities instead of dot products.
+        img_level: has no effect, as in the published code; the argument of the call counts.
         remove_neg: negative similarities of both count as 0.
-        remove_only_teacher_neg: negative similarities of the teacher count as 0, the student's stay (also where both
-            are negative, which is what the published code does although it means otherwise).
+        remove_only_teacher_neg: negative similarities of the teacher count as 0, the student's stay (even where both
+            are negative, which the published code does, although it means otherwise).
 
     Raises:
         ValueError: both `remove_neg` and `remove_only_teacher_neg`.
@@ -41,12 +41,12 @@ class GramLoss(nn.Module):
         self.remove_only_teacher_neg = remove_only_teacher_neg
 
     def forward(self, output_feats: Tensor, target_feats: Tensor, img_level: bool = True) -> Tensor:
-        """Compare the patches of each image with one another, or of the whole batch.
+        """Compare the patches of each image, or of the whole batch, with one another.
 
         Args:
-            output_feats: the student's patch tokens, [n, P, D]; [rows, D] is also possible without `img_level`.
+            output_feats: the student's patch tokens, [n, P, D], or without `img_level` also [rows, D].
             target_feats: the Gram teacher's, of the same patches; D may differ.
-            img_level: similarities within each image ([P, P] per image); else between all rows of the batch.
+            img_level: similarities within each image ([P, P] per image); otherwise between all rows of the batch.
 
         Returns:
             0-dim float32, the mean over all entries of the matrices; 0 where there are none.
@@ -67,7 +67,7 @@ class GramLoss(nn.Module):
             student = student.clamp(min=0)
         if self.remove_neg or self.remove_only_teacher_neg:
             teacher = teacher.clamp(min=0)
-        # A process whose crops are all without a mask has no masked patch to compare.
+        # Without masks, a process has no masked patches to compare, and the mean of nothing is NaN.
         return F.mse_loss(student, teacher) if student.numel() else student.sum()
 
     def _similarities(self, features: Tensor, img_level: bool) -> Tensor:

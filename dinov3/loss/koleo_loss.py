@@ -4,8 +4,8 @@ It is the Kozachenko-Leonenko estimate of differential entropy: the mean negativ
 normalised feature to its nearest neighbour.
 
 Notable:
-- Everything is float32, also for bfloat16 features: in bfloat16 a value near 1.3 moves in steps of 0.008.
-- Which neighbour is nearest has no gradient; both ends of the distance have.
+- Everything is float32, even for bfloat16 features: in bfloat16 a value near 1.3 moves in steps of 0.008.
+- The choice of the nearest neighbour has no gradient; both ends of the distance have one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class KoLeoLoss(nn.Module):
     """KoLeo within the batch of this process."""
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """Mean negative log distance to the nearest other row.
+        """Compute the mean negative log distance to the nearest other row.
 
         Args:
             student_output: [B, D], B >= 2, any floating dtype.
@@ -48,8 +48,8 @@ class KoLeoLossDistributed(nn.Module):
 
     Args:
         topk: number of nearest neighbours that count.
-        loss_group_size: images among which neighbours are searched: consecutive ranks that hold so many together. None:
-            the images of all ranks of the subgroup.
+        loss_group_size: number of images among which neighbours are searched, held by consecutive ranks. Default: the
+            images of all ranks of the subgroup.
 
     Raises:
         ValueError: a value below 1.
@@ -65,15 +65,15 @@ class KoLeoLossDistributed(nn.Module):
         self.loss_group_size = loss_group_size
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """Mean negative log distance from each own row to its `topk` nearest rows of the group.
+        """Compute the mean negative log distance from each row of this rank to its `topk` nearest rows of the group.
 
         Args:
             student_output: [b, D], equal b on all ranks, any floating dtype.
             eps: smallest norm in the normalisation, and added to distances before the logarithm.
 
         Returns:
-            0-dim float32, of this rank's rows. In the backward pass, which every rank must run, features of other ranks
-            receive their gradient from here.
+            0-dim float32, over this rank's rows. In the backward pass, which every rank must run, the features of other
+            ranks receive their gradient from here.
 
         Raises:
             ValueError: the group size does not fit the batch, or is not larger than `topk`.
@@ -117,13 +117,9 @@ def _normalize(features: Tensor, eps: float) -> Tensor:
 
 
 def _mean_negative_log_distance(own: Tensor, group: Tensor, *, first_row: int, topk: int, eps: float) -> Tensor:
-    neighbours = group[_nearest(own.detach(), group.detach(), first_row, topk)]  # [b, topk, D]
-    distances = F.pairwise_distance(own.unsqueeze(1), neighbours, eps=1e-8)  # [b, topk]
-    return -(distances + eps).log().mean()
-
-
-def _nearest(own: Tensor, group: Tensor, first_row: int, topk: int) -> Tensor:
-    with torch.autocast(own.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
         similarity = own @ group.T  # [b, n]
-    similarity.diagonal(first_row).fill_(-torch.inf)
-    return similarity.topk(topk, dim=-1).indices
+        similarity.diagonal(first_row).fill_(-torch.inf)  # a row is not its own neighbour
+        nearest = similarity.topk(topk, dim=-1).indices
+    distances = F.pairwise_distance(own.unsqueeze(1), group[nearest], eps=1e-8)  # [b, topk]
+    return -(distances + eps).log().mean()

@@ -2,14 +2,7 @@
 
 The logits of a whole batch become targets that use all prototypes about equally, so the teacher cannot collapse.
 
-Notable:
-- Prototypes are normalised first and samples last: rows of the result are exact distributions, columns nearly balanced.
-- The textbook form exp(logits / temperature) overflows float32 at logits of 3.6 for a temperature of 0.04, and turns a
-  prototype that is far below the others into 0 / 0. Here each prototype's maximum over all samples of all ranks is
-  subtracted first. That is exact, because the first step divides the prototype by its sum anyway. A maximum per
-  *sample* would not be: a few iterations do not undo it.
-- After one iteration with shifted exponents no sum can vanish any more: a prototype's best sample holds at least
-  1 / (samples x prototypes), and a sample's row at least 1 / samples. The other iterations are plain divisions.
+Prototypes are normalised first and samples last: rows of the result are exact distributions, columns nearly balanced.
 """
 
 from __future__ import annotations
@@ -29,7 +22,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) ->
 
     Args:
         logits: [N, K] teacher scores of N samples for K prototypes, any floating dtype. N may differ between ranks and
-            be 0 on some, which take part in the communication all the same.
+            be 0 on some, which still take part in the communication.
         temperature: > 0; the lower, the sharper.
         n_iterations: at least 1.
 
@@ -42,6 +35,10 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) ->
     if n_iterations < 1:
         raise ValueError(f"n_iterations is {n_iterations}, expected at least 1")
     logits = logits.float()
+    # exp(logits / temperature) would overflow float32 at logits of 3.6 for a temperature of 0.04, and turn a prototype
+    # far below the others into 0 / 0. Subtracting each prototype's maximum over all samples of all ranks is exact,
+    # because the first step divides the prototype by its sum anyway. A maximum per *sample* would not be: a few
+    # iterations do not undo it.
     highest = logits.amax(0) if len(logits) else logits.new_full(logits.shape[1:], -torch.inf)
     exponents = (logits - all_reduce(highest, "max")).div_(temperature)  # [N, K], <= 0
 
@@ -49,6 +46,8 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) ->
     exponents -= exponents.amax(1, keepdim=True)
     probs = exponents.clamp_(min=_SMALLEST_EXPONENT).exp_()
     probs *= probs.sum(1, keepdim=True).reciprocal_()
+    # No sum can vanish any more: a prototype's best sample holds at least 1 / (samples x prototypes), and a sample's
+    # row at least 1 / samples. So the other iterations are plain divisions.
     for _ in range(n_iterations - 1):
         probs *= all_reduce(probs.sum(0)).reciprocal_()
         probs *= probs.sum(1, keepdim=True).reciprocal_()

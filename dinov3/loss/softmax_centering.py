@@ -1,7 +1,7 @@
 """What the DINO and iBOT losses share: a soft cross-entropy, and the softmax centring of DINO (arXiv 2104.14294).
 
-DINOv3 centres the teacher with Sinkhorn-Knopp instead (`dinov3.loss.sinkhorn`); the moving-average centre is kept for
-those who want to compare, and nothing in the recipes uses it.
+DINOv3 centres the teacher with Sinkhorn-Knopp instead (`dinov3.loss.sinkhorn`); no recipe uses the moving-average
+centre, which is there for comparisons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dinov3.distributed import all_reduce, get_subgroup_size
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
-    """Cross-entropy of softmax(student_logits / student_temp) with the teacher's distributions.
+    """Compute the cross-entropy of softmax(student_logits / student_temp) with the teacher's distributions.
 
     Args:
         student_logits: [..., K], any floating dtype.
@@ -29,7 +29,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_te
 
 
 class CenteredLoss(nn.Module):
-    """A student temperature, and a moving-average centre of the teacher's logits.
+    """The base of losses with a student temperature and a moving-average centre of the teacher's logits.
 
     The centre is updated lazily: the statistic of one step is applied when the next step's targets are made.
 
@@ -56,7 +56,7 @@ class CenteredLoss(nn.Module):
     def softmax_center_teacher(
         self, teacher_output: Tensor, teacher_temp: float, update_centers: bool = True
     ) -> Tensor:
-        """Targets by centring and sharpening.
+        """Make targets by centring and sharpening.
 
         Args:
             teacher_output: [..., K] logits of as many dimensions as the centre.
@@ -72,12 +72,7 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
-        """Note the logits of this step for the next centre; see `reduce_center_update`."""
-        self.reduce_center_update(teacher_output)
-
-    @torch.no_grad()
-    def reduce_center_update(self, teacher_output: Tensor) -> None:
-        """Sum the logits over the samples of all ranks of the subgroup; the centre itself does not change yet.
+        """Sum this step's logits over all samples of the subgroup, for the next step's centre.
 
         Args:
             teacher_output: [N, K], or [N, P, K] for patches, which are averaged over P; the same N on all ranks.
@@ -90,7 +85,7 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Move the centre towards the mean logits of the pending update, once; nothing without one."""
+        """Move the centre towards the mean logits of the last `update_center`, once."""
         if self._pending is None:
             return
         total, n_samples = self._pending

@@ -39,7 +39,6 @@ def make_model() -> Any:
     model.init_weights()
     for loss in (model.dino_loss, model.ibot_patch_loss):
         loss.__dict__["sinkhorn_knopp_teacher"] = targets_of_single_images
-    model.ibot_patch_loss._modules.pop("sinkhorn_knopp_teacher")
     return model
 
 
