@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dinov3.eval.classification.knn_config import TrainConfig as KnnTrainConfig
 from dinov3.eval.classification.linear_config import LEARNING_RATES
 from dinov3.eval.classification.linear_heads import setup_linear_classifiers
-from dinov3.eval.classification.linear_scoring import Scorer
+from dinov3.eval.classification.linear_scoring import score_classifiers
 from dinov3.eval.classification.linear_training import train_step
 from dinov3.eval.classification.log_regression_config import TrainConfig
 from dinov3.eval.classification.log_regression_module import LogRegModule, fit_modules
@@ -105,20 +105,9 @@ def linear(train: FeatureRows, test: FeatureRows, n_classes: int) -> int:
     inputs = torch.cat([train.features, train.features], dim=1)[:128]
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     train_step(classifiers, inputs, train.targets[:128], nn.CrossEntropyLoss(reduction="none"), optimizer, scheduler)
-    scorer = Scorer(
-        dataset=(),
-        metric=metric(n_classes),
-        class_mapping=None,
-        batch_size=256,
-        num_workers=0,
-        collate_fn=None,
-        memory_budget_mb=BUDGET_MB,
-        cache=None,
-    )
     kept = test._replace(features=torch.cat([test.features, test.features], dim=1))
-    model = nn.Identity()
-    scorer._rows, scorer._model = kept, model
-    scorer.score(model, classifiers)
+    batches = zip(*(part.split(256) for part in (kept.features, kept.positions, kept.targets)), strict=True)
+    score_classifiers(classifiers, batches, metric(n_classes))
     # Weights, gradients and momenta of all classifiers, and the test features made here.
     return 3 * sum(parameter.nbytes for parameter in classifiers.parameters()) + kept.features.nbytes
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval import linear
+from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification.config import FewShotConfig
+from dinov3.eval.classification.linear_config import EvalConfig, LinearEvalConfig, TrainConfig
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.features.cache import FeaturesConfig
 
@@ -81,10 +84,16 @@ def make_images(*, dataset_str: str, **_: Any) -> Images:
 
 def use_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let dataset strings stand for `Images`."""
-    monkeypatch.setattr(linear, "make_dataset", make_images)
+    replace_datasets(monkeypatch, make_images)
 
 
-def make_config(output_dir: Any, *, save_results: bool = False, **sections: Any) -> linear.LinearEvalConfig:
+def replace_datasets(monkeypatch: pytest.MonkeyPatch, make_dataset: Any) -> None:
+    """Let `make_dataset` make all datasets of linear probing."""
+    for module in (linear, linear_scoring):
+        monkeypatch.setattr(module, "make_dataset", make_dataset)
+
+
+def make_config(output_dir: Any, *, save_results: bool = False, **sections: Any) -> LinearEvalConfig:
     """A configuration without loader processes or cache; keyword arguments such as `train__epochs` set keys."""
     options: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "few_shot": {}}
     for name, value in sections.items():
@@ -100,17 +109,17 @@ def make_config(output_dir: Any, *, save_results: bool = False, **sections: Any)
         "learning_rates": [0.1, 1.0],
         "n_last_blocks_list": [1, 2],
     }
-    return linear.LinearEvalConfig(
+    return LinearEvalConfig(
         model=ModelConfig(),
-        train=linear.TrainConfig(**train | options["train"]),
-        eval=linear.EvalConfig(**{"num_workers": 0} | options["eval"]),
-        few_shot=linear.FewShotConfig(**options["few_shot"]),
+        train=TrainConfig(**train | options["train"]),
+        eval=EvalConfig(**{"num_workers": 0} | options["eval"]),
+        few_shot=FewShotConfig(**options["few_shot"]),
         features=FeaturesConfig(cache=False),
         save_results=save_results,
         output_dir=str(output_dir),
     )
 
 
-def run(config: linear.LinearEvalConfig, model: nn.Module | None = None) -> dict[str, Any]:
+def run(config: LinearEvalConfig, model: nn.Module | None = None) -> dict[str, Any]:
     """Evaluate a backbone, by default the toy one."""
     return linear.eval_linear_with_model(model=model or Backbone(), autocast_dtype=torch.float32, config=config)

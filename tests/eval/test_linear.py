@@ -14,8 +14,20 @@ from torch import Tensor
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear
 from dinov3.eval.classification import linear_training
-from dinov3.eval.classification.linear_heads import LinearInputs, classifier_names
-from dinov3.eval.classification.linear_scoring import format_grid, select_best, tell_if_at_end
+from dinov3.eval.classification.linear_config import (
+    LinearEvalConfig,
+    LossType,
+    OptimizerType,
+    SchedulerType,
+    TrainConfig,
+)
+from dinov3.eval.classification.linear_heads import (
+    LinearInputs,
+    classifier_names,
+    create_linear_input,
+    setup_linear_classifiers,
+)
+from dinov3.eval.classification.linear_scoring import format_grid, select_best, warn_if_at_end
 from dinov3.eval.classification.linear_training import make_batches, read_checkpoint
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.results import as_file_name
@@ -56,14 +68,14 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
 @pytest.mark.parametrize(
     "optimizer, scheduler, augment",
     [
-        (linear.OptimizerType.SGD, linear.SchedulerType.COSINE_ANNEALING, True),
-        (linear.OptimizerType.ADAMW, linear.SchedulerType.ONE_CYCLE, False),
+        (OptimizerType.SGD, SchedulerType.COSINE_ANNEALING, True),
+        (OptimizerType.ADAMW, SchedulerType.ONE_CYCLE, False),
         *(
             pytest.param(*combination, marks=pytest.mark.slow)
             for combination in [
-                (linear.OptimizerType.SGD, linear.SchedulerType.ONE_CYCLE, True),
-                (linear.OptimizerType.ADAMW, linear.SchedulerType.COSINE_ANNEALING, True),
-                (linear.OptimizerType.SGD, linear.SchedulerType.ONE_CYCLE, False),
+                (OptimizerType.SGD, SchedulerType.ONE_CYCLE, True),
+                (OptimizerType.ADAMW, SchedulerType.COSINE_ANNEALING, True),
+                (OptimizerType.SGD, SchedulerType.ONE_CYCLE, False),
             ]
         ),
     ],
@@ -71,7 +83,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
 def test_killed_run_ends_with_the_same_weights_and_results(
     optimizer: Any, scheduler: Any, augment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def config(name: str) -> linear.LinearEvalConfig:
+    def config(name: str) -> LinearEvalConfig:
         return toy.make_config(
             tmp_path / name,
             train__dataset="jitter:90" if augment else "train:90",
@@ -174,9 +186,9 @@ def test_checkpoint_path_without_checkpoint_is_refused(tmp_path: Path) -> None:
     "change, message",
     [
         ({"train__learning_rates": [0.2, 1.0]}, "another grid"),
-        ({"train__epochs": 5}, "train.epochs was 3, now 5"),
-        ({"train__batch_size": 8, "train__learning_rates": [0.2, 2.0]}, "images per step was 16, now 8"),
-        ({"train__dataset": "other:91"}, "training images was 90, now 91"),
+        ({"train__epochs": 5}, "train.epochs: 3, now 5"),
+        ({"train__batch_size": 8, "train__learning_rates": [0.2, 2.0]}, "images per step: 16, now 8"),
+        ({"train__dataset": "other:91"}, "training images: 90, now 91"),
     ],
 )
 def test_checkpoint_of_another_training_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -190,7 +202,7 @@ def test_checkpoint_of_another_backbone_is_refused(tmp_path: Path) -> None:
     toy.run(config)
     other = toy.Backbone()
     other.layers[0].bias.data += 1  # type: ignore[operator, union-attr]
-    with pytest.raises(ValueError, match="another training: model was"):
+    with pytest.raises(ValueError, match="other settings .model: "):
         toy.run(config, other)
 
 
@@ -198,7 +210,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints" / "final"
     directory.mkdir(parents=True)
     (directory / "checkpoint.pth").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"final/checkpoint\.pth is no checkpoint"):
+    with pytest.raises(ValueError, match=r"final/checkpoint\.pth is not a checkpoint"):
         toy.run(toy.make_config(tmp_path))
 
 
@@ -206,14 +218,14 @@ def test_fused_classifiers_train_as_separate_ones() -> None:
     torch.manual_seed(0)
     blocks = [(torch.randn(9, 4, 8), torch.randn(9, 8)) for _ in range(2)]
     labels = torch.arange(9) % 6
-    criterion = linear.LossType.CROSS_ENTROPY.get_criterion()
+    criterion = LossType.CROSS_ENTROPY.get_criterion()
 
     def trained(fused: bool) -> dict[str, Tensor]:
-        classifiers, groups = linear.setup_linear_classifiers(blocks, [2, 1], [0.5, 5.0], 128, 6)
-        optimizer = linear.OptimizerType.SGD.get_optimizer(groups)
+        classifiers, groups = setup_linear_classifiers(blocks, [2, 1], [0.5, 5.0], 128, 6)
+        optimizer = OptimizerType.SGD.get_optimizer(groups)
         for _ in range(5):
             if fused:
-                classifiers.fused.backward(linear.create_linear_input(blocks, 2, True), labels, criterion)
+                classifiers.fused.backward(create_linear_input(blocks, 2, True), labels, criterion)
             else:
                 optimizer.zero_grad()
                 sum(criterion(logits, labels).mean() for logits in classifiers(blocks).values()).backward()  # type: ignore
@@ -227,20 +239,20 @@ def test_fused_classifiers_train_as_separate_ones() -> None:
 
 def test_classifiers_that_were_moved_are_fused_anew() -> None:
     blocks = [(torch.randn(3, 4, 8), torch.randn(3, 8))]
-    classifiers, _ = linear.setup_linear_classifiers(blocks, [1], [0.5, 5.0], 128, 6)
+    classifiers, _ = setup_linear_classifiers(blocks, [1], [0.5, 5.0], 128, 6)
     before = classifiers.fused
     assert classifiers.fused is before
     classifiers.double().float()
     assert classifiers.fused is not before
     first = classifiers.classifiers_dict[classifiers.fused.names[0]]
     first.linear.bias.data += 1
-    logits = classifiers.fused.logits(linear.create_linear_input(blocks, 1, True))
+    logits = classifiers.fused.logits(create_linear_input(blocks, 1, True))
     torch.testing.assert_close(logits[:, 0], first(blocks))
 
 
 def test_initial_weights_do_not_depend_on_what_was_drawn_before() -> None:
     blocks = [(torch.randn(3, 4, 8), torch.randn(3, 8))]
-    one, other = (linear.setup_linear_classifiers(blocks, [1], [0.5, 5.0], 128, 6)[0].state_dict() for _ in range(2))
+    one, other = (setup_linear_classifiers(blocks, [1], [0.5, 5.0], 128, 6)[0].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
     weights = [tensor for name, tensor in one.items() if name.endswith("weight")]
     assert not torch.equal(weights[0], weights[1])
@@ -249,7 +261,7 @@ def test_initial_weights_do_not_depend_on_what_was_drawn_before() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 64, 128, 1000, 4096])
 @pytest.mark.parametrize("world_size", [1, 2, 64])
 def test_classifiers_have_different_names(batch_size: int, world_size: int) -> None:
-    rates = linear.TrainConfig(dataset="", val_dataset="").learning_rates
+    rates = TrainConfig(dataset="", val_dataset="").learning_rates
     grid = [(n, rate * batch_size * world_size / 256) for n in (1, 4) for rate in rates]
     assert len(set(classifier_names(grid))) == len(grid)
 
@@ -352,7 +364,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, dataset: Any) -> None:
     def make(*, dataset_str: str, **_: Any) -> Any:
         return dataset if dataset_str.startswith(name) else toy.make_images(dataset_str=dataset_str)
 
-    monkeypatch.setattr(linear, "make_dataset", make)
+    toy.replace_datasets(monkeypatch, make)
 
 
 class Lists(toy.Images):
@@ -421,7 +433,7 @@ def test_multi_hot_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "train__val_dataset": "multi",
         "train__val_metric_type": ClassificationMetricType.MEAN_AVERAGE_PRECISION_VOC_2007,
     }
-    loss = linear.LossType.BINARY_CROSS_ENTROPY
+    loss = LossType.BINARY_CROSS_ENTROPY
     assert toy.run(toy.make_config(tmp_path, train__loss_type=loss, **options))["multi_accuracy"] > 30
     with pytest.raises(ValueError, match=r"loss_type=CROSS_ENTROPY.*multi-hot"):
         toy.run(toy.make_config(tmp_path / "wrong", **options))
@@ -471,7 +483,7 @@ def test_classes_with_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         dataset.classes = ["cat", "dog" if dataset_str == "TOY_TRAIN" else "eel"]
         return dataset
 
-    monkeypatch.setattr(linear, "make_dataset", make)
+    toy.replace_datasets(monkeypatch, make)
     with pytest.raises(
         ValueError, match="1 of the 2 classes of TOY_VAL are not in the training set, the first is 'eel'"
     ):
@@ -540,7 +552,7 @@ def test_best_rate_at_an_end_of_the_grid_is_told(
     config = toy.make_config("", train__learning_rates=[0.1, 1.0, 10.0]).train
     names = classifier_names([(n, rate * 16 / 256) for n in (1, 2) for rate in (0.1, 1.0, 10.0)])
     with caplog.at_level("WARNING", logger="dinov3"):
-        tell_if_at_end(names[place], config)
+        warn_if_at_end(names[place], config)
     assert (f"the {told} of train.learning_rates is best" in caplog.text) if told else not caplog.records
 
 
@@ -557,8 +569,8 @@ def test_classifier_inputs_are_those_of_the_tokens() -> None:
     model = ModelWithIntermediateLayers(toy.Backbone(), 2, torch.no_grad)
     images = toy.Images("x", 3).samples
     got = LinearInputs(model, 2)(images)
-    assert torch.equal(got, linear.create_linear_input(model(images), 2, True))
-    assert torch.equal(got[:, -16:], linear.create_linear_input(model(images), 1, True))
+    assert torch.equal(got, create_linear_input(model(images), 2, True))
+    assert torch.equal(got[:, -16:], create_linear_input(model(images), 1, True))
 
 
 def test_nothing_temporary_stays(tmp_path: Path) -> None:

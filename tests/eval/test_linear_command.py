@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dinov3.eval import knn, linear
+from dinov3.eval.classification.linear_config import LinearEvalConfig, OptimizerType
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.config import args_dict_to_dataclass, cli_parser
 
@@ -84,13 +85,13 @@ def test_grids_and_metrics_are_given_by_name_or_value() -> None:
     needed = ["model.dino_hub=dinov3_vits16", "train.dataset=A", "train.val_dataset=B"]
     tokens = ["eval.test_datasets=[C,D]", "eval.test_metric_types=[mean_per_class_accuracy,MEAN_ACCURACY]"]
     argv = [*needed, *tokens, "train.n_last_blocks_list=[1,4]", "train.optimizer_type=adamw"]
-    config, _ = args_dict_to_dataclass(cli_parser(argv), linear.LinearEvalConfig, save_config=False)
+    config, _ = args_dict_to_dataclass(cli_parser(argv), LinearEvalConfig, save_config=False)
     assert config.eval.test_metric_types == [
         ClassificationMetricType.MEAN_PER_CLASS_ACCURACY,
         ClassificationMetricType.MEAN_ACCURACY,
     ]
     assert list(config.train.n_last_blocks_list) == [1, 4]
-    assert config.train.optimizer_type is linear.OptimizerType.ADAMW
+    assert config.train.optimizer_type is OptimizerType.ADAMW
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_wrong_settings_name_their_key(token: str, message: str) -> None:
     argv = ["model.dino_hub=dinov3_vits16", "train.dataset=A", "train.val_dataset=B"]
     argv = [*argv, token] if "=" in token else argv[:-1]
     with pytest.raises(ValueError, match=message):
-        args_dict_to_dataclass(cli_parser(argv), linear.LinearEvalConfig, save_config=False)
+        args_dict_to_dataclass(cli_parser(argv), LinearEvalConfig, save_config=False)
 
 
 def test_wrong_split_is_named_before_any_image_is_read(root: Path) -> None:

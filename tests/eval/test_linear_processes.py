@@ -10,6 +10,8 @@ import torch
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear
+from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification.linear_config import RESULTS_FILENAME
 from dinov3.eval.classification.linear_training import read_checkpoint
 from dinov3.eval.command.results import write_results
 from tests.multiprocess import run_ranks
@@ -26,7 +28,7 @@ GLOBAL_BATCH = 12
 
 
 def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
-    linear.make_dataset = toy.make_images  # type: ignore[assignment]
+    linear.make_dataset = linear_scoring.make_dataset = toy.make_images  # type: ignore[assignment]
     results = {}
     for name, options in EVALUATIONS.items():
         config = toy.make_config(
@@ -39,7 +41,7 @@ def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
             **options,
         )
         results[name] = toy.run(config)
-        write_results(results[name], config.output_dir, linear.RESULTS_FILENAME)
+        write_results(results[name], config.output_dir, RESULTS_FILENAME)
     return results
 
 

@@ -16,9 +16,27 @@ from torch import Tensor
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data.samplers import InfiniteSampler
-from dinov3.eval import linear
-from dinov3.eval.classification import linear_config
-from dinov3.eval.classification.linear_heads import AllClassifiers, classifier_names
+from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification.config import TransformConfig
+from dinov3.eval.classification.linear_config import (
+    MAIN_METRICS,
+    RESULTS_FILENAME,
+    LinearEvalConfig,
+    LossType,
+    OptimizerType,
+    SchedulerType,
+    TrainConfig,
+)
+from dinov3.eval.classification.linear_heads import (
+    AllClassifiers,
+    LinearClassifier,
+    LinearPostprocessor,
+    classifier_names,
+    create_linear_input,
+    scale_lr,
+    setup_linear_classifiers,
+)
+from dinov3.eval.classification.linear_scoring import Evaluator
 from dinov3.eval.classification.linear_training import train_step
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.results import write_results
@@ -35,16 +53,16 @@ def blocks_of(case: dict[str, Any]) -> Blocks:
 
 @by_id("config.linear.defaults")
 def test_defaults(case: dict[str, Any]) -> None:
-    config = OmegaConf.to_container(OmegaConf.structured(linear.LinearEvalConfig), enum_to_str=True)
+    config = OmegaConf.to_container(OmegaConf.structured(LinearEvalConfig), enum_to_str=True)
     assert_close({"rtol": 1e-12, "atol": 0}, config, case["outputs"]["config"]["value"])
-    assert case["outputs"]["results_filename"]["value"] == linear_config.RESULTS_FILENAME
-    assert case["outputs"]["main_metrics"]["value"] == linear_config.MAIN_METRICS
+    assert case["outputs"]["results_filename"]["value"] == RESULTS_FILENAME
+    assert case["outputs"]["main_metrics"]["value"] == MAIN_METRICS
 
 
 @by_id("config.enums")
 def test_enumerations(case: dict[str, Any]) -> None:
     stored = case["outputs"]["enums"]["value"]
-    ours = (linear.LossType, linear.OptimizerType, linear.SchedulerType, CheckpointRetentionPolicy)
+    ours = (LossType, OptimizerType, SchedulerType, CheckpointRetentionPolicy)
     for enumeration in ours:
         assert {name: member.value for name, member in enumeration.__members__.items()} == stored[enumeration.__name__]
 
@@ -53,17 +71,17 @@ def test_enumerations(case: dict[str, Any]) -> None:
 def test_input(name: str) -> None:
     case = case_of("linear.input")
     n, average = (int(number) for number in re.findall(r"\d+", name))
-    assert_tensor(case, linear.create_linear_input(blocks_of(case), n, bool(average)), name)
+    assert_tensor(case, create_linear_input(blocks_of(case), n, bool(average)), name)
 
 
 @by_id("linear.input.half")
 def test_input_of_half_precision_tokens(case: dict[str, Any]) -> None:
     blocks = [(patches.half(), cls.half()) for patches, cls in blocks_of(case)]
-    assert_tensor(case, linear.create_linear_input(blocks, 2, True), "out")
+    assert_tensor(case, create_linear_input(blocks, 2, True), "out")
 
 
-def classifier() -> linear.LinearClassifier:
-    return deterministic.fill_(linear.LinearClassifier(18, 2, True, num_classes=5), 31)  # type: ignore[return-value]
+def classifier() -> LinearClassifier:
+    return deterministic.fill_(LinearClassifier(18, 2, True, num_classes=5), 31)  # type: ignore[return-value]
 
 
 @by_id("linear.classifier")
@@ -75,14 +93,14 @@ def test_classifier(case: dict[str, Any]) -> None:
 
 @by_id("linear.postprocess")
 def test_class_mapping(case: dict[str, Any]) -> None:
-    postprocessor = linear.LinearPostprocessor(classifier(), make_input(case["inputs"]["class_mapping"]))
+    postprocessor = LinearPostprocessor(classifier(), make_input(case["inputs"]["class_mapping"]))
     got = postprocessor(blocks_of(case), make_input(case["inputs"]["targets"]))
     for name in ("preds", "target"):
         assert_tensor(case, got[name], name)
 
 
 def grid(blocks: Blocks, rates: tuple[float, ...], seed: int) -> tuple[AllClassifiers, list[dict[str, Any]]]:
-    classifiers, groups = linear.setup_linear_classifiers(blocks, (1, 2), rates, batch_size=256, num_classes=5)
+    classifiers, groups = setup_linear_classifiers(blocks, (1, 2), rates, batch_size=256, num_classes=5)
     return deterministic.fill_(classifiers, seed), groups  # type: ignore[return-value]
 
 
@@ -91,7 +109,7 @@ def test_grid_of_classifiers(case: dict[str, Any]) -> None:
     blocks = blocks_of(case)
     classifiers, groups = grid(blocks, (0.05, 0.5), 32)
     logits = classifiers(blocks)
-    fused = classifiers.fused.logits(linear.create_linear_input(blocks, 2, True))
+    fused = classifiers.fused.logits(create_linear_input(blocks, 2, True))
     outputs = case["outputs"]
     assert list(logits) == classifiers.fused.names == outputs["names"]["value"]
     for place, (name, values) in enumerate(logits.items()):
@@ -109,8 +127,8 @@ def test_grid_of_classifiers(case: dict[str, Any]) -> None:
 )
 def test_scaled_rates_and_names(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov3.distributed.get_world_size", lambda: entry["world_size"])
-    rates = linear.TrainConfig(dataset="", val_dataset="").learning_rates
-    scaled = [linear.scale_lr(rate, entry["batch_size"]) for rate in rates]
+    rates = TrainConfig(dataset="", val_dataset="").learning_rates
+    scaled = [scale_lr(rate, entry["batch_size"]) for rate in rates]
     assert scaled == pytest.approx(entry["scaled_lrs"], rel=1e-12)
     names = classifier_names([(1, lr) for lr in scaled])
     assert len(set(names)) == len(rates)
@@ -127,8 +145,8 @@ def test_schedules(case: dict[str, Any]) -> None:
     inputs = case["inputs"]
     scheduler_name, optimizer_name = case["id"].split(".")[2:]
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in inputs["group_lrs"]]
-    optimizer = linear.OptimizerType(optimizer_name).get_optimizer(groups)
-    scheduler_type = {"cosine": linear.SchedulerType.COSINE_ANNEALING, "one_cycle": linear.SchedulerType.ONE_CYCLE}
+    optimizer = OptimizerType(optimizer_name).get_optimizer(groups)
+    scheduler_type = {"cosine": SchedulerType.COSINE_ANNEALING, "one_cycle": SchedulerType.ONE_CYCLE}
     n_steps = inputs["epochs"] * inputs["epoch_length"]
     lrs = [{"lr": lr} for lr in inputs["group_lrs"]]
     scheduler = scheduler_type[scheduler_name].get_scheduler(
@@ -156,10 +174,10 @@ def test_training_steps(case_id: str) -> None:
         return [tuple(deterministic.tensor(f"s{t}.{k}{i}", s, seed) for k, s in shapes) for i in range(2)]  # type: ignore
 
     classifiers, groups = grid(blocks_of_step(0), rates, seed)
-    loss_type = linear.LossType.BINARY_CROSS_ENTROPY if is_multi_hot else linear.LossType.CROSS_ENTROPY
+    loss_type = LossType.BINARY_CROSS_ENTROPY if is_multi_hot else LossType.CROSS_ENTROPY
     lrs = [{"lr": group["lr"]} for group in groups]
-    optimizer_type = linear.OptimizerType.ADAMW if is_multi_hot else linear.OptimizerType.SGD
-    scheduler_type = linear.SchedulerType.ONE_CYCLE if is_multi_hot else linear.SchedulerType.COSINE_ANNEALING
+    optimizer_type = OptimizerType.ADAMW if is_multi_hot else OptimizerType.SGD
+    scheduler_type = SchedulerType.ONE_CYCLE if is_multi_hot else SchedulerType.COSINE_ANNEALING
     optimizer = optimizer_type.get_optimizer(groups)
     scheduler = scheduler_type.get_scheduler(optimizer, lrs, 6, 2, 12)
     for t, want in enumerate(case["outputs"]["losses"]["value"]):
@@ -167,7 +185,7 @@ def test_training_steps(case_id: str) -> None:
             labels = (deterministic.uniform(f"s{t}.y", (8, 5), seed) > 0.6).long()
         else:
             labels = (deterministic.uniform(f"s{t}.y", (8,), seed) * 5).floor().long()
-        inputs = linear.create_linear_input(blocks_of_step(t), 2, True)
+        inputs = create_linear_input(blocks_of_step(t), 2, True)
         losses = train_step(classifiers, inputs, labels, loss_type.get_criterion(), optimizer, scheduler)
         assert_close(case, losses.tolist(), want)
     for name, weight in classifiers.state_dict().items():
@@ -177,11 +195,9 @@ def test_training_steps(case_id: str) -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_choice_of_the_best_and_its_record(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = case_of("linear.select")["outputs"]["cases"]["value"][number]
-    monkeypatch.setattr(linear, "make_dataset", lambda **_: linear_toy.Images("val", 10))
+    monkeypatch.setattr(linear_scoring, "make_dataset", lambda **_: linear_toy.Images("val", 10))
     path = tmp_path / "results_eval_linear.json"
-    evaluator = linear.Evaluator(
-        4, 0, linear.TransformConfig(), "VALSET", ClassificationMetricType.MEAN_ACCURACY, path, 6, None
-    )
+    evaluator = Evaluator(4, 0, TransformConfig(), "VALSET", ClassificationMetricType.MEAN_ACCURACY, path, 6, None)
     scores = {name: {"top-1": value} for name, value in entry["top1"]}
     monkeypatch.setattr(evaluator, "_score", lambda *_: (scores, {name: {} for name in scores}))
     model = torch.nn.Identity()
@@ -218,12 +234,12 @@ def test_files_of_a_whole_evaluation(case: dict[str, Any], tmp_path: Path, monke
         save_results=True,
     )
     results = linear_toy.run(config)
-    write_results(results, tmp_path, linear_config.RESULTS_FILENAME)
+    write_results(results, tmp_path, RESULTS_FILENAME)
     assert list(results) == outputs["result_keys"]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert [name for name in files if not name.endswith(".jsonl")] == outputs["files"]
     assert layout((tmp_path / "results_eval_linear.json").read_text()) == layout(outputs["json"])
-    header, row = csv.reader(io.StringIO((tmp_path / linear_config.RESULTS_FILENAME).read_text()))
+    header, row = csv.reader(io.StringIO((tmp_path / RESULTS_FILENAME).read_text()))
     want_header, want_row = csv.reader(io.StringIO(outputs["csv"]))
     assert header == want_header and len(row) == len(want_row)
     checkpoint = torch.load(tmp_path / "checkpoints" / "final" / "checkpoint.pth", weights_only=True)

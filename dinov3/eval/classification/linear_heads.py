@@ -1,55 +1,44 @@
 """The classifiers of linear probing: a grid of linear layers that see the same tokens, trained as one.
 
-Notable:
-- The input is the class tokens of the last n blocks, shallow to deep, and the mean of the last block's patch tokens.
-  Inputs of fewer blocks are the last columns of those of more, so one matrix serves the whole grid.
-- Parameters are stored per classifier, under the published names, but lie side by side in memory (`FusedHeads`): all
-  classifiers of one input are one matrix product and one loss.
+The input is the class tokens of the last n blocks, shallow to deep, and the mean of the last block's patch tokens.
+Inputs of fewer blocks are the last columns of those of more, so one matrix serves the whole grid.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dinov3 import distributed
 from dinov3.eval.features.extraction import model_device
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
+logger = logging.getLogger("dinov3")
+
 Tokens = Sequence[tuple[Tensor, Tensor]]
 
 INIT_STD = 0.01
 INIT_SEED = 0
-DDP_PREFIX = "module."
-
-
-def has_ddp_wrapper(module: nn.Module) -> bool:
-    """Whether a module is wrapped for data-parallel training."""
-    return isinstance(module, DistributedDataParallel)
-
-
-def remove_ddp_wrapper(module: nn.Module) -> nn.Module:
-    """The module without that wrapper."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def scale_lr(learning_rate: float, batch_size: int) -> float:
-    """A learning rate for a global batch of 256, for one of `batch_size` images in each process."""
+    """Scale a learning rate for a global batch of 256 to one of `batch_size` images in each process."""
     return learning_rate * (batch_size * distributed.get_world_size()) / 256.0
 
 
 def create_linear_input(x_tokens_list: Tokens, use_n_blocks: int, use_avgpool: bool) -> Tensor:
-    """What a classifier sees of an image.
+    """Make what a classifier sees of an image.
 
     Args:
         x_tokens_list: (patch tokens [B, P, D], class token [B, D]) of the last blocks, shallow to deep.
-        use_n_blocks: n, of how many blocks the class token is taken.
+        use_n_blocks: n, the number of blocks whose class token is used.
         use_avgpool: append the mean of the last block's patch tokens.
 
     Returns:
@@ -59,6 +48,18 @@ def create_linear_input(x_tokens_list: Tokens, use_n_blocks: int, use_avgpool: b
     if use_avgpool:
         parts.append(x_tokens_list[-1][0].mean(dim=1))
     return torch.cat(parts, dim=-1).float()
+
+
+def tokens_of_first_image(feature_model: nn.Module, dataset: Any) -> Tokens:
+    """Run the model on the first image of a dataset, to learn the width of its tokens.
+
+    Raises:
+        ValueError: the tokens are not finite.
+    """
+    tokens: Tokens = feature_model(dataset[0][0][None].to(model_device(feature_model)))
+    if not all(bool(part.isfinite().all()) for block in tokens for part in block):
+        raise ValueError("the model gives NaN or infinite features, its weights are not usable")
+    return tokens
 
 
 class LinearInputs(nn.Module):
@@ -76,18 +77,32 @@ class LinearInputs(nn.Module):
 
     @property
     def autocast_dtype(self) -> torch.dtype:
-        """What the backbone runs in."""
+        """The precision that the backbone runs in, which cached features depend on."""
         device = model_device(self.feature_model).type
         with self.feature_model.autocast_ctx():
             return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings that cached features depend on."""
         return f"n={self.n}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, (n + 1) D]."""
+        """Return float32 [B, (n + 1) D]."""
         return create_linear_input(self.feature_model(images), self.n, use_avgpool=True)
+
+    def fit_into(self, memory_budget_mb: float, dataset: Any) -> bool:
+        """Return whether the inputs of a whole dataset fit into a budget, with a warning if not."""
+        width = (self.n + 1) * tokens_of_first_image(self.feature_model, dataset)[-1][1].shape[1]
+        size_mb = 4 * len(dataset) * width / 2**20
+        if size_mb > memory_budget_mb:
+            logger.warning(
+                "features of %d images take %.0f MB, more than train.memory_budget_mb=%.0f: they are not kept, and the "
+                "images go through the model in every pass",
+                len(dataset),
+                size_mb,
+                memory_budget_mb,
+            )
+        return size_mb <= memory_budget_mb
 
 
 class LinearClassifier(nn.Module):
@@ -96,7 +111,7 @@ class LinearClassifier(nn.Module):
     Args:
         out_dim: width of its input.
         use_n_blocks: see `create_linear_input`.
-        use_avgpool: likewise.
+        use_avgpool: see `create_linear_input`.
         num_classes: number of logits.
         generator: of the initial weights, N(0, 0.01^2); biases are 0.
     """
@@ -117,7 +132,7 @@ class LinearClassifier(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x_tokens_list: Tokens) -> Tensor:
-        """Logits [B, C] of the tokens of at least `use_n_blocks` blocks."""
+        """Return logits [B, C] for the tokens of at least `use_n_blocks` blocks."""
         return self.linear(create_linear_input(x_tokens_list, self.use_n_blocks, self.use_avgpool))
 
 
@@ -132,14 +147,19 @@ class AllClassifiers(nn.Module):
         self._fused: FusedHeads | None = None
 
     @property
+    def names(self) -> list[str]:
+        """The names of the classifiers, in order."""
+        return list(self.classifiers_dict)
+
+    @property
     def fused(self) -> FusedHeads:
-        """The same classifiers as one; made anew when they were moved."""
+        """The same classifiers as one; made again after they were moved."""
         if self._fused is None or not self._fused.shares_memory():
             self._fused = FusedHeads(self)
         return self._fused
 
     def forward(self, inputs: Tokens) -> dict[str, Tensor]:
-        """Logits [B, C] by name."""
+        """Return logits [B, C] by name."""
         return {name: classifier(inputs) for name, classifier in self.classifiers_dict.items()}
 
     def __len__(self) -> int:
@@ -151,7 +171,7 @@ class LinearPostprocessor(nn.Module):
 
     Args:
         linear_classifier: gives logits [B, C].
-        class_mapping: the classes to keep, in their new order; None: all.
+        class_mapping: the classes to keep, in their new order. Default: all.
     """
 
     def __init__(self, linear_classifier: nn.Module, class_mapping: Sequence[int] | Tensor | None = None) -> None:
@@ -160,7 +180,7 @@ class LinearPostprocessor(nn.Module):
         self.class_mapping = None if class_mapping is None else torch.as_tensor(class_mapping, dtype=torch.int64)
 
     def forward(self, samples: Any, targets: Tensor) -> dict[str, Tensor]:
-        """`{"preds": logits, "target": targets}`."""
+        """Return `{"preds": logits, "target": targets}`."""
         logits = self.linear_classifier(samples)
         if self.class_mapping is not None:
             logits = logits[:, self.class_mapping.to(logits.device)]
@@ -168,9 +188,9 @@ class LinearPostprocessor(nn.Module):
 
 
 class FusedHeads:
-    """All classifiers of a grid at once.
+    """All classifiers of a grid as one matrix product and one loss for each input width.
 
-    Their parameters become views of one matrix per input width, and stay what the state dict and optimizers see.
+    The parameters of the classifiers become views of these matrices, and stay what the state dict and optimizers see.
 
     Args:
         classifiers: with average pooling, all of the same number of classes.
@@ -180,24 +200,18 @@ class FusedHeads:
     """
 
     def __init__(self, classifiers: AllClassifiers) -> None:
-        self.names = list(classifiers.classifiers_dict)
-        by_width: dict[int, list[int]] = {}
-        heads = [classifier.linear for classifier in classifiers.classifiers_dict.values()]
-        for place, head in enumerate(heads):
-            by_width.setdefault(head.in_features, []).append(place)
-        self._groups = [_FusedGroup([heads[place] for place in places]) for places in by_width.values()]
-        places = torch.tensor([place for places in by_width.values() for place in places])
-        self._order = places.argsort()
-        self._in_order = bool((self._order == torch.arange(len(places))).all())
+        self.names = classifiers.names
+        layers = [classifier.linear for classifier in classifiers.classifiers_dict.values()]
+        self._groups = [_FusedGroup(list(group)) for _, group in groupby(layers, key=lambda layer: layer.in_features)]
 
     def shares_memory(self) -> bool:
-        """Whether the classifiers' parameters still are views of the matrices here."""
+        """Return whether the classifiers' parameters are still views of the matrices here."""
         return all(group.shares_memory() for group in self._groups)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
-        """float32 [B, H, C] of the H classifiers for inputs [B, W], W at least the largest width."""
-        return self._arrange(torch.cat([group.logits(inputs) for group in self._groups], dim=1), dim=1)
+        """Return float32 [B, H, C] of the H classifiers for inputs [B, W], W at least the largest width."""
+        return torch.cat([group.logits(inputs) for group in self._groups], dim=1)
 
     def backward(self, inputs: Tensor, labels: Tensor, criterion: nn.Module) -> Tensor:
         """Set the gradients of the sum of all classifiers' losses, averaged over processes.
@@ -210,11 +224,7 @@ class FusedHeads:
         Returns:
             The losses [H] of this process, detached.
         """
-        losses = torch.cat([group.backward(inputs, labels, criterion) for group in self._groups])
-        return self._arrange(losses, dim=0)
-
-    def _arrange(self, values: Tensor, dim: int) -> Tensor:
-        return values if self._in_order else values.index_select(dim, self._order.to(values.device))
+        return torch.cat([group.backward(inputs, labels, criterion) for group in self._groups])
 
 
 class _FusedGroup:
@@ -225,11 +235,12 @@ class _FusedGroup:
         self.n_heads, self.n_classes, self.width = len(heads), heads[0].out_features, heads[0].in_features
         self.weight = torch.cat([head.weight.detach() for head in heads]).requires_grad_()
         self.bias = torch.cat([head.bias.detach() for head in heads]).requires_grad_()
-        for head, weight, bias in zip(heads, *self._parts(self.weight.detach(), self.bias.detach()), strict=True):
+        for head, weight, bias in self._rows(self.weight.detach(), self.bias.detach()):
+            # `data`, because optimizers hold the parameters themselves.
             head.weight.data, head.bias.data = weight, bias
 
     def shares_memory(self) -> bool:
-        views = zip(self._heads, *self._parts(self.weight, self.bias), strict=True)
+        views = self._rows(self.weight, self.bias)
         return all(h.weight.data_ptr() == w.data_ptr() and h.bias.data_ptr() == b.data_ptr() for h, w, b in views)
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -240,16 +251,17 @@ class _FusedGroup:
         logits = self.logits(inputs)
         losses = criterion(logits.flatten(0, 1), labels.repeat_interleave(self.n_heads, dim=0))
         losses = losses.view(len(inputs), self.n_heads, -1).mean(dim=(0, 2))
+        # The sum, so that each classifier is trained as if it were the only one.
         gradients = torch.autograd.grad(losses.sum(), [self.weight, self.bias])
         world_size = distributed.get_world_size()
         if world_size > 1:
             gradients = tuple(distributed.all_reduce(gradient).div_(world_size) for gradient in gradients)
-        for head, weight, bias in zip(self._heads, *self._parts(*gradients), strict=True):
+        for head, weight, bias in self._rows(*gradients):
             head.weight.grad, head.bias.grad = weight, bias
         return losses.detach()
 
-    def _parts(self, weight: Tensor, bias: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return weight.split(self.n_classes), bias.split(self.n_classes)
+    def _rows(self, weight: Tensor, bias: Tensor) -> zip[tuple[nn.Linear, Tensor, Tensor]]:
+        return zip(self._heads, weight.split(self.n_classes), bias.split(self.n_classes), strict=True)
 
 
 def setup_linear_classifiers(
@@ -259,7 +271,7 @@ def setup_linear_classifiers(
     batch_size: int,
     num_classes: int = 1000,
 ) -> tuple[AllClassifiers, list[dict[str, Any]]]:
-    """The grid of classifiers; the same initial weights in every process, whatever was drawn before.
+    """Make the grid of classifiers; the same initial weights in every process, whatever was drawn before.
 
     Args:
         sample_output: tokens of some image, for their width and device.
@@ -284,10 +296,10 @@ def setup_linear_classifiers(
 
 
 def classifier_names(grid: Sequence[tuple[int, float]]) -> list[str]:
-    """Names of classifiers of (number of blocks, learning rate).
+    """Name classifiers of (number of blocks, learning rate).
 
-    The learning rate stands there with five decimals. Of several that round alike the last has the name, the others
-    also their position in the grid.
+    The name contains the learning rate with five decimals. Of several that round alike the last has the name, and the
+    others also their position in the grid.
     """
     names = [f"classifier_{n}_blocks_avgpool_True_lr_{lr:.5f}".replace(".", "_") for n, lr in grid]
     left = Counter(names)
@@ -298,34 +310,6 @@ def classifier_names(grid: Sequence[tuple[int, float]]) -> list[str]:
     return names
 
 
-def export_classifier(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """One classifier of a checkpoint as the state dict of a linear layer.
-
-    With one block it fits a linear head of the hub, as `weights=` of `dinov3_vit7b16_lc`.
-
-    Args:
-        checkpoint: what a `checkpoint.pth` holds.
-        name: of the classifier.
-
-    Returns:
-        `weight` [C, W] and `bias` [C].
-
-    Raises:
-        ValueError: it is not there; names those that are.
-    """
-    state = without_ddp_prefix(checkpoint["linear_classifiers"])
-    prefix = f"classifiers_dict.{name}.linear."
-    found = {entry.removeprefix(prefix): tensor for entry, tensor in state.items() if entry.startswith(prefix)}
-    if not found:
-        raise ValueError(f"no classifier {name!r} in the checkpoint; it has {', '.join(names_in_state(state))}")
-    return found
-
-
-def without_ddp_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names without `module.`."""
-    return {name.removeprefix(DDP_PREFIX): tensor for name, tensor in state.items()}
-
-
 def names_in_state(state: Mapping[str, Tensor]) -> list[str]:
-    """The classifiers of a state dict of `AllClassifiers`, in order."""
+    """Return the classifiers of a state dict of `AllClassifiers`, in order."""
     return list(dict.fromkeys(name.split(".")[1] for name in state if name.startswith("classifiers_dict.")))

@@ -1,161 +1,299 @@
-"""Scores of a grid of classifiers on one dataset, and the record of them.
-
-Notable: the inputs of the classifiers are kept after the first evaluation, if they fit into memory; later ones are one
-matrix product, without images.
-"""
+"""Scores of a grid of classifiers on one dataset, the choice among them, and the record of all scores."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov3.eval.classification.linear_config import TrainConfig
+from dinov3 import distributed
+from dinov3.data import make_classification_eval_transform, make_dataset
+from dinov3.data.transforms import get_target_transform
+from dinov3.eval.classification.config import TransformConfig
+from dinov3.eval.classification.data import (
+    check_class_mapping,
+    check_test_labels,
+    find_class_mapping,
+    pad_multilabel_and_collate,
+)
+from dinov3.eval.classification.linear_config import LinearEvalConfig, TrainConfig
 from dinov3.eval.classification.linear_heads import AllClassifiers, LinearInputs, classifier_names, scale_lr
-from dinov3.eval.classification.linear_training import inputs_fit
-from dinov3.eval.classification.metrics import scalar_results
+from dinov3.eval.classification.metrics import (
+    ClassificationMetricType,
+    TargetKind,
+    build_classification_metric,
+    scalar_results,
+)
+from dinov3.eval.classification.scoring import save_per_class, save_results
 from dinov3.eval.command.progress import track
-from dinov3.eval.command.results import write_atomically
+from dinov3.eval.command.results import as_file_name
 from dinov3.eval.features.accumulators import ResultsAccumulator
 from dinov3.eval.features.cache import FeatureCache, extract_cached
 from dinov3.eval.features.extraction import FeatureRows, make_enumerated_loader, model_device
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
-Batch = tuple[Tensor, Tensor, Tensor]
+RECORDS_FILENAME = "results_eval_linear.json"
+BEST_CLASSIFIER = "best_classifier"
+TOP_1 = "top-1"
+
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs [B, W], positions in the dataset [B], targets
 
 
-class Scorer:
-    """Scores classifiers on a dataset, as often as one likes.
+@dataclass
+class Evaluator:
+    """One dataset on which the classifiers are scored.
 
-    Args:
-        dataset: gives (image, target).
-        metric: is cloned for each classifier.
-        class_mapping: logits to keep, in their new order; None: all.
+    Attributes:
         batch_size: images per step and process.
         num_workers: of the loader.
-        collate_fn: as of `make_enumerated_loader`.
-        memory_budget_mb: for inputs kept between evaluations.
-        cache: of inputs, on disk.
+        transform_config: of the images.
+        dataset_str: the dataset.
+        metric_type: what is measured.
+        metrics_file_path: file to which records are added.
+        training_num_classes: number of logits.
+        save_results_func: called with logits, targets and `filename_suffix` of the chosen classifier.
+        name_suffix: appended to the dataset string, for a second metric on one dataset.
+        memory_budget_mb: for features kept between evaluations.
+        cache: of features, on disk.
+        train_dataset: whose classes are those of the logits. Default: those of this dataset.
+        dataset: what `dataset_str` names.
+        top_1: of all classifiers, at the last evaluation.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        metric: Any,
-        *,
-        class_mapping: Tensor | None,
-        batch_size: int,
-        num_workers: int,
-        collate_fn: Any,
-        memory_budget_mb: float,
-        cache: FeatureCache | None,
-    ) -> None:
-        self.dataset = dataset
-        self.metric = metric
-        self.class_mapping = class_mapping
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.collate_fn = collate_fn
-        self.memory_budget_mb = memory_budget_mb
-        self.cache = cache
-        self._rows: FeatureRows | None = None
-        self._model: nn.Module | None = None
+    batch_size: int
+    num_workers: int
+    transform_config: TransformConfig
+    dataset_str: str
+    metric_type: ClassificationMetricType
+    metrics_file_path: str | Path
+    training_num_classes: int
+    save_results_func: Callable[..., None] | None = None
+    name_suffix: str = ""
+    memory_budget_mb: float = 8192
+    cache: FeatureCache | None = None
+    train_dataset: Any = None
+    dataset: Any = field(init=False)
+    top_1: dict[str, float] = field(init=False, default_factory=dict)
 
-    @torch.no_grad()
-    def score(self, feature_model: Any, classifiers: AllClassifiers) -> tuple[dict[str, dict[str, float]], dict]:
-        """The values of the metric for each classifier; every process must call it.
+    def __post_init__(self) -> None:
+        config = self.transform_config
+        self.dataset = make_dataset(
+            dataset_str=self.dataset_str,
+            transform=make_classification_eval_transform(
+                resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
+            ),
+            target_transform=get_target_transform(self.dataset_str),
+        )
+        self._class_mapping = find_class_mapping(self.train_dataset, self.dataset, self.dataset_str)
+        check_class_mapping(self._class_mapping, self.training_num_classes, self.dataset_str)
+        num_classes = self.training_num_classes if self._class_mapping is None else len(self._class_mapping)
+        if len(self.dataset) == 0:
+            raise ValueError(f"{self.dataset_str} is empty")
+        check_test_labels(self.dataset, self.metric_type, num_classes, self.dataset_str)
+        self._metric = build_classification_metric(self.metric_type, num_classes=num_classes, dataset=self.dataset)
+        self._rows: FeatureRows | None = None
+        self._model: nn.Module | None = None  # whose features the rows are
+
+    @property
+    def main_metric_name(self) -> str:
+        """Key of the chosen classifier's score in results."""
+        return f"{self.dataset_str}{self.name_suffix}_accuracy"
+
+    def is_improvement(self, accuracy: float, best: float) -> bool:
+        """Return whether a score is at least as good as the best one so far; a negative `best` means there is none."""
+        return best < 0 or (accuracy <= best if self.metric_type.is_lower_better else accuracy >= best)
+
+    def forget_from(self, iteration: int, prefixstring: str = "") -> None:
+        """Drop what a run that was killed recorded from this iteration on; the main process does it."""
+        if distributed.is_main_process():
+            drop_records(self.metrics_file_path, iteration=iteration, prefix=prefixstring)
+
+    def evaluate_and_maybe_save(
+        self,
+        feature_model: nn.Module,
+        linear_classifiers: nn.Module,
+        iteration: int,
+        best_classifier_on_val: str | None = None,
+        save_filename_suffix: str = "",
+        prefixstring: str = "",
+        save_predictions: bool = True,
+    ) -> dict[str, Any]:
+        """Score all classifiers; every process must call it.
 
         Args:
             feature_model: gives the tokens of as many blocks as the largest classifier sees.
-            classifiers: those whose weights are not finite are left out.
+            linear_classifiers: `AllClassifiers`.
+            iteration: steps done, for the record.
+            best_classifier_on_val: the classifier to report. Default: the best one here.
+            save_filename_suffix: of saved predictions.
+            prefixstring: of the record.
+            save_predictions: call `save_results_func`, if there is one.
 
         Returns:
-            `{name: {metric: fraction}}`, and by name what the metric gives for each class, if it does.
-
-        Raises:
-            ValueError: no classifier has finite weights; names them.
+            `{main_metric_name: percent, "best_classifier": name}`.
         """
-        names = list(classifiers.classifiers_dict)
-        finite = [name for name in names if _is_finite(classifiers.classifiers_dict[name])]
-        if diverged := [name for name in names if name not in finite]:
-            logger.warning("diverged, so left out: %s", ", ".join(diverged))
-        if not finite:
-            raise ValueError(
-                f"all classifiers diverged, their weights are NaN or infinite: {', '.join(diverged)}; train with "
-                "smaller train.learning_rates"
-            )
-        metrics = {name: self.metric.clone().to(model_device(classifiers)) for name in finite}
-        for inputs, _, targets in self._batches(feature_model, classifiers):
-            logits = classifiers.fused.logits(inputs)
-            for place, name in enumerate(names):
-                if name in metrics:
-                    metrics[name].update(preds=self._mapped(logits[:, place]), target=targets)
-        values = {name: metric.compute() for name, metric in metrics.items()}
-        vectors = {name: {k: v for k, v in value.items() if v.ndim} for name, value in values.items()}
-        return {name: scalar_results(metrics[name], value) for name, value in values.items()}, vectors
+        scores, vectors = self._score(feature_model, linear_classifiers)
+        self.top_1 = {name: values[TOP_1] for name, values in scores.items()}
+        best = best_classifier_on_val or select_best(self.top_1, lower_is_better=self.metric_type.is_lower_better)
+        logger.info("%s: %s %.2f, %s", self.main_metric_name, self.metric_type, 100 * self.top_1[best], best)
+        if distributed.is_main_process():
+            record = {
+                "iteration": iteration,
+                "prefix": prefixstring,
+                "dataset": self.dataset_str,
+                "metric": self.metric_type.value,
+                "best_classifier": best,
+                "accuracy": scores[best][TOP_1],
+                "scores": scores,
+            }
+            append_record(self.metrics_file_path, record)
+        if save_predictions:
+            name = self.dataset_str + self.name_suffix
+            if vectors[best]:
+                save_per_class(vectors[best], Path(self.metrics_file_path).parent, name, save_filename_suffix)
+            if self.save_results_func is not None:
+                batches = self._batches(feature_model, linear_classifiers)
+                predictions = predict(linear_classifiers, best, batches, self._class_mapping)  # type: ignore[arg-type]
+                self.save_results_func(**predictions, filename_suffix=as_file_name(name) + save_filename_suffix)
+        return {self.main_metric_name: 100.0 * self.top_1[best], BEST_CLASSIFIER: best}
 
-    @torch.no_grad()
-    def predict(self, feature_model: Any, classifiers: AllClassifiers, name: str) -> dict[str, Tensor]:
-        """`preds` [N, C], logits of one classifier, and `target`, in dataset order; every process must call it."""
-        place = list(classifiers.classifiers_dict).index(name)
-        accumulator = ResultsAccumulator()
-        for inputs, index, targets in self._batches(feature_model, classifiers):
-            accumulator.update(self._mapped(classifiers.fused.logits(inputs)[:, place]), targets, index)
-        return accumulator.accumulate()
+    def _score(self, feature_model: Any, classifiers: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+        batches = self._batches(feature_model, classifiers)
+        return score_classifiers(classifiers, batches, self._metric, self._class_mapping)
 
-    def _mapped(self, logits: Tensor) -> Tensor:
-        return logits if self.class_mapping is None else logits[:, self.class_mapping.to(logits.device)]
-
-    def _batches(self, feature_model: Any, classifiers: AllClassifiers) -> Iterator[Batch]:
+    def _batches(self, feature_model: Any, classifiers: Any) -> Iterable[Batch]:
         n_blocks = max(classifier.use_n_blocks for classifier in classifiers.classifiers_dict.values())
         model = LinearInputs(feature_model, n_blocks).eval()
-        if self._model is feature_model or inputs_fit(model, self.dataset, self.memory_budget_mb):
-            rows = self._kept_rows(model)
-            parts = (tensor.split(self.batch_size) for tensor in (rows.features, rows.positions, rows.targets))
-            return zip(*parts, strict=True)
-        return self._streamed(model)
-
-    def _kept_rows(self, model: LinearInputs) -> FeatureRows:
-        if self._rows is None or self._model is not model.feature_model:
+        collate_fn = pad_multilabel_and_collate if self.metric_type.target_kind is TargetKind.LISTS else None
+        if self._model is not feature_model and not model.fit_into(self.memory_budget_mb, self.dataset):
+            loader = make_enumerated_loader(self.dataset, self.batch_size, self.num_workers, collate_fn)
+            return _batches_of_images(model, loader)
+        if self._rows is None or self._model is not feature_model:
+            # Kept, so that later evaluations are one matrix product without images.
             self._rows = extract_cached(
                 model,
                 self.dataset,
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
                 cache=self.cache,
-                collate_fn=self.collate_fn,
+                collate_fn=collate_fn,
                 description="evaluation features",
             )
-            self._model = model.feature_model
-        return self._rows
+            self._model = feature_model
+        rows = self._rows
+        parts = (tensor.split(self.batch_size) for tensor in (rows.features, rows.positions, rows.targets))
+        return zip(*parts, strict=True)
 
-    def _streamed(self, model: LinearInputs) -> Iterator[Batch]:
-        device = model_device(model)
-        loader = make_enumerated_loader(self.dataset, self.batch_size, self.num_workers, self.collate_fn)
-        for images, (index, targets) in track(loader, "evaluation"):
-            real = index >= 0
-            inputs = model(images.to(device, non_blocking=True))
-            yield inputs[real.to(device)], index[real], targets[real].to(device)
+
+def make_evaluators(
+    config: LinearEvalConfig, training_num_classes: int, cache: FeatureCache | None = None, train_dataset: Any = None
+) -> tuple[Evaluator, list[Evaluator]]:
+    """Make the evaluators of the validation dataset, and of the test datasets."""
+    metric_types = list(config.eval.test_metric_types) or [config.train.val_metric_type]
+    if len(metric_types) == 1:
+        metric_types *= len(config.eval.test_datasets)
+    evaluators: list[Evaluator] = []
+    for dataset_str, metric_type in zip(
+        [config.train.val_dataset, *config.eval.test_datasets],
+        [config.train.val_metric_type, *metric_types],
+        strict=True,
+    ):
+        is_second = any(other.dataset_str == dataset_str for other in evaluators)
+        evaluators.append(
+            Evaluator(
+                batch_size=config.eval.batch_size,
+                num_workers=config.eval.num_workers,
+                transform_config=config.transform,
+                dataset_str=dataset_str,
+                metric_type=metric_type,
+                metrics_file_path=Path(config.output_dir) / RECORDS_FILENAME,
+                training_num_classes=training_num_classes,
+                save_results_func=functools.partial(save_results, output_dir=config.output_dir)
+                if config.save_results
+                else None,
+                name_suffix=f"_{metric_type.value}" if is_second else "",
+                memory_budget_mb=config.train.memory_budget_mb,
+                cache=cache,
+                train_dataset=train_dataset,
+            )
+        )
+    return evaluators[0], evaluators[1:]
+
+
+@torch.no_grad()
+def score_classifiers(
+    classifiers: AllClassifiers, batches: Iterable[Batch], metric: Any, class_mapping: Tensor | None = None
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Compute a metric for each classifier; every process must call it.
+
+    Args:
+        classifiers: those whose weights are not finite are left out.
+        batches: this process's share of a dataset.
+        metric: is cloned for each classifier.
+        class_mapping: logits to keep, in their new order. Default: all.
+
+    Returns:
+        `{name: {metric: fraction}}`, and by name what the metric gives for each class, if it does.
+
+    Raises:
+        ValueError: no classifier has finite weights; names them.
+    """
+    finite: list[str] = []
+    diverged: list[str] = []
+    for name, classifier in classifiers.classifiers_dict.items():
+        is_finite = all(bool(parameter.isfinite().all()) for parameter in classifier.parameters())
+        (finite if is_finite else diverged).append(name)
+    if diverged:
+        logger.warning("diverged, so left out: %s", ", ".join(diverged))
+    if not finite:
+        raise ValueError(
+            f"all classifiers diverged, their weights are NaN or infinite: {', '.join(diverged)}; train with smaller "
+            "train.learning_rates"
+        )
+    metrics = {name: metric.clone().to(model_device(classifiers)) for name in finite}
+    for inputs, _, targets in batches:
+        logits = _mapped(classifiers.fused.logits(inputs), class_mapping)
+        for place, name in enumerate(classifiers.names):
+            if name in metrics:
+                metrics[name].update(preds=logits[:, place], target=targets)
+    values = {name: metric.compute() for name, metric in metrics.items()}
+    vectors = {name: {k: v for k, v in value.items() if v.ndim} for name, value in values.items()}
+    return {name: scalar_results(metrics[name], value) for name, value in values.items()}, vectors
+
+
+@torch.no_grad()
+def predict(
+    classifiers: AllClassifiers, name: str, batches: Iterable[Batch], class_mapping: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the logits `preds` [N, C] of a classifier, and `target`, in dataset order; every process must call it."""
+    place = classifiers.names.index(name)
+    accumulator = ResultsAccumulator()
+    for inputs, index, targets in batches:
+        accumulator.update(_mapped(classifiers.fused.logits(inputs), class_mapping)[:, place], targets, index)
+    return accumulator.accumulate()
 
 
 def select_best(scores: Mapping[str, float], *, lower_is_better: bool = False) -> str:
-    """The name with the best score, the first of equal ones; NaN never is the best, but where there is nothing else."""
+    """Return the name with the best score, the first of equal ones; NaN wins only if every score is NaN."""
     comparable = {name: score for name, score in scores.items() if score == score} or scores
     sign = -1 if lower_is_better else 1
     return max(comparable, key=lambda name: sign * comparable[name])
 
 
 def format_grid(scores: Mapping[str, float], config: TrainConfig, best: str) -> str:
-    """The scores of a grid of classifiers as a text table, the chosen one marked.
+    """Format the scores of a grid of classifiers as a text table, with the chosen one marked.
 
     Args:
-        scores: in percent, by name; classifiers that diverged are not among them.
+        scores: in percent, by name; classifiers that diverged are missing.
         config: the grid.
         best: name of the chosen one.
     """
@@ -173,17 +311,41 @@ def format_grid(scores: Mapping[str, float], config: TrainConfig, best: str) -> 
     return "\n".join(lines)
 
 
-def tell_if_at_end(best: str, config: TrainConfig) -> None:
-    """Warn where the chosen classifier has the largest or the smallest learning rate of several."""
+def warn_if_at_end(best: str, config: TrainConfig) -> None:
+    """Warn if the chosen classifier has the largest or the smallest learning rate of several."""
     place = _names_of_grid(config).index(best) % len(config.learning_rates)
     rate = config.learning_rates[place]
     if len(config.learning_rates) > 2 and rate in (min(config.learning_rates), max(config.learning_rates)):
-        which = "largest" if rate == max(config.learning_rates) else "smallest"
         logger.warning(
             "the %s of train.learning_rates is best, %.3g for a batch of 256: one beyond it may be better still",
-            which,
+            "largest" if rate == max(config.learning_rates) else "smallest",
             rate,
         )
+
+
+def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a record to `<path>l`, one JSON object per line, and to `path` in the published layout."""
+    _write_records(Path(path), [*_read_records(Path(path)), dict(record)])
+
+
+def drop_records(path: str | Path, *, iteration: int, prefix: str) -> None:
+    """Drop the records of one training from an iteration on."""
+    records = _read_records(Path(path))
+    remaining = [r for r in records if r["prefix"] != prefix or r["iteration"] < iteration]
+    if len(remaining) < len(records):
+        _write_records(Path(path), remaining)
+
+
+def _batches_of_images(model: LinearInputs, loader: Any) -> Iterator[Batch]:
+    device = model_device(model)
+    for images, (index, targets) in track(loader, "evaluation"):
+        is_real = index >= 0  # the others pad the shares of the processes
+        inputs = model(images.to(device, non_blocking=True))
+        yield inputs[is_real.to(device)], index[is_real], targets[is_real].to(device)
+
+
+def _mapped(logits: Tensor, class_mapping: Tensor | None) -> Tensor:
+    return logits if class_mapping is None else logits[..., class_mapping.to(logits.device)]
 
 
 def _names_of_grid(config: TrainConfig) -> list[str]:
@@ -191,37 +353,15 @@ def _names_of_grid(config: TrainConfig) -> list[str]:
     return classifier_names([(n, rate) for n in config.n_last_blocks_list for rate in rates])
 
 
-def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Add a record to `<path>l`, one JSON object per line, and write `path` anew in the published layout."""
-    _write_records(Path(path), [*_read_records(Path(path)), dict(record)])
-
-
-def drop_records(path: str | Path, *, iteration: int, prefix: str) -> None:
-    """Leave out the records of one training from an iteration on."""
-    records = _read_records(Path(path))
-    kept = [r for r in records if r["prefix"] != prefix or r["iteration"] < iteration]
-    if len(kept) < len(records):
-        _write_records(Path(path), kept)
-
-
-def _is_finite(module: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-
-
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    lines = _lines_path(path)
+    lines = path.with_name(path.name + "l")
     return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    write_atomically(_lines_path(path), "".join(json.dumps(record) + "\n" for record in records))
-    write_atomically(path, "".join(map(_published_text, records)))
-
-
-def _lines_path(path: Path) -> Path:
-    return path.with_name(path.name + "l")
-
-
-def _published_text(record: Mapping[str, Any]) -> str:
-    best = {"best_classifier": {"name": record["best_classifier"], "accuracy": record["accuracy"]}}
-    return f"{record['prefix']}iter: {record['iteration']}\n{json.dumps(best)}\n\n"
+    with atomic_write(path.with_name(path.name + "l"), "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    with atomic_write(path, "w") as file:
+        for record in records:
+            best = {BEST_CLASSIFIER: {"name": record[BEST_CLASSIFIER], "accuracy": record["accuracy"]}}
+            file.write(f"{record['prefix']}iter: {record['iteration']}\n{json.dumps(best)}\n\n")
