@@ -27,8 +27,8 @@ from dinov3.eval.classification.linear_heads import (
     create_linear_input,
     setup_linear_classifiers,
 )
-from dinov3.eval.classification.linear_scoring import format_grid, select_best, warn_if_at_end
-from dinov3.eval.classification.linear_training import make_batches, read_checkpoint
+from dinov3.eval.classification.linear_scoring import Evaluator, format_grid, select_best, warn_if_at_end
+from dinov3.eval.classification.linear_training import find_checkpoint, make_batches, read_checkpoint, write_checkpoint
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command.results import as_file_name
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
@@ -65,22 +65,23 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     monkeypatch.setattr(linear_training, "train_step", counted)
 
 
+def kill_in_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end after a checkpoint was written, but before it has its name."""
+
+    def publish(*_: Any) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(linear_training, "publish_directory", publish)
+
+
 @pytest.mark.parametrize(
     "optimizer, scheduler, augment",
     [
         (OptimizerType.SGD, SchedulerType.COSINE_ANNEALING, True),
         (OptimizerType.ADAMW, SchedulerType.ONE_CYCLE, False),
-        *(
-            pytest.param(*combination, marks=pytest.mark.slow)
-            for combination in [
-                (OptimizerType.SGD, SchedulerType.ONE_CYCLE, True),
-                (OptimizerType.ADAMW, SchedulerType.COSINE_ANNEALING, True),
-                (OptimizerType.SGD, SchedulerType.ONE_CYCLE, False),
-            ]
-        ),
     ],
 )
-def test_killed_run_ends_with_the_same_weights_and_results(
+def test_killed_run_ends_with_the_files_of_an_undisturbed_one(
     optimizer: Any, scheduler: Any, augment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> LinearEvalConfig:
@@ -94,21 +95,37 @@ def test_killed_run_ends_with_the_same_weights_and_results(
             train__eval_period_iterations=3,
             train__checkpoint_retention_policy=KEEP,
             eval__test_datasets=["TOY_TEST"],
+            save_results=True,
         )
 
     want = toy.run(config("whole"))
-    for n_steps in (1, 3, 9):  # the last two after a validation that no checkpoint has seen
-        name = f"killed{n_steps}"
+    # Four lives: before the first checkpoint, then after 3 and 9 steps, with validations that no checkpoint has seen,
+    # and in a save.
+    for kill in (
+        lambda patch: kill_after(patch, 1),
+        lambda patch: kill_after(patch, 3),
+        lambda patch: kill_after(patch, 7),
+        kill_in_save,
+    ):
         with monkeypatch.context() as patch, pytest.raises(KilledError):
-            kill_after(patch, n_steps)
-            toy.run(config(name))
-        assert toy.run(config(name)) == want
-        for entry, tensor in final_weights(tmp_path / "whole").items():
-            assert torch.equal(final_weights(tmp_path / name)[entry], tensor)
-        for file in ("results_eval_linear.json", "results_eval_linear.jsonl"):
-            assert (tmp_path / name / file).read_text() == (tmp_path / "whole" / file).read_text()
-        best = [read_checkpoint(tmp_path / n / "checkpoints" / "best" / "checkpoint.pth") for n in ("whole", name)]
-        assert best[0]["best_accuracy"] == best[1]["best_accuracy"]
+            kill(patch)
+            toy.run(config("killed"))
+    assert toy.run(config("killed")) == want
+
+    whole, killed = (
+        {str(p.relative_to(tmp_path / name)): p for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert {"checkpoints/best/checkpoint.pth", "results_eval_linear.jsonl", "preds_TOY_TEST.npy"} < whole.keys()
+    for name, path in whole.items():
+        if path.suffix == ".pth":
+            one, other = (read_checkpoint(file) for file in (path, killed[name]))
+            assert one["best_accuracy"] == other["best_accuracy"] and one["scheduler"] == other["scheduler"]
+            for entry, tensor in one["linear_classifiers"].items():
+                assert torch.equal(other["linear_classifiers"][entry], tensor)
+        else:
+            assert path.read_bytes() == killed[name].read_bytes()
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +135,7 @@ def test_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.M
     assert toy.run(config) == want
 
 
-@pytest.mark.parametrize(
-    "policy, left",
-    [
-        ("ALL", ["7", "best", "final"]),
-        ("BEST", ["best"]),
-        ("LAST", ["final"]),
-        ("LAST_AND_BEST", ["best", "final"]),
-        ("NONE", []),
-    ],
-)
+@pytest.mark.parametrize("policy, left", [("ALL", ["7", "best", "final"]), ("LAST", ["final"]), ("NONE", [])])
 def test_checkpoints_that_stay(policy: str, left: list[str], tmp_path: Path) -> None:
     toy.run(
         toy.make_config(
@@ -150,6 +158,25 @@ def test_weights_of_the_last_step_may_be_the_best(tmp_path: Path) -> None:
     assert (best["iteration"], best["best_accuracy"]) == (11, results["TOY_VAL_accuracy"])
 
 
+def test_best_of_the_earlier_life_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy.make_config(tmp_path, train__eval_period_iterations=2, train__save_checkpoint_iterations=3)
+    config.train.checkpoint_retention_policy = KEEP
+
+    def falling(evaluator: Evaluator, *_: Any, **__: Any) -> dict[str, Any]:
+        return {evaluator.main_metric_name: next(scores)}
+
+    scores = iter([90.0, 80.0, 80.0, 70.0])
+    monkeypatch.setattr(Evaluator, "evaluate_and_maybe_save", falling)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, 5)
+        toy.run(config)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, 4)  # resumed after 3 steps, validated after 4 and 6
+        toy.run(config)
+    best = read_checkpoint(tmp_path / "checkpoints" / "best" / "checkpoint.pth")
+    assert (best["iteration"], best["best_accuracy"]) == (1, 90.0)
+
+
 def published_checkpoint(path: Path, iteration: int, source: Path) -> None:
     """As the official release writes it: wrapped names, no schedule."""
     content = read_checkpoint(source)
@@ -159,21 +186,26 @@ def published_checkpoint(path: Path, iteration: int, source: Path) -> None:
     torch.save(kept | {"iteration": iteration, "linear_classifiers": state}, path / "checkpoint.pth")
 
 
-@pytest.mark.parametrize("form", ["file", "numbered directory", "directory of them"])
-def test_published_checkpoint_is_continued_at_its_place_in_the_schedule(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_checkpoint_is_continued_at_its_place_in_the_schedule(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train__checkpoint_retention_policy": KEEP, "train__save_checkpoint_iterations": 6}
     toy.run(toy.make_config(tmp_path / "whole", **options))
     published_checkpoint(tmp_path / "given" / "5", 5, tmp_path / "whole" / "checkpoints" / "5" / "checkpoint.pth")
-    given = {
-        "file": tmp_path / "given" / "5" / "checkpoint.pth",
-        "numbered directory": tmp_path / "given" / "5",
-        "directory of them": tmp_path / "given",
-    }[form]
-    toy.run(toy.make_config(tmp_path / "again", train__classifier_fpath=str(given), **options))
+    toy.run(toy.make_config(tmp_path / "again", train__classifier_fpath=str(tmp_path / "given"), **options))
     for name, tensor in final_weights(tmp_path / "whole").items():
         assert torch.equal(final_weights(tmp_path / "again")[name], tensor)
+
+
+def test_checkpoint_may_be_given_as_file_or_directory_but_that_of_the_run_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "given" / "5" / "checkpoint.pth"
+    write_checkpoint(file.parent, {})
+    for given in (file, file.parent, tmp_path / "given"):
+        config = toy.make_config("", train__classifier_fpath=str(given)).train
+        assert find_checkpoint(config, tmp_path / "own") == file
+    write_checkpoint(tmp_path / "own" / "3", {})
+    assert find_checkpoint(config, tmp_path / "own") == tmp_path / "own" / "3" / "checkpoint.pth"
+    write_checkpoint(tmp_path / "own" / "final", {})
+    assert find_checkpoint(config, tmp_path / "own") == tmp_path / "own" / "final" / "checkpoint.pth"
+    assert find_checkpoint(toy.make_config("", train__resume=False).train, tmp_path / "own") is None
 
 
 def test_checkpoint_path_without_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -182,19 +214,17 @@ def test_checkpoint_path_without_checkpoint_is_refused(tmp_path: Path) -> None:
         toy.run(config)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"train__learning_rates": [0.2, 1.0]}, "another grid"),
-        ({"train__epochs": 5}, "train.epochs: 3, now 5"),
-        ({"train__batch_size": 8, "train__learning_rates": [0.2, 2.0]}, "images per step: 16, now 8"),
-        ({"train__dataset": "other:91"}, "training images: 90, now 91"),
-    ],
-)
-def test_checkpoint_of_another_training_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     toy.run(toy.make_config(tmp_path, train__checkpoint_retention_policy=KEEP))
-    with pytest.raises(ValueError, match=f"{message}.*train.resume=false"):
-        toy.run(toy.make_config(tmp_path, **change))
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("another grid", {"train__learning_rates": [0.2, 1.0]}),
+        ("train.epochs: 3, now 5", {"train__epochs": 5}),
+        ("images per step: 16, now 8", {"train__batch_size": 8, "train__learning_rates": [0.2, 2.0]}),
+        ("training images: 90, now 91", {"train__dataset": "other:91"}),
+    ]
+    for message, change in changes:
+        with pytest.raises(ValueError, match=f"{message}.*train.resume=false"):
+            toy.run(toy.make_config(tmp_path, **change))
 
 
 def test_checkpoint_of_another_backbone_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Task:
         nn.init.constant_(self.head.weight, 3.0)
         nn.init.zeros_(self.head.bias)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.5)
         self.bad_step = bad_step
         self.lr = lr
         self.n_calls = 0
@@ -175,7 +175,7 @@ def test_files_without_a_schedule_are_continued_at_their_place_in_it(tmp_path: P
     task = Task()
     assert task.run(tmp_path, 4).iteration == 4
     assert len(task.modes) == 1
-    assert task.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # halved every second step
+    assert task.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5)  # halved every third step
 
 
 def test_a_task_may_save_more_often_than_it_evaluates_and_leave_out_the_end(tmp_path: Path) -> None:
