@@ -267,7 +267,7 @@ def test_fused_classifiers_train_as_separate_ones() -> None:
         torch.testing.assert_close(tensor, separate[name], rtol=0, atol=1e-6)
 
 
-def test_classifiers_that_were_moved_are_fused_anew() -> None:
+def test_classifiers_that_were_moved_are_fused_again() -> None:
     blocks = [(torch.randn(3, 4, 8), torch.randn(3, 8))]
     classifiers, _ = setup_linear_classifiers(blocks, [1], [0.5, 5.0], 128, 6)
     before = classifiers.fused
@@ -533,7 +533,7 @@ def test_backbone_that_gives_nan(tmp_path: Path) -> None:
         ({"train__learning_rates": []}, "learning_rates"),
         ({"train__learning_rates": [0.1, -1.0]}, "learning_rates"),
         ({"train__n_last_blocks_list": [0]}, "n_last_blocks_list"),
-        ({"train__n_last_blocks_list": [1, 1]}, "twice"),
+        ({"train__n_last_blocks_list": [1, 1]}, "occurs twice"),
         ({"train__epochs": 0}, "train.epochs=0"),
         ({"train__batch_size": 0}, "batch_size"),
         ({"train__save_checkpoint_iterations": 0}, "save_checkpoint_iterations"),
@@ -575,15 +575,15 @@ def test_grid_is_printed_with_the_chosen_classifier_marked() -> None:
     ]
 
 
-@pytest.mark.parametrize("place, told", [(0, "smallest"), (1, None), (2, "largest"), (3, "smallest"), (5, "largest")])
-def test_best_rate_at_an_end_of_the_grid_is_told(
-    place: int, told: str | None, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("place, end", [(0, "smallest"), (1, None), (2, "largest"), (3, "smallest"), (5, "largest")])
+def test_best_rate_at_an_end_of_the_grid_is_warned_of(
+    place: int, end: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = toy.make_config("", train__learning_rates=[0.1, 1.0, 10.0]).train
     names = classifier_names([(n, rate * 16 / 256) for n in (1, 2) for rate in (0.1, 1.0, 10.0)])
     with caplog.at_level("WARNING", logger="dinov3"):
         warn_if_at_end(names[place], config)
-    assert (f"the {told} of train.learning_rates is best" in caplog.text) if told else not caplog.records
+    assert (f"the {end} of train.learning_rates is best" in caplog.text) if end else not caplog.records
 
 
 def test_one_classifier_of_a_checkpoint(tmp_path: Path) -> None:

@@ -9,21 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-    PolynomialLR,
-    StepLR,
-)
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3.eval.dense.config import OptimizerConfig, SchedulerConfig
 from dinov3.utils.messages import did_you_mean
 
 logger = logging.getLogger("dinov3")
+
+TORCH_SCHEDULERS = ("ConstantLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR", "OneCycleLR")
 
 #: A peak for all parameter groups, one for each (None: the group's own rate), or None: each group's own rate.
 MaxLr = float | Sequence[float | None] | None
@@ -189,17 +183,9 @@ class WarmupMultiStepLR(LRScheduler):
 
 
 SCHEDULERS: dict[str, type[LRScheduler]] = {
-    scheduler.__name__: scheduler
-    for scheduler in (
-        ConstantLR,
-        LinearLR,
-        MultiStepLR,
-        PolynomialLR,
-        StepLR,
-        OneCycleLR,
-        WarmupOneCycleLR,
-        WarmupMultiStepLR,
-    )
+    **{name: getattr(lr_scheduler, name) for name in TORCH_SCHEDULERS},
+    "WarmupOneCycleLR": WarmupOneCycleLR,
+    "WarmupMultiStepLR": WarmupMultiStepLR,
 }
 
 
