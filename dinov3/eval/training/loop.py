@@ -21,9 +21,10 @@ from dinov3 import distributed
 from dinov3.checkpointer import remove_stale_temporaries
 from dinov3.distributed.batch_norm import synchronize_batch_norms_
 from dinov3.eval.command.progress import Progress
-from dinov3.eval.command.results import without_nan, write_atomically
+from dinov3.eval.command.results import without_nan
 from dinov3.eval.training.checkpoints import Checkpoints
 from dinov3.heads.weights import head_entries
+from dinov3.utils.files import atomic_write
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError
 
@@ -109,7 +110,7 @@ def train_head(
         total_iter: number of steps.
         eval_interval: steps between evaluations.
         save_interval: steps between checkpoints. Default: `eval_interval`. The last step has one too.
-        evaluate_at_end: evaluate after the last step too; not if that is resumed from.
+        evaluate_at_end: evaluate after the last step too, if it has not been done yet.
         seed: of what is random in a step.
 
     Raises:
@@ -124,6 +125,7 @@ def train_head(
     result = resume(task, total_iter)
     first = result.iteration
     task.on_start(first)
+    _forget_after(task.metrics_file, first)
     if first == total_iter:
         logger.info("all %d steps are already done", total_iter)
         return result
@@ -165,15 +167,10 @@ def resume(task: HeadTraining, total_iter: int) -> TrainingResult:
         ValueError: it belongs to another training, or is damaged.
     """
     path = distributed.broadcast_object(task.checkpoints.find_newest() if distributed.is_main_process() else None)
-    content = {} if path is None else task.checkpoints.read(path)
-    iteration = content.get("iteration", 0)
-    if distributed.is_main_process() and task.metrics_file is not None and task.metrics_file.is_file():
-        # Steps that were done after the checkpoint are done again.
-        lines = task.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        earlier = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-        write_atomically(task.metrics_file, "".join(earlier))
     if path is None:
         return TrainingResult()
+    content = task.checkpoints.read(path)
+    iteration = content["iteration"]
     before, now = content.get("settings", task.settings), task.settings
     if differing := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         changes = list_names([f"{name}: {before.get(name)}, now {now.get(name)}" for name in differing])
@@ -282,6 +279,15 @@ def _record(path: Path | None, entry: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(entry)) + "\n")
+
+
+def _forget_after(path: Path | None, iteration: int) -> None:
+    # Steps that were done after the checkpoint are done again.
+    if path is not None and distributed.is_main_process() and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
+        with atomic_write(path, "w") as file:
+            file.writelines(line for line in complete if json.loads(line)["iteration"] <= iteration)
 
 
 def _seed_step(seed: int, iteration: int) -> None:

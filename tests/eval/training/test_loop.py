@@ -114,9 +114,9 @@ def test_a_resumed_training_is_the_undisturbed_one(killed_after: int, tmp_path: 
         (tmp_path / name).mkdir(exist_ok=True)
     source = tmp_path / "whole" / f"model_{killed_after:08d}.pth"
     (tmp_path / "killed" / source.name).write_bytes(source.read_bytes())
-    # The record of steps that were done after the checkpoint is dropped.
+    # What was recorded after the checkpoint is dropped, and a line that the kill cut short.
     record = (tmp_path / "whole" / "training_metrics.json").read_text()
-    (tmp_path / "killed" / "training_metrics.json").write_text(record)
+    (tmp_path / "killed" / "training_metrics.json").write_text(record + '{"iterat')
     resumed = Task()
     assert resumed.run(tmp_path / "killed") == want
     assert all(torch.equal(weights(tmp_path / "killed")[n], entry) for n, entry in weights(tmp_path / "whole").items())
@@ -148,8 +148,10 @@ def test_a_finished_training_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path) -> None:
     Task().run(tmp_path, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"other settings \(lr: 0.1, now 0.2\)"):
         Task(lr=0.2).run(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_training_of_more_steps_is_not_continued(tmp_path: Path) -> None:
