@@ -1,4 +1,4 @@
-"""The demo: train a small ViT on real images on the CPU, measure what it learnt, and draw its features."""
+"""The demo: train a small ViT on real images on the CPU, measure what it has learnt, and draw its features."""
 
 from __future__ import annotations
 

@@ -17,16 +17,16 @@ from dinov3.utils.command_line import run_command_line
 DESCRIPTION = """\
 Train a small ViT with DINO, iBOT and KoLeo on real images, on the CPU, in a few minutes:
 
-  1. write the images out: scanned digits, small faces, and tiles of photos, all from inside installed packages
-     (nothing is downloaded), or those of your own folder
-  2. classify held-out labelled images by k-NN with the network as it was initialised
+  1. write the images: scanned digits, small faces, and tiles of photos, all from inside installed packages (nothing
+     is downloaded), or those of your own folder
+  2. classify held-out labelled images by k-NN with the randomly initialised network
   3. train it, with the same code and kind of recipe as any other training
   4. classify them again with the trained teacher
   5. draw loss curves, principal components of patch features, and similarity to a marked patch
 """
 EPILOG = f"""\
-The recipe is {RECIPE.name}, in dinov3/configs/train/. What is already there is used again: started twice, the
-demo only measures and draws; killed, it goes on from the last checkpoint; with other settings it trains anew and
+The recipe is {RECIPE.name}, in dinov3/configs/train/. Existing results are used again: started twice, the demo
+only measures and draws; after a kill it resumes from the last checkpoint; with other settings it trains again and
 keeps the earlier run beside the new one.
 
 examples:
@@ -38,7 +38,7 @@ examples:
 
 
 def parse_args(argv: list[str]) -> DemoOptions:
-    """The options of a command line.
+    """Parse the options of a command line.
 
     Raises:
         SystemExit: unknown flags or bare words; argparse prints the usage.
@@ -60,7 +60,7 @@ def parse_args(argv: list[str]) -> DemoOptions:
         help="train on your own images instead; with a folder per class, a quarter of each class is held out and "
         "classified by k-NN",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the training; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training; default: 0")
     parser.add_argument(
         "--iterations", type=_positive, metavar="N", help="training steps, instead of those of the recipe"
     )

@@ -1,4 +1,4 @@
-"""Two small real data sets with a target per pixel, made of what lies inside scikit-image. Nothing is downloaded.
+"""Two small real data sets with a target per pixel, made from pictures inside scikit-image. Nothing is downloaded.
 
     python -m dinov3.demo.dense_data OUT
 
@@ -6,33 +6,28 @@
     OUT/segmentation/{images,labels}/{train,val}/...     a SegmentationFolder: coins, stained tissue, a horse
     OUT/README.txt                                       what it is, who made it, and by which rule the masks came about
 
-Notable:
-- Training and validation are different parts of the same pictures: no pixel is in both, yet they look alike. What is
-  measured on them says that a pipeline works, not how good a model is.
-- Each tree appears complete or not at all, and is left alone as long as it is made of the same things.
+Training and validation are different parts of the same pictures: no pixel is in both, yet they look alike. What is
+measured on them says that a pipeline works, not how good a model is.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
-import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dinov3.demo.trees import fingerprint, package_directory, write_tree
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write
 
-FORMAT = 1  # of the trees; another number makes every tree anew
-MANIFEST = "manifest.json"
+FORMAT = 1  # of the trees; with another number every tree is written again
 SPLITS = ("train", "val")
 
 FILES = ("motorcycle_left.png", "motorcycle_disp.npz", "coins.png", "ihc.png", "horse.png")  # of skimage/data
@@ -88,17 +83,13 @@ class DenseData:
     segmentation: Path
 
     def dataset(self, task: str, split: str) -> str:
-        """The dataset string of a task (`depth` or `segmentation`) and a split (`train` or `val`)."""
-        kind, root = {
-            "depth": ("DepthFolder", self.depth),
-            "segmentation": ("SegmentationFolder", self.segmentation),
-        }[task]
-        return f"{kind}:root={root}:split={split}"
+        """Return the dataset string of a task (`depth` or `segmentation`) and a split (`train` or `val`)."""
+        return f"{task.capitalize()}Folder:root={getattr(self, task)}:split={split}"
 
 
 @dataclass(frozen=True)
 class _Cut:
-    # Pieces of one size in a part of a picture, evenly spread over it.
+    # Pieces of one size, spread evenly over a part of a picture.
     left: int
     top: int
     right: int
@@ -122,19 +113,11 @@ class _Picture:
     cuts: dict[str, _Cut]  # by split
 
 
-@dataclass(frozen=True)
-class _Content:
-    targets: str  # folder of the targets
-    pictures: list[_Picture]
-    texts: dict[str, str]  # further files, by name
-
-
 def write_dense_data(output_dir: Path) -> DenseData:
     """Write both data sets, unless they are there already.
 
     Args:
-        output_dir: gets the directories `depth` and `segmentation` and the file `README.txt`; what else lies there
-            stays as it is.
+        output_dir: the directory for `depth`, `segmentation` and `README.txt`; other files in it stay as they are.
 
     Returns:
         Where they lie.
@@ -142,20 +125,31 @@ def write_dense_data(output_dir: Path) -> DenseData:
     Raises:
         ModuleNotFoundError: scikit-image is not installed.
         FileNotFoundError: this version of scikit-image lacks one of the pictures.
-        ValueError: `depth` or `segmentation` is there, but holds something else.
+        ValueError: `depth` or `segmentation` exists, but holds something else.
     """
     output_dir = output_dir.expanduser()
     files = _find_files()
     data = DenseData(output_dir / "depth", output_dir / "segmentation")
-    _write_tree(data.depth, files, _make_depth)
-    _write_tree(data.segmentation, files, _make_segmentation)
+    made_of = fingerprint([str(FORMAT), *(f"{name}:{files[name].stat().st_size}" for name in sorted(files))])
+
+    def write_depth(root: Path) -> dict[str, Any]:
+        return _write_pieces(root, "depth", _make_depth(files), progress="depth")
+
+    def write_segmentation(root: Path) -> dict[str, Any]:
+        (root / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+        return _write_pieces(root, "labels", _make_segmentation(files), progress="segmentation")
+
+    for root, write in ((data.depth, write_depth), (data.segmentation, write_segmentation)):
+        _, was_there = write_tree(root, made_of, write)
+        if was_there:
+            print(f"{root} is there already")
     with atomic_write(output_dir / "README.txt", "w") as file:
         file.write(README)
     return data
 
 
 def disparity_to_metres(disparity: np.ndarray) -> np.ndarray:
-    """Depth of the stereo scene.
+    """Compute the depth of the stereo scene.
 
     Args:
         disparity: pixels [H, W]; NaN or infinite where there is none.
@@ -172,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write both data sets from the command line; None takes the arguments of the program."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov3.demo.dense_data",
-        description="Write two small real data sets with a target per pixel, depth and segmentation, made of pictures "
-        "inside the package scikit-image. Nothing is downloaded; what is there already is left alone.",
+        description="Write two small real data sets with a target per pixel, depth and segmentation, made from "
+        "pictures inside the package scikit-image. Nothing is downloaded; data that is there already is left as it is.",
         allow_abbrev=False,
     )
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="the directory to write, e.g. data/dense")
@@ -186,14 +180,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _find_files() -> dict[str, Path]:
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the pictures lie inside scikit-image, which is not installed: pip install scikit-image, or all of the "
-            'demo\'s packages: pip install "dinov3[demo]"'
-        )
-    directory = Path(spec.origin).parent / "data"
-    # Looked up on the disk: skimage.data would download what is not there.
+    directory = package_directory("skimage") / "data"
+    # Looked up on the disk, because skimage.data would download missing files.
     files = {name: directory / name for name in FILES}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
@@ -203,44 +191,22 @@ def _find_files() -> dict[str, Path]:
     return files
 
 
-def _write_tree(root: Path, files: dict[str, Path], make: Callable[[dict[str, Path]], _Content]) -> None:
-    fingerprint = _fingerprint(files)
-    if root.exists() and not (root / MANIFEST).is_file() and any(root.iterdir()):
-        raise ValueError(f"{root} holds files that this program did not write: choose another directory")
-    if _read_fingerprint(root) == fingerprint:
-        print(f"{root} is there already")
-        return
-    temporary = root.with_name(f".tmp-{root.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        content = make(files)
-        _write_pieces(temporary, content, progress=root.name)
-        for name, text in content.texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        manifest = {"fingerprint": fingerprint, "pictures": [picture.name for picture in content.pictures]}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(root, ignore_errors=True)
-        temporary.rename(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_pieces(root: Path, content: _Content, progress: str) -> None:
+def _write_pieces(root: Path, targets: str, pictures: list[_Picture], *, progress: str) -> dict[str, Any]:
     pieces = [
         (split, picture, rows, columns)
-        for picture in content.pictures
+        for picture in pictures
         for split in SPLITS
         for rows, columns in picture.cuts[split].boxes()
     ]
     for split, picture, rows, columns in tqdm(pieces, desc=progress, unit="image"):
-        for folder, array in (("images", picture.image), (content.targets, picture.target)):
+        for folder, array in (("images", picture.image), (targets, picture.target)):
             path = root / folder / split / f"{picture.name}_x{columns.start:03d}_y{rows.start:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array[rows, columns]).save(path)
+    return {"pictures": [picture.name for picture in pictures]}
 
 
-def _make_depth(files: dict[str, Path]) -> _Content:
+def _make_depth(files: dict[str, Path]) -> list[_Picture]:
     with np.load(files["motorcycle_disp.npz"]) as archive:
         (disparity,) = archive.values()
     millimetres = np.rint(disparity_to_metres(disparity) * 1000).astype(np.uint16)
@@ -248,30 +214,28 @@ def _make_depth(files: dict[str, Path]) -> _Content:
         "train": _Cut(0, 0, 480, 500, size=(240, 240), columns=3, rows=4),
         "val": _Cut(501, 0, 741, 500, size=(240, 240), columns=1, rows=2),
     }
-    picture = _Picture("motorcycle", _read_rgb(files["motorcycle_left.png"]), millimetres, cuts)
-    return _Content("depth", [picture], texts={})
+    return [_Picture("motorcycle", _read_rgb(files["motorcycle_left.png"]), millimetres, cuts)]
 
 
-def _make_segmentation(files: dict[str, Path]) -> _Content:
+def _make_segmentation(files: dict[str, Path]) -> list[_Picture]:
     coins, tissue, horse = (_read_rgb(files[f"{name}.png"]) for name in ("coins", "ihc", "horse"))
-    of_coins = {
+    coins_cuts = {
         "train": _Cut(0, 0, 384, 150, size=(192, 150), columns=3, rows=1),
         "val": _Cut(0, 151, 384, 303, size=(192, 152), columns=2, rows=1),
     }
-    of_tissue = {
+    tissue_cuts = {
         "train": _Cut(0, 0, 256, 512, size=(256, 256), columns=1, rows=3),
         "val": _Cut(256, 0, 512, 512, size=(256, 256), columns=1, rows=2),
     }
-    of_horse = {
+    horse_cuts = {
         "train": _Cut(0, 0, 200, 328, size=(200, 200), columns=1, rows=3),
         "val": _Cut(200, 0, 400, 328, size=(200, 164), columns=1, rows=2),
     }
-    pictures = [
-        _Picture("coins", coins, _as_class(_find_coins(coins[..., 0]), "coin"), of_coins),
-        _Picture("tissue", tissue, _as_class(_find_stain(tissue), "stained tissue"), of_tissue),
-        _Picture("horse", horse, _as_class(horse[..., 0] < 128, "horse"), of_horse),
+    return [
+        _Picture("coins", coins, _class_map(_find_coins(coins[..., 0]), "coin"), coins_cuts),
+        _Picture("tissue", tissue, _class_map(_find_stain(tissue), "stained tissue"), tissue_cuts),
+        _Picture("horse", horse, _class_map(horse[..., 0] < 128, "horse"), horse_cuts),
     ]
-    return _Content("labels", pictures, texts={"classes.txt": "\n".join(CLASSES) + "\n"})
 
 
 def _find_coins(gray: np.ndarray) -> np.ndarray:
@@ -296,24 +260,12 @@ def _find_stain(rgb: np.ndarray) -> np.ndarray:
     return gaussian(brown, sigma=2) > threshold_otsu(brown)
 
 
-def _as_class(mask: np.ndarray, name: str) -> np.ndarray:
+def _class_map(mask: np.ndarray, name: str) -> np.ndarray:
     return np.where(mask, CLASSES.index(name), 0).astype(np.uint8)
 
 
 def _read_rgb(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
-
-
-def _fingerprint(files: dict[str, Path]) -> str:
-    sizes = [f"{name}:{path.stat().st_size}" for name, path in sorted(files.items())]
-    return hashlib.sha256("\n".join([str(FORMAT), *sizes]).encode()).hexdigest()[:16]
-
-
-def _read_fingerprint(root: Path) -> str | None:
-    try:
-        return json.loads((root / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 if __name__ == "__main__":

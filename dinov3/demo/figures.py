@@ -1,7 +1,7 @@
-"""Pictures of what patch features say: principal components as colours, and similarity to a marked patch.
+"""Figures of patch features: principal components as colours, and similarity to a marked patch.
 
-Notable: thanks to RoPE a backbone that was trained on small crops takes photos of many more patches; features are the
-patch tokens of the last block after the final norm. Nothing here touches matplotlib's global state.
+Features are the patch tokens of the last block after the final norm. Thanks to RoPE a backbone that was trained on
+small crops takes photos of many more patches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Photo:
     """A photo of a figure.
 
     Attributes:
-        title: stands above it.
+        title: shown above it.
         image: RGB.
         mark: a point in shares of width and height.
     """
@@ -49,8 +49,8 @@ def fit_to_patches(image: Image.Image, patch_size: int, short_side: int = PATCHE
 
     Args:
         image: RGB; cropped to its centre if it is longer than `MAX_ASPECT_RATIO` allows.
-        patch_size: pixels.
-        short_side: patches.
+        patch_size: in pixels.
+        short_side: in patches.
     """
     longest = round(MAX_ASPECT_RATIO * min(image.size))
     width, height = min(image.width, longest), min(image.height, longest)
@@ -62,16 +62,16 @@ def fit_to_patches(image: Image.Image, patch_size: int, short_side: int = PATCHE
 
 @torch.inference_mode()
 def patch_features(model: nn.Module, image: Image.Image) -> np.ndarray:
-    """The patch features of an image.
+    """Compute the patch features of an image.
 
     Args:
         model: a ViT.
-        image: RGB, its sides whole patches (see `fit_to_patches`).
+        image: RGB, with sides that are multiples of the patch (see `fit_to_patches`).
 
     Returns:
         float32 [h, w, D].
     """
-    # The short side is already what it is to be: nothing is resized or cropped.
+    # The short side has this size already, so that nothing is resized or cropped.
     transform = make_classification_eval_transform(resize_size=min(image.size), crop_size=None)
     device = next(model.parameters()).device
     (tokens,) = model.get_intermediate_layers(transform(image)[None].to(device), n=1, reshape=True)  # type: ignore
@@ -79,7 +79,7 @@ def patch_features(model: nn.Module, image: Image.Image) -> np.ndarray:
 
 
 def pca_colours(features: np.ndarray) -> np.ndarray:
-    """The first three principal components of patch features as red, green and blue.
+    """Turn the first three principal components of patch features into red, green and blue.
 
     Args:
         features: [h, w, D], h * w of at least 3.
@@ -99,7 +99,7 @@ def pca_colours(features: np.ndarray) -> np.ndarray:
 
 
 def similarity_map(features: np.ndarray, mark: tuple[float, float]) -> np.ndarray:
-    """Cosine similarity of every patch with the marked one.
+    """Compute the cosine similarity of every patch with the marked one.
 
     Args:
         features: [h, w, D].
@@ -114,19 +114,19 @@ def similarity_map(features: np.ndarray, mark: tuple[float, float]) -> np.ndarra
 
 
 def marked_patch(grid: Sequence[int], mark: tuple[float, float]) -> tuple[int, int]:
-    """Row and column of the patch under a point given in shares of width and height."""
+    """Return row and column of the patch under a point given in shares of width and height."""
     rows, columns = grid
     return min(int(mark[1] * rows), rows - 1), min(int(mark[0] * columns), columns - 1)
 
 
 def draw_pca(photos: Sequence[Photo], models: Mapping[str, nn.Module], path: Path, *, title: str) -> Path:
-    """A column per photo: the photo, and below it the principal components of each model's patch features.
+    """Draw a column per photo: the photo, and below it the principal components of each model's patch features.
 
     Args:
         photos: at least one.
-        models: ViTs of one patch size, by what stands beside their row.
+        models: ViTs of one patch size, by the label of their row.
         path: the PNG to write.
-        title: stands above everything.
+        title: of the figure.
 
     Returns:
         `path`.
@@ -140,20 +140,17 @@ def draw_pca(photos: Sequence[Photo], models: Mapping[str, nn.Module], path: Pat
 
 
 def draw_similarity(photos: Sequence[Photo], models: Mapping[str, nn.Module], path: Path, *, title: str) -> Path:
-    """A column per photo: the photo with its marked patch, and below it each model's similarity to that patch.
+    """Draw a column per photo: the photo with its marked patch, and below it each model's similarity to that patch.
 
-    Args:
-        photos: at least one.
-        models: ViTs of one patch size, by what stands beside their row.
-        path: the PNG to write.
-        title: stands above everything.
-
-    Returns:
-        `path`.
+    The arguments are those of `draw_pca`.
     """
     figure, grid, fitted = _make_grid(photos, models, title, inches_below=0.2)
     for axes, photo in zip(grid[0], photos, strict=True):
-        _draw_mark(axes, photo)
+        left, right = axes.get_xlim()
+        bottom, top = axes.get_ylim()
+        x, y = left + photo.mark[0] * (right - left), top + photo.mark[1] * (bottom - top)
+        axes.plot(x, y, marker="+", markersize=15, markeredgewidth=4.5, color="white")
+        axes.plot(x, y, marker="+", markersize=13, markeredgewidth=2.2, color=MARK_COLOUR)
     for row, model in enumerate(models.values(), start=1):
         for axes, photo, image in zip(grid[row], photos, fitted, strict=True):
             similarity = similarity_map(patch_features(model, image), photo.mark)
@@ -168,12 +165,14 @@ def draw_similarity(photos: Sequence[Photo], models: Mapping[str, nn.Module], pa
 def _make_grid(
     photos: Sequence[Photo], models: Mapping[str, nn.Module], title: str, *, inches_below: float
 ) -> tuple[Figure, list[list[Axes]], list[Image.Image]]:
-    # The photos stand in row 0; also returns what the models see of them.
-    patch_size = _patch_size(models)
-    fitted = [fit_to_patches(photo.image, patch_size) for photo in photos]
+    # Draws the photos in row 0, and also returns them as the models see them.
+    patch_sizes = {int(model.patch_size) for model in models.values()}  # type: ignore[arg-type]
+    if len(patch_sizes) != 1:
+        raise ValueError(f"the models of one figure must have one patch size, not {sorted(patch_sizes)}")
+    fitted = [fit_to_patches(photo.image, *patch_sizes) for photo in photos]
     widths = [image.width / image.height for image in fitted]
     column_height = FIGURE_WIDTH / sum(widths)
-    # Few or narrow photos would make a giant of each.
+    # Otherwise a few narrow photos would become gigantic.
     width = FIGURE_WIDTH * min(1.0, 4.0 / column_height)
     height = (0.96 * width / sum(widths) + inches_below) * (1 + len(models)) + 0.75
     engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
@@ -187,25 +186,10 @@ def _make_grid(
         for spine in axes.spines.values():
             spine.set_visible(False)
     for axes, photo, image in zip(grid[0], photos, fitted, strict=True):
-        # What the models see, at the photo's own resolution.
+        # The part that the models see, at the photo's own resolution.
         sharp = fit_to_patches(photo.image, 1, short_side=min(photo.image.size))
         axes.imshow(sharp, extent=(0, image.width, image.height, 0))
         axes.set_title(photo.title, fontsize=10)
     for axes, name in zip(grid[:, 0], ["photo", *models], strict=True):
         axes.set_ylabel(name, fontsize=11)
     return figure, grid.tolist(), fitted
-
-
-def _draw_mark(axes: Axes, photo: Photo) -> None:
-    left, right = axes.get_xlim()
-    bottom, top = axes.get_ylim()
-    x, y = left + photo.mark[0] * (right - left), top + photo.mark[1] * (bottom - top)
-    axes.plot(x, y, marker="+", markersize=15, markeredgewidth=4.5, color="white")
-    axes.plot(x, y, marker="+", markersize=13, markeredgewidth=2.2, color=MARK_COLOUR)
-
-
-def _patch_size(models: Mapping[str, nn.Module]) -> int:
-    sizes = {int(model.patch_size) for model in models.values()}  # type: ignore[arg-type]
-    if len(sizes) != 1:
-        raise ValueError(f"the models of one figure must have one patch size, not {sorted(sizes)}")
-    return sizes.pop()

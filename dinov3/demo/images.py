@@ -1,25 +1,21 @@
-"""The images of the demo, written out as `ImageFolder` trees: what is trained on, what is classified, what is drawn.
+"""The images of the demo, written out as `ImageFolder` trees.
 
-    images/train/<group>/...          all that is trained on; labelled groups have class folders
+    images/train/<group>/...          everything that is trained on; labelled groups have class folders
     images/test/<group>/<class>/...   labelled images that are never trained on
     images/photos/...                 the photos of the figures
     images/manifest.json              what the tree was made of
 
-Notable:
-- Which images are held out does not depend on the seed of the training.
-- Photos are few and large, so they are trained on as many small tiles, at several scales.
-- The tree appears complete or not at all, and is used again as long as it is made of the same things.
+Which images are held out does not depend on the seed of the training. Photos are few and large, so that the training
+uses many small tiles of them, at several scales.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,11 +23,11 @@ from tqdm import tqdm
 
 from dinov3.data.datasets import BadImageError, ImageFolder
 from dinov3.demo import packaged
+from dinov3.demo.trees import fingerprint, write_tree
 
 logger = logging.getLogger("dinov3")
 
-FORMAT = 1  # of the tree; another number makes every tree anew
-MANIFEST = "manifest.json"
+FORMAT = 1  # of the tree; with another number every tree is written again
 SPLIT_SEED = 0
 
 IMAGE_SIDE = 32  # pixels; digits and faces are smaller than that
@@ -44,7 +40,7 @@ TEST_SHARE = {"digits": 0.28, "faces": 0.5}
 USER_SHORT_SIDE = 96  # pixels, of the user's labelled images
 USER_TEST_SHARE = 0.25
 USER_MAX_IMAGES = 4000
-USER_MIN_TRAIN_IMAGES = 1000  # fewer images are joined by tiles
+USER_MIN_TRAIN_IMAGES = 1000  # fewer images are supplemented by tiles
 MAX_FIGURE_PHOTOS = 6
 
 
@@ -66,44 +62,37 @@ class Images:
     Attributes:
         root: its directory.
         source: what it was made of, in words.
-        fingerprint: changes with what it was made of.
-        n_train: images that are trained on.
+        n_train: number of images that are trained on.
         tasks: names of the labelled groups, which have class folders below `train/` and `test/`.
         task_sizes: numbers of labelled images for training and for testing, by task.
-        photos: what the figures show.
+        photos: those of the figures.
     """
 
     root: Path
     source: str
-    fingerprint: str
     n_train: int = 0
     tasks: list[str] = field(default_factory=list)
     task_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     photos: list[FigurePhoto] = field(default_factory=list)
 
     def dataset(self, split: str, task: str | None = None) -> str:
-        """The dataset string of a split (`train` or `test`), of one task or of everything."""
+        """Return the dataset string of a split (`train` or `test`), of one task or of everything."""
         path = self.root / split / task if task else self.root / split
         return f"ImageFolder:root={path}:labels={'folder' if task else 'none'}"
-
-    def write_manifest(self) -> None:
-        """Record what the tree holds."""
-        content = {key: value for key, value in asdict(self).items() if key != "root"}
-        (self.root / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare_images(root: Path, folder: Path | None = None) -> tuple[Images, bool]:
     """Write the images of the demo, unless they are there already.
 
     Args:
-        root: the directory to write; an earlier tree of another source is replaced.
-        folder: the user's own images, with or without class folders; None: those inside installed packages.
+        root: the directory to write; a tree that was made of other images is replaced.
+        folder: the user's own images, with or without class folders. Default: those inside installed packages.
 
     Returns:
         The tree, and whether it was there already.
 
     Raises:
-        FileNotFoundError: `folder` is no directory, or holds no images.
+        FileNotFoundError: `folder` is not a directory, or holds no images.
         ValueError: `root` holds something else or lies in `folder`, or a class has too few images to hold some out.
         RuntimeError: an image of `folder` cannot be decoded.
         ModuleNotFoundError: a package that ships images is missing.
@@ -112,37 +101,27 @@ def prepare_images(root: Path, folder: Path | None = None) -> tuple[Images, bool
     if folder is not None and root.is_relative_to(folder.expanduser().resolve()):
         raise ValueError(f"{root} lies inside of --images {folder} and would count as its images: choose another")
     dataset = None if folder is None else ImageFolder(root=str(folder.expanduser()))
-    source, fingerprint = _describe_packages() if dataset is None else _describe_folder(dataset)
-    if root.exists() and not (root / MANIFEST).is_file() and any(root.iterdir()):
-        raise ValueError(f"{root} holds files that this demo did not write: choose another --output-dir")
-    if (images := _read_manifest(root)) is not None and images.fingerprint == fingerprint:
-        return images, True
-    temporary = root.with_name(f".tmp-{root.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    images = Images(temporary, source, fingerprint)
-    try:
+    source, entries = _describe_packages() if dataset is None else _describe_folder(dataset)
+
+    def write(directory: Path) -> dict[str, Any]:
+        images = Images(directory, source)
         if dataset is None:
             _write_packaged(images)
         else:
             _write_folder(images, dataset)
-        images.write_manifest()
-        shutil.rmtree(root, ignore_errors=True)
-        temporary.rename(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    images.root = root
-    return images, False
+        content = asdict(images)
+        del content["root"]
+        return content
+
+    manifest, was_there = write_tree(root, fingerprint([str(FORMAT), *entries]), write)
+    del manifest["fingerprint"]
+    photos = [FigurePhoto(**photo | {"mark": tuple(photo["mark"])}) for photo in manifest.pop("photos")]
+    sizes = {name: (train, test) for name, (train, test) in manifest.pop("task_sizes").items()}
+    return Images(root, photos=photos, task_sizes=sizes, **manifest), was_there
 
 
 def cut_tiles(image: Image.Image, count: int, rng: np.random.Generator) -> list[Image.Image]:
-    """Square parts of an image at random places, all of `TILE_SIDE` pixels.
-
-    Args:
-        image: any size and mode.
-        count: how many.
-        rng: where from and how large (`TILE_SCALE`).
-    """
+    """Cut squares out of an image at random places and scales (`TILE_SCALE`), resized to `TILE_SIDE` pixels."""
     short_side = min(image.size)
     sides = (short_side * rng.uniform(*TILE_SCALE, size=count)).clip(min=min(TILE_SIDE // 2, short_side))
     corners = rng.uniform(size=(count, 2))
@@ -155,7 +134,7 @@ def cut_tiles(image: Image.Image, count: int, rng: np.random.Generator) -> list[
 
 
 def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which samples are held out: the same share of every class, at least one and not all, chosen once and for all.
+    """Choose the samples that are held out: the same share of every class, at least one and not all; always the same.
 
     Args:
         labels: int [N].
@@ -212,7 +191,7 @@ def _write_folder(images: Images, dataset: ImageFolder) -> None:
         logger.warning("%s: %d of its %d images are used", dataset.root, len(indices), len(dataset))
     is_test = _hold_out_of_folder(dataset, indices)
     tiles_per_image = max(0, -(-USER_MIN_TRAIN_IMAGES // max(1, int((~is_test).sum()))) - 1)
-    # Labelled images are wanted whole; of unlabelled photos there are only tiles, as of the packaged ones.
+    # Labelled images are used whole; of unlabelled photos there are only tiles, as of the packaged ones.
     tiles_per_image = tiles_per_image if dataset.classes else max(1, tiles_per_image)
     rng = np.random.default_rng(SPLIT_SEED)
     shown = _choose_shown(indices, is_test)
@@ -258,12 +237,11 @@ def _choose_shown(indices: np.ndarray, is_test: np.ndarray) -> set[int]:
 
 
 def _load(dataset: ImageFolder, index: int) -> Image.Image:
+    path = Path(dataset.root, dataset.get_image_relpath(index))
     try:
-        image = Image.open(Path(dataset.root, dataset.get_image_relpath(index)))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except Exception as error:
-        path = Path(dataset.root, dataset.get_image_relpath(index))
-        raise BadImageError(f"--images: cannot read {path} ({error}): mend or remove it") from error
+        raise BadImageError(f"--images: cannot read {path} ({error}): repair or remove it") from error
 
 
 def _fit(image: Image.Image, short_side: int) -> Image.Image:
@@ -288,30 +266,16 @@ def _save_photo(image: Image.Image, root: Path, stem: str) -> str:
     return f"photos/{stem}.png"
 
 
-def _describe_packages() -> tuple[str, str]:
+def _describe_packages() -> tuple[str, list[str]]:
     photos = [f"{photo}:{path.stat().st_size}" for photo, path in packaged.find_photos()]
     settings = [TILE_SIDE, TILES_PER_PHOTO, TILE_SCALE, IMAGE_SIDE, PHOTO_SHORT_SIDE, sorted(TEST_SHARE.items())]
-    return "images inside installed packages", _digest([*photos, *map(str, settings)])
+    return "images inside installed packages", [*photos, *map(str, settings)]
 
 
-def _describe_folder(dataset: ImageFolder) -> tuple[str, str]:
+def _describe_folder(dataset: ImageFolder) -> tuple[str, list[str]]:
     entries = [str(dataset.root)]
     for index in range(len(dataset)):
         relative = dataset.get_image_relpath(index)
         status = Path(dataset.root, relative).stat()
         entries.append(f"{relative}:{status.st_size}:{status.st_mtime_ns}")
-    return str(Path(dataset.root).resolve()), _digest(entries)
-
-
-def _digest(entries: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join([str(FORMAT), *entries]).encode()).hexdigest()[:16]
-
-
-def _read_manifest(root: Path) -> Images | None:
-    try:
-        content = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        photos = [FigurePhoto(**{**photo, "mark": tuple(photo["mark"])}) for photo in content.pop("photos")]
-        sizes = {name: (train, test) for name, (train, test) in content.pop("task_sizes").items()}
-        return Images(root, photos=photos, task_sizes=sizes, **content)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return str(Path(dataset.root).resolve()), entries

@@ -1,17 +1,18 @@
 """The real images that lie inside installed packages: photos, scanned digits, faces. Nothing is downloaded.
 
-scikit-image lists more images than its wheel holds and would fetch the others; here files are looked up on the disk,
-and what another version of a package does not hold is left out.
+scikit-image lists more images than its wheel holds and would download the others; here files are looked up on the disk,
+and those that a version of a package lacks are left out.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dinov3.demo.trees import package_directory
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Photo:
         package: the package that holds it.
         file: its path in the package.
         credit: who made it, and under which terms, as the package says.
-        mark: a point in it worth comparing with, as shares of width and height; photos with a mark are in the figures.
-        is_held_out: it is shown in the figures, but never trained on.
+        mark: a point to compare the rest of the photo with, as shares of width and height; photos with a mark are shown
+            in the figures.
+        is_held_out: shown in the figures, but never trained on.
     """
 
     name: str
@@ -60,17 +62,20 @@ PHOTOS = (
 
 
 def find_photos() -> list[tuple[Photo, Path]]:
-    """The photos of `PHOTOS` that are on this disk, and where.
+    """Find the photos of `PHOTOS` that are on this disk.
+
+    Returns:
+        Each with its path.
 
     Raises:
         ModuleNotFoundError: a package that holds photos is not installed.
     """
-    found = [(photo, _package_directory(photo.package) / photo.file) for photo in PHOTOS]
+    found = [(photo, package_directory(photo.package) / photo.file) for photo in PHOTOS]
     return [(photo, path) for photo, path in found if path.is_file()]
 
 
 def load_digits() -> tuple[list[Image.Image], np.ndarray]:
-    """The 1797 scanned digits of scikit-learn.
+    """Load the 1797 scanned digits of scikit-learn.
 
     Returns:
         Grey images of 8 x 8 pixels, and their labels, int64 [1797] in 0..9.
@@ -83,25 +88,15 @@ def load_digits() -> tuple[list[Image.Image], np.ndarray]:
 
 
 def load_faces() -> tuple[list[Image.Image], np.ndarray]:
-    """The 200 grey images of 25 x 25 pixels of scikit-image's part of Labeled Faces in the Wild.
+    """Load the 200 grey images of 25 x 25 pixels that scikit-image has of Labeled Faces in the Wild.
 
     Returns:
         The images (none if this version of scikit-image has no such file), and labels, int64: 1 face, 0 not a face.
     """
-    path = _package_directory(_SKIMAGE) / "data" / "lfw_subset.npy"
+    path = package_directory(_SKIMAGE) / "data" / "lfw_subset.npy"
     if not path.is_file():
         return [], np.zeros(0, dtype=np.int64)
     pixels = np.rint(np.load(path) * 255).astype(np.uint8)
-    # As the package documents: first the faces, then as many that are not.
+    # As the package documents: first the faces, then as many images of other things.
     labels = (np.arange(len(pixels)) < len(pixels) // 2).astype(np.int64)
     return [Image.fromarray(image) for image in pixels], labels
-
-
-def _package_directory(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the demo takes its images from the package {package}, which is not installed: "
-            'pip install "dinov3[demo]", or give a folder of your own with --images DIR'
-        )
-    return Path(spec.origin).parent

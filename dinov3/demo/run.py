@@ -1,8 +1,7 @@
 """The demo from beginning to end: images, k-NN before, training, k-NN after, figures, summary.
 
-Notable: everything goes through the entry points that any other run uses: `dinov3.train.train.main`,
-`dinov3.eval.knn.evaluate_knn`, `dinov3.hub.runs.dinov3_from_run`. The training says what it does in
-`run/logs/log.txt`; the terminal shows progress bars and results.
+Everything goes through the entry points that any other run uses. The training logs to `run/logs/log.txt`; the terminal
+shows progress bars and results.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import nn
 from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, write_config
 from dinov3.demo import figures
 from dinov3.demo.images import Images, prepare_images
+from dinov3.demo.trees import read_json
 from dinov3.distributed import runtime
 from dinov3.eval import knn
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME, KnnEvalConfig
@@ -33,7 +33,7 @@ from dinov3.train import train
 from dinov3.train.plot import FIGURE_FILE
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "train" / "demo_cpu.yaml"
-STATE_FILE = "demo.json"  # in the run directory: what it was started with
+STATE_FILE = "demo.json"  # in the run directory: the settings with which it was started
 RESULTS_FILE = "results.json"
 NEIGHBOURS = 10
 FEATURES = {"CLS": "class token", "PATCH_MEAN": "mean patch token"}
@@ -42,13 +42,13 @@ RANDOM, TRAINED = "random initialisation", "trained teacher"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo is started with.
+    """The options of the demo.
 
     Attributes:
-        output_dir: where everything goes.
-        images: the user's own images; None: those inside installed packages.
+        output_dir: where everything is written.
+        images: folder of the user's own images. Default: those inside installed packages.
         seed: of the training and of the random initialisation.
-        iterations: training steps; None: those of the recipe.
+        iterations: training steps. Default: those of the recipe.
         overrides: `key=value` settings of the training.
     """
 
@@ -61,14 +61,14 @@ class DemoOptions:
 
 @dataclass
 class DemoResults:
-    """What the demo found out.
+    """The measurements of the demo.
 
     Attributes:
         accuracy: top-1 accuracy of k-NN in percent, by task, then feature, then model (`RANDOM`, `TRAINED`).
         train_seconds: time of this call's training; about 0 if there was nothing left to train.
         total_seconds: time of everything.
         peak_memory_mib: of this process.
-        files: what was written, by what it is.
+        files: paths of what was written, by description.
     """
 
     accuracy: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -82,8 +82,8 @@ def run_demo(options: DemoOptions) -> DemoResults:
     """Run the demo, print its results and write `<output_dir>/results.json`.
 
     Raises:
-        FileNotFoundError: `options.images` is no directory, or holds no images.
-        ValueError: settings or images that cannot be used; the message says which.
+        FileNotFoundError: `options.images` is not a directory, or holds no images.
+        ValueError: a setting or an image cannot be used; the message says which.
         RuntimeError: the output directory is in use or cannot be written, or an image cannot be decoded.
     """
     started = time.perf_counter()
@@ -91,29 +91,42 @@ def run_demo(options: DemoOptions) -> DemoResults:
     output_dir = options.output_dir.expanduser().resolve()
     run_dir = output_dir / "run"
 
-    _say("1/5 images")
-    images = _prepare_images(output_dir, options.images)
-    arguments = _training_options(options, images)
-    cfg = _open_run(run_dir, arguments)
+    _print_heading("1/5 images")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    images, was_there = prepare_images(output_dir / "images", options.images)
+    held_out = "".join(f", {n_test} held-out {task}" for task, (_, n_test) in images.task_sizes.items())
+    verb = "using again" if was_there else "wrote"
+    _print_line(f"{verb} {images.n_train} training images{held_out}: {images.root}")
+
+    settings = [f"train.dataset_path={images.dataset('train')}", f"train.seed={options.seed}"]
+    if options.iterations is not None:
+        settings += [f"train.OFFICIAL_EPOCH_LENGTH={options.iterations}", "optim.epochs=1"]
+    settings += ["train.progress=true", *options.overrides]  # the user's own last, so that they win
+    cfg = _open_run(run_dir, settings)
     with _quiet_job(output_dir, options.seed):
         random_model = build_model_for_eval(cfg, None)
     n_parameters = sum(parameter.numel() for parameter in random_model.parameters())
-    _say(
+    _print_line(
         f"{cfg.student.arch}, {random_model.n_blocks} blocks, patches of {cfg.student.patch_size} pixels, "
         f"{n_parameters / 1e6:.1f} M parameters"
     )
 
-    _say("2/5 k-NN of the random initialisation")
-    _evaluate(results, images, cfg, output_dir, RANDOM, None, options.seed)
+    _print_heading("2/5 k-NN of the random initialisation")
+    _evaluate(results, RANDOM, images, cfg, output_dir, options.seed)
 
     n_iterations = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
-    _say(f"3/5 training: {n_iterations} steps of {cfg.train.batch_size_per_gpu} images")
-    results.train_seconds = _train(run_dir, arguments)
+    _print_heading(f"3/5 training: {n_iterations} steps of {cfg.train.batch_size_per_gpu} images")
+    training_started = time.perf_counter()
+    with _quiet():
+        metrics = train.main(["--config-file", str(RECIPE), "--output-dir", str(run_dir), *settings])
+    if not metrics:
+        _print_line("nothing left to train: using the teacher of the earlier run")
+    results.train_seconds = time.perf_counter() - training_started
 
-    _say("4/5 k-NN of the trained teacher")
-    _evaluate(results, images, cfg, output_dir, TRAINED, run_dir, options.seed)
+    _print_heading("4/5 k-NN of the trained teacher")
+    _evaluate(results, TRAINED, images, cfg, output_dir, options.seed)
 
-    _say("5/5 figures")
+    _print_heading("5/5 figures")
     _draw(results, images, {RANDOM: random_model, TRAINED: dinov3_from_run(run_dir)}, output_dir, n_iterations)
 
     results.files |= {"loss curves": str(run_dir / FIGURE_FILE), "trained run": str(run_dir)}
@@ -127,7 +140,7 @@ def run_demo(options: DemoOptions) -> DemoResults:
 
 
 def format_summary(results: DemoResults, images: Images, n_iterations: int) -> str:
-    """The results as text: a table of k-NN accuracies, times, and where the files are."""
+    """Format the results as text: a table of k-NN accuracies, times, and where the files are."""
     lines = [f"{n_iterations} training steps on {images.n_train} images ({images.source})"]
     for task, by_feature in results.accuracy.items():
         n_train, n_test = images.task_sizes[task]
@@ -144,78 +157,45 @@ def format_summary(results: DemoResults, images: Images, n_iterations: int) -> s
     return "\n".join(lines + [f"{name:<{width}}  {path}" for name, path in results.files.items()])
 
 
-def _prepare_images(output_dir: Path, folder: Path | None) -> Images:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    images, was_there = prepare_images(output_dir / "images", folder)
-    held_out = "".join(f", {sizes[1]} held-out {task}" for task, sizes in images.task_sizes.items())
-    verb = "using again" if was_there else "wrote"
-    _say(f"{verb} {images.n_train} training images{held_out}: {images.root}")
-    return images
-
-
-def _training_options(options: DemoOptions, images: Images) -> list[str]:
-    # The user's own settings come last, so that they win.
-    settings = [f"train.dataset_path={images.dataset('train')}", f"train.seed={options.seed}"]
-    if options.iterations is not None:
-        settings += [f"train.OFFICIAL_EPOCH_LENGTH={options.iterations}", "optim.epochs=1"]
-    return [*settings, "train.progress=true", *options.overrides]
-
-
 def _open_run(run_dir: Path, arguments: list[str]) -> Any:
-    # The configuration; a run that was started with another one is put aside, because it cannot be continued.
+    # A run that was started with other settings is put aside, because it cannot be continued.
     cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=RECIPE, output_dir=run_dir, opts=arguments))
     wanted = {"recipe": RECIPE.read_text(encoding="utf-8"), "options": arguments}
     state_file = run_dir / STATE_FILE
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        if _read_json(state_file) == wanted:
+        if read_json(state_file) == wanted:
             return cfg
         aside = run_dir.with_name(f"run.before-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(aside)
-        _say(f"the earlier run had other settings: it is now {aside}, and training starts afresh")
+        _print_line(f"the earlier run had other settings: it is now {aside}, and training starts afresh")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(cfg, run_dir)
     state_file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     return cfg
 
 
-def _train(run_dir: Path, arguments: list[str]) -> float:
-    started = time.perf_counter()
-    with _quiet():
-        metrics = train.main(["--config-file", str(RECIPE), "--output-dir", str(run_dir), *arguments])
-    if not metrics:
-        _say("nothing left to train: using the teacher of the earlier run")
-    return time.perf_counter() - started
-
-
-def _evaluate(
-    results: DemoResults, images: Images, cfg: Any, output_dir: Path, model: str, run_dir: Path | None, seed: int
-) -> None:
+def _evaluate(results: DemoResults, model: str, images: Images, cfg: Any, output_dir: Path, seed: int) -> None:
+    side = cfg.crops.global_crops_size
+    run_dir = output_dir / "run"
     for task in images.tasks:
         for feature, title in FEATURES.items():
-            table = _run_knn(images, cfg, task, feature, output_dir, run_dir, seed)
+            name = f"{task}-{feature.lower()}-{'random' if model == RANDOM else 'trained'}"
+            settings = {
+                "model": {
+                    "config_file": str(run_dir / "config.yaml"),
+                    "pretrained_weights": None if model == RANDOM else str(run_dir),
+                },
+                "train": {"dataset": images.dataset("train", task), "num_workers": 0, "ks": [NEIGHBOURS]},
+                "eval": {"test_dataset": images.dataset("test", task), "num_workers": 0, "feature": feature},
+                "transform": {"resize_size": side, "crop_size": side},
+                "output_dir": str(output_dir / "knn" / name),
+            }
+            config, _ = args_dict_to_dataclass(settings, KnnEvalConfig, save_config=False)
+            with _quiet_job(output_dir, seed):
+                table = run_evaluation(config, evaluate=knn.evaluate_knn, results_file=RESULTS_FILENAME)
             accuracy = table[f"{min(NEIGHBOURS, images.task_sizes[task][0])} Top 1"]
             results.accuracy.setdefault(task, {}).setdefault(title, {})[model] = accuracy
-            _say(f"{task}, {title}: {accuracy:.1f} %")
-
-
-def _run_knn(
-    images: Images, cfg: Any, task: str, feature: str, output_dir: Path, run_dir: Path | None, seed: int
-) -> dict[str, float]:
-    side = cfg.crops.global_crops_size
-    name = f"{task}-{feature.lower()}-{'random' if run_dir is None else 'trained'}"
-    settings = {
-        "model": {
-            "config_file": str(output_dir / "run" / "config.yaml"),
-            "pretrained_weights": None if run_dir is None else str(run_dir),
-        },
-        "train": {"dataset": images.dataset("train", task), "num_workers": 0, "ks": [NEIGHBOURS]},
-        "eval": {"test_dataset": images.dataset("test", task), "num_workers": 0, "feature": feature},
-        "transform": {"resize_size": side, "crop_size": side},
-        "output_dir": str(output_dir / "knn" / name),
-    }
-    config, _ = args_dict_to_dataclass(settings, KnnEvalConfig, save_config=False)
-    with _quiet_job(output_dir, seed):
-        return run_evaluation(config, evaluate=knn.evaluate_knn, results_file=RESULTS_FILENAME)
+            _print_line(f"{task}, {title}: {accuracy:.1f} %")
 
 
 def _draw(
@@ -239,7 +219,7 @@ def _draw(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # What is printed and logged stands in files too; progress bars use standard error.
+    # What is printed and logged is in files, too; progress bars use standard error.
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         yield
 
@@ -251,13 +231,9 @@ def _quiet_job(output_dir: Path, seed: int) -> Iterator[None]:
         yield
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _print_heading(text: str) -> None:
+    print(f"\n{text}", flush=True)
 
 
-def _say(text: str) -> None:
-    is_heading = text[:1].isdigit() and text[1:3] == "/5"
-    print(f"\n{text}" if is_heading else f"    {text}", flush=True)
+def _print_line(text: str) -> None:
+    print(f"    {text}", flush=True)

@@ -133,7 +133,7 @@ class TestWriting:
         assert f"{data.depth} is there already" in capsys.readouterr().out and (root / "run.txt").is_file()
         (root / "run.txt").unlink()
 
-    def test_a_tree_of_an_older_format_is_written_anew(self, tmp_path, monkeypatch):
+    def test_a_tree_of_an_older_format_is_written_again(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dense_data, "FORMAT", 0)
         data = write_dense_data(tmp_path)
         (data.depth / "images/val/motorcycle_x501_y000.png").unlink()
@@ -164,7 +164,7 @@ class TestWriting:
 
     def test_a_missing_package_is_named_with_the_command(self, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ModuleNotFoundError, match=r'scikit-image.*not installed: .*pip install "dinov3\[demo\]"'):
+        with pytest.raises(ModuleNotFoundError, match=r'skimage.*not installed: .*pip install "dinov3\[demo\]"'):
             write_dense_data(tmp_path)
 
     def test_a_missing_picture_is_named(self, monkeypatch, tmp_path):

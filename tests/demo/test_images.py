@@ -135,7 +135,7 @@ class TestUsersFolder:
     def test_a_broken_image_is_named_and_leaves_no_half_tree(self, tmp_path):
         folder = write_folder(tmp_path / "mine", ["a.png"])
         (folder / "b.png").write_bytes(b"not a png")
-        with pytest.raises(BadImageError, match=r"b\.png.*mend or remove"):
+        with pytest.raises(BadImageError, match=r"b\.png.*repair or remove"):
             prepare_images(tmp_path / "out", folder)
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -153,14 +153,14 @@ class TestUsingAgain:
         second, was_there = prepare_images(tmp_path / "out", folder)
         assert was_there and second == first
 
-    def test_a_changed_folder_is_written_anew(self, tmp_path):
+    def test_a_changed_folder_is_written_again(self, tmp_path):
         folder = write_folder(tmp_path / "mine", ["a.png", "b.png"])
         prepare_images(tmp_path / "out", folder)
         write_folder(folder, ["c.png"])
         images, was_there = prepare_images(tmp_path / "out", folder)
         assert not was_there and len(images.photos) == 3
 
-    def test_a_damaged_manifest_is_written_anew(self, tmp_path):
+    def test_a_damaged_manifest_is_written_again(self, tmp_path):
         folder = write_folder(tmp_path / "mine", ["a.png"])
         first, _ = prepare_images(tmp_path / "out", folder)
         (tmp_path / "out" / "manifest.json").write_text("{")
