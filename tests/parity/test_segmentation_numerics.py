@@ -11,7 +11,7 @@ from torchvision.transforms import functional as F_v1
 from torchvision.transforms import v2
 
 from dinov3.eval.segmentation import transforms
-from dinov3.eval.segmentation.labels import preprocess_nonzero_labels
+from dinov3.eval.segmentation.metrics import preprocess_nonzero_labels
 from tests.parity import golden
 from tests.parity.dense import assert_expected, assert_output, by_id, make_input
 

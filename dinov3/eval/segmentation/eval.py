@@ -25,8 +25,8 @@ from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import class_names_of, make_segmentation_dataset, make_segmentation_eval_loader
 from dinov3.eval.segmentation.inference import make_inference
-from dinov3.eval.segmentation.labels import IGNORE_INDEX
 from dinov3.eval.segmentation.metrics import (
+    IGNORE_INDEX,
     SEGMENTATION_METRICS,
     calculate_intersect_and_union,
     calculate_segmentation_metrics,

@@ -1,80 +1,189 @@
-"""Losses of segmentation: cross entropy and Dice (V-Net, arXiv 1606.04797), of labels with ignored pixels.
-
-Notable:
-- Cross entropy is the mean over all pixels, ignored ones included, so crops with much ignored area weigh less. The
-  published learning rates were tuned with it; `avg_non_ignore` is the other way.
-- The Dice loss of class labels ignores pixels in the overlap alone: in the denominator an ignored pixel counts as one
-  of the last class. As published.
-- All is computed in float32 at least. An image of ignored pixels alone gives finite losses and gradients.
-- Labels are checked in each call, which waits for their device once: a label out of range would otherwise end a CUDA
-  process with an assertion that names nothing.
-"""
+"""Losses of segmentation: cross entropy and Dice (V-Net, arXiv 1606.04797), of labels with ignored pixels."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3.eval.segmentation.metrics import IGNORE_INDEX
+from dinov3.utils.messages import list_names
+
 EPS = torch.finfo(torch.float32).eps
-UNLABELLED = 255
-
-#: Weights of the K classes: their values, or a NumPy file with them.
-ClassWeight = Sequence[float] | Tensor | str | os.PathLike[str] | None
+REDUCTIONS = ("none", "mean", "sum")
 
 
-def get_class_weight(class_weight: ClassWeight) -> Tensor | None:
-    """Weights of classes as float32 [K].
+class CrossEntropyLoss(nn.Module):
+    """Cross entropy of each pixel's class.
 
     Args:
-        class_weight: values, a file that `numpy.load` reads, or None.
+        class_weight: multiplies the loss of pixels of each class, [K].
+        loss_weight: multiplies the result.
+        reduction: `"mean"` over all pixels, `"sum"`, or `"none"` for [B, H, W].
+        ignore_index: label of pixels whose loss is 0.
+        avg_non_ignore: take the mean over the pixels that are not ignored. As published the mean is over all, so crops
+            with much ignored area weigh less; the published learning rates were tuned with that.
     """
-    if class_weight is None:
-        return None
-    if isinstance(class_weight, str | os.PathLike):
-        class_weight = torch.from_numpy(np.load(class_weight))
-    return torch.as_tensor(class_weight, dtype=torch.float32)
+
+    def __init__(
+        self,
+        class_weight: Sequence[float] | Tensor | None = None,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        ignore_index: int = IGNORE_INDEX,
+        avg_non_ignore: bool = False,
+    ) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+        self.class_weight = class_weight
+        self.loss_weight = loss_weight
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.avg_non_ignore = avg_non_ignore
+
+    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss, in float32 at least.
+
+        Args:
+            pred: logits [B, K, H, W].
+            label: classes [B, H, W], integers from 0 to K - 1, or `ignore_index`.
+
+        Raises:
+            ValueError: the shapes do not fit, or a label is not a class.
+        """
+        label = _check_labels(pred, label, self.ignore_index)
+        losses = F.cross_entropy(
+            _at_least_float32(pred),
+            label,
+            weight=_as_weight(self.class_weight, pred),
+            reduction="none",
+            ignore_index=self.ignore_index,
+        )  # [B, H, W]
+        if self.reduction == "mean" and self.avg_non_ignore:
+            result = losses.sum() / ((label != self.ignore_index).sum() + EPS)
+        else:
+            result = losses if self.reduction == "none" else getattr(losses, self.reduction)()
+        return self.loss_weight * result
 
 
-def reduce_loss(loss: Tensor, reduction: str) -> Tensor:
-    """`loss` itself (`"none"`), its `"mean"` or its `"sum"`.
-
-    Raises:
-        ValueError: another reduction.
-    """
-    if reduction == "none":
-        return loss
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: expected 'none', 'mean' or 'sum'")
-    return loss.mean() if reduction == "mean" else loss.sum()
-
-
-def weight_reduce_loss(
-    loss: Tensor, weight: Tensor | None = None, reduction: str = "mean", avg_factor: float | Tensor | None = None
-) -> Tensor:
-    """`reduce_loss` of a weighted loss.
+class DiceLoss(nn.Module):
+    """Dice loss of the softmax over classes: the sum of `binary_dice_loss` of each class, divided by K.
 
     Args:
-        loss: of any shape.
-        weight: multiplies it, broadcast; None: 1.
-        reduction: `"none"`, `"mean"` or `"sum"`.
-        avg_factor: what the mean divides the sum by, instead of the number of elements; plus float32's epsilon.
+        smooth: see `binary_dice_loss`.
+        exponent: see `binary_dice_loss`.
+        class_weight: multiplies the loss of each class, [K].
+        loss_weight: multiplies the result.
+        ignore_index: label of pixels that no overlap counts; if it is a class, that class is left out of the sum.
+    """
+
+    def __init__(
+        self,
+        smooth: float = 1,
+        exponent: float = 2,
+        class_weight: Sequence[float] | Tensor | None = None,
+        loss_weight: float = 1.0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__()
+        self.smooth = smooth
+        self.exponent = exponent
+        self.class_weight = class_weight
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Compute the mean loss of the images, in float32 at least.
+
+        Args:
+            pred: logits [B, K, H, W].
+            label: classes [B, H, W], integers from 0 to K - 1, or `ignore_index`, or 255.
+
+        Raises:
+            ValueError: the shapes do not fit, or a label is not a class.
+        """
+        n_classes = pred.shape[1]
+        label = _check_labels(pred, label, self.ignore_index, IGNORE_INDEX)[:, None]  # [B, 1, H, W]
+        probabilities = _at_least_float32(pred).softmax(dim=1)
+        # As published, only the overlap ignores pixels: in the denominator they count as pixels of the last class.
+        one_hot = torch.zeros_like(probabilities).scatter_(1, label.clamp(0, n_classes - 1), 1)
+        is_counted = torch.arange(n_classes, device=pred.device) != self.ignore_index
+        return self._sum_classes(probabilities, one_hot, label != self.ignore_index, is_counted)
+
+    def _sum_classes(
+        self, probabilities: Tensor, target: Tensor, valid: Tensor, is_counted: Tensor | float = 1.0
+    ) -> Tensor:
+        probabilities, target, valid = (tensor.flatten(2) for tensor in (probabilities, target, valid))
+        losses = _dice(probabilities, target, valid, self.smooth, self.exponent) * is_counted  # [B, K]
+        weight = _as_weight(self.class_weight, probabilities)
+        losses = losses if weight is None else losses * weight
+        return self.loss_weight * (losses.sum(dim=1) / losses.shape[1]).mean()
+
+
+class MultilabelDiceLoss(DiceLoss):
+    """Dice loss of the sigmoid of each class, for pixels of any number of classes; nothing is ignored."""
+
+    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss of logits [B, K, H, W] for targets of 0 and 1 of the same shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if pred.shape != label.shape:
+            raise ValueError(f"multilabel targets of shape {list(label.shape)} for logits of shape {list(pred.shape)}")
+        probabilities = _at_least_float32(pred).sigmoid()
+        return self._sum_classes(probabilities, label, torch.ones_like(probabilities))
+
+
+class MultiSegmentationLoss(nn.Module):
+    """A weighted sum of Dice loss and cross entropy.
+
+    Args:
+        diceloss_weight: of `DiceLoss`, or for targets [B, K, H, W] of `MultilabelDiceLoss`.
+        celoss_weight: of `CrossEntropyLoss`, which takes class labels [B, H, W] only.
 
     Raises:
-        ValueError: another reduction, or `avg_factor` with `"sum"`.
+        ValueError: a weight is negative, or both are 0.
     """
-    if weight is not None:
-        loss = loss * weight
-    if avg_factor is None or reduction == "none":
-        return reduce_loss(loss, reduction)
-    if reduction != "mean":
-        raise ValueError(f"avg_factor={avg_factor} divides a mean, but reduction={reduction!r}")
-    return loss.sum() / (avg_factor + EPS)
+
+    def __init__(self, diceloss_weight: float = 0.0, celoss_weight: float = 0.0) -> None:
+        super().__init__()
+        if min(diceloss_weight, celoss_weight) < 0 or diceloss_weight + celoss_weight == 0:
+            raise ValueError(
+                f"diceloss_weight={diceloss_weight} and celoss_weight={celoss_weight}: expected weights of at least 0, "
+                "one of them above"
+            )
+        self.diceloss_weight = diceloss_weight
+        self.celoss_weight = celoss_weight
+        self.dice = DiceLoss(loss_weight=diceloss_weight)
+        self.multilabel_dice = MultilabelDiceLoss(loss_weight=diceloss_weight)
+        self.cross_entropy = CrossEntropyLoss(loss_weight=celoss_weight)
+
+    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Compute the loss, a scalar.
+
+        Args:
+            pred: logits [B, K, H, W].
+            gt: classes [B, H, W], or 0 and 1 of the shape of `pred`.
+
+        Raises:
+            ValueError: the shapes do not fit, a label is not a class, or `celoss_weight` is given for multilabel
+                targets.
+        """
+        if gt.ndim == pred.ndim:
+            if self.celoss_weight > 0:
+                raise ValueError(
+                    f"celoss_weight={self.celoss_weight}: cross entropy takes class labels [B, H, W], got targets of "
+                    f"shape {list(gt.shape)}"
+                )
+            return self.multilabel_dice(pred, gt)
+        losses = [self.dice(pred, gt)] if self.diceloss_weight > 0 else []
+        if self.celoss_weight > 0:
+            losses.append(self.cross_entropy(pred, gt))
+        return torch.stack(losses).sum()
 
 
 def binary_dice_loss(
@@ -84,211 +193,23 @@ def binary_dice_loss(
     smooth: float = 1,
     exponent: float = 2,
     *,
-    weight: Tensor | None = None,
     reduction: str = "mean",
-    avg_factor: float | Tensor | None = None,
 ) -> Tensor:
-    """1 - (2 sum(p t m) + smooth) / (sum(p^exponent + t^exponent) + smooth) of each sample.
+    """Compute 1 - (2 sum(p t m) + smooth) / (sum(p^exponent + t^exponent) + smooth) of each sample.
 
     Args:
         pred: probabilities p [B, ...].
         target: t, 0 or 1, of the same shape.
         valid_mask: m, 0 or 1, of the same shape.
-        smooth: keeps empty samples finite.
+        smooth: keeps samples without target finite.
         exponent: of the denominator.
-        weight: of each sample, [B].
-        reduction: over the samples: `"mean"`, `"sum"` or `"none"`.
-        avg_factor: as of `weight_reduce_loss`.
+        reduction: `"mean"` over the samples, or `"none"`.
 
     Returns:
         A scalar, or [B] with `"none"`.
     """
     losses = _dice(pred.flatten(1), target.flatten(1), valid_mask.flatten(1), smooth, exponent)
-    return weight_reduce_loss(losses, weight, reduction, avg_factor)
-
-
-class CrossEntropyLoss(nn.Module):
-    """Cross entropy of each pixel's class.
-
-    Args:
-        weight: multiplies the loss of pixels, broadcast to [B, H, W].
-        class_weight: multiplies the loss of pixels of each class; see `get_class_weight`.
-        loss_weight: multiplies the result.
-        reduction: `"mean"` over all pixels, `"sum"`, or `"none"` for [B, H, W].
-        avg_factor: of published configurations, without effect.
-        ignore_index: label of pixels whose loss is 0.
-        avg_non_ignore: take the mean over pixels that are not ignored.
-    """
-
-    weight: Tensor | None
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        class_weight: ClassWeight = None,
-        loss_weight: float = 1.0,
-        reduction: str = "mean",
-        avg_factor: float | None = None,
-        ignore_index: int = UNLABELLED,
-        avg_non_ignore: bool = False,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("class_weight", get_class_weight(class_weight), persistent=False)
-        self.loss_weight = loss_weight
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.avg_non_ignore = avg_non_ignore
-
-    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
-        """The loss.
-
-        Args:
-            pred: logits [B, K, H, W].
-            label: classes [B, H, W], integers from 0 to K - 1, or `ignore_index`.
-
-        Raises:
-            ValueError: shapes do not fit, or a label is no class.
-        """
-        label = _checked_labels(pred, label, (self.ignore_index,))
-        _check_class_weight(self.class_weight, pred)
-        logits = _at_least_float32(pred)
-        class_weight = None if self.class_weight is None else self.class_weight.to(logits)
-        losses = F.cross_entropy(
-            logits, label, weight=class_weight, reduction="none", ignore_index=self.ignore_index
-        )  # [B, H, W]
-        n_valid = (label != self.ignore_index).sum() if self.avg_non_ignore and self.reduction == "mean" else None
-        weight = None if self.weight is None else self.weight.to(losses)
-        return self.loss_weight * weight_reduce_loss(losses, weight, self.reduction, n_valid)
-
-
-class DiceLoss(nn.Module):
-    """Dice loss of the softmax over classes: the sum of `binary_dice_loss` of each class, divided by K.
-
-    Args:
-        smooth: as of `binary_dice_loss`.
-        exponent: as of `binary_dice_loss`.
-        reduction: over the images: `"mean"`, `"sum"`, or `"none"` for [B].
-        class_weight: multiplies the loss of each class; see `get_class_weight`.
-        loss_weight: multiplies the result.
-        ignore_index: label of pixels that no overlap counts; if it is a class, that class is left out of the sum.
-    """
-
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        smooth: float = 1,
-        exponent: float = 2,
-        reduction: str = "mean",
-        class_weight: ClassWeight = None,
-        loss_weight: float = 1.0,
-        ignore_index: int = UNLABELLED,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("class_weight", get_class_weight(class_weight), persistent=False)
-        self.smooth = smooth
-        self.exponent = exponent
-        self.reduction = reduction
-        self.loss_weight = loss_weight
-        self.ignore_index = ignore_index
-
-    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
-        """The loss.
-
-        Args:
-            pred: logits [B, K, H, W].
-            label: classes [B, H, W], integers from 0 to K - 1, or `ignore_index`, or 255.
-
-        Raises:
-            ValueError: shapes do not fit, or a label is no class.
-        """
-        label = _checked_labels(pred, label, (self.ignore_index, UNLABELLED))[:, None]  # [B, 1, H, W]
-        probabilities = _at_least_float32(pred).softmax(dim=1)
-        one_hot = torch.zeros_like(probabilities).scatter_(1, label.clamp(0, pred.shape[1] - 1), 1)  # [B, K, H, W]
-        valid = label != self.ignore_index
-        return self._reduce(probabilities, one_hot, valid, skipped=self.ignore_index)
-
-    def _reduce(self, probabilities: Tensor, target: Tensor, valid: Tensor, skipped: int | None) -> Tensor:
-        n_classes = probabilities.shape[1]
-        _check_class_weight(self.class_weight, probabilities)
-        losses = _dice(
-            probabilities.flatten(2), target.flatten(2), valid.flatten(2), self.smooth, self.exponent
-        )  # [B, K]
-        if self.class_weight is not None:
-            losses = losses * self.class_weight.to(losses)
-        counted = torch.arange(n_classes, device=losses.device) != (-1 if skipped is None else skipped)
-        return self.loss_weight * reduce_loss((losses * counted).sum(dim=1) / n_classes, self.reduction)
-
-
-class MultilabelDiceLoss(DiceLoss):
-    """Dice loss of the sigmoid of each class, for pixels of any number of classes; arguments as of `DiceLoss`.
-
-    Nothing is ignored: `ignore_index` has no effect.
-    """
-
-    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
-        """The loss of logits [B, K, H, W], for targets of 0 and 1 of that shape.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        if pred.shape != label.shape:
-            raise ValueError(f"multilabel targets of shape {list(label.shape)} for logits of shape {list(pred.shape)}")
-        probabilities = _at_least_float32(pred).sigmoid()
-        valid = torch.ones_like(probabilities[:, :1])
-        return self._reduce(probabilities, label.to(probabilities), valid, skipped=None)
-
-
-class MultiSegmentationLoss(nn.Module):
-    """A weighted sum of Dice loss and cross entropy.
-
-    Args:
-        diceloss_weight: of `DiceLoss`, or for targets [B, K, H, W] of `MultilabelDiceLoss`.
-        celoss_weight: of `CrossEntropyLoss`, which takes class labels [B, H, W] only.
-        ignore_index: label of ignored pixels.
-
-    Raises:
-        ValueError: a weight is negative, or both are 0.
-    """
-
-    def __init__(
-        self, diceloss_weight: float = 0.0, celoss_weight: float = 0.0, *, ignore_index: int = UNLABELLED
-    ) -> None:
-        super().__init__()
-        if min(diceloss_weight, celoss_weight) < 0 or diceloss_weight + celoss_weight == 0:
-            raise ValueError(
-                f"diceloss_weight={diceloss_weight} and celoss_weight={celoss_weight}: expected weights of at least 0, "
-                "one of them above"
-            )
-        self.diceloss_weight = diceloss_weight
-        self.celoss_weight = celoss_weight
-        self.dice = DiceLoss(loss_weight=diceloss_weight, ignore_index=ignore_index)
-        self.multilabel_dice = MultilabelDiceLoss(loss_weight=diceloss_weight)
-        self.cross_entropy = CrossEntropyLoss(loss_weight=celoss_weight, ignore_index=ignore_index)
-
-    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            pred: logits [B, K, H, W].
-            gt: classes [B, H, W], or 0 and 1 of the shape of `pred`.
-
-        Raises:
-            ValueError: shapes do not fit, a label is no class, or cross entropy of multilabel targets is asked for.
-        """
-        if gt.ndim == pred.ndim:
-            if self.celoss_weight > 0:
-                raise ValueError(
-                    f"celoss_weight={self.celoss_weight}: cross entropy takes class labels [B, H, W], got targets of "
-                    f"shape {list(gt.shape)}"
-                )
-            return self.multilabel_dice(pred, gt)
-        losses: list[Any] = [self.dice(pred, gt)] if self.diceloss_weight > 0 else []
-        if self.celoss_weight > 0:
-            losses.append(self.cross_entropy(pred, gt))
-        return torch.stack(losses).sum()
+    return losses if reduction == "none" else losses.mean()
 
 
 def _dice(probabilities: Tensor, target: Tensor, valid: Tensor, smooth: float, exponent: float) -> Tensor:
@@ -303,7 +224,16 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _checked_labels(pred: Tensor, label: Tensor, allowed: Sequence[int]) -> Tensor:
+def _as_weight(class_weight: Sequence[float] | Tensor | None, pred: Tensor) -> Tensor | None:
+    if class_weight is None:
+        return None
+    weight = torch.as_tensor(class_weight, device=pred.device, dtype=_at_least_float32(pred[:0]).dtype)
+    if weight.shape != pred.shape[1:2]:
+        raise ValueError(f"class_weight of shape {list(weight.shape)} for {pred.shape[1]} classes")
+    return weight
+
+
+def _check_labels(pred: Tensor, label: Tensor, ignore_index: int, *also_ignored: int) -> Tensor:
     n_classes = pred.shape[1]
     if pred.ndim != label.ndim + 1 or len(pred) != len(label) or pred.shape[2:] != label.shape[1:]:
         raise ValueError(
@@ -311,19 +241,14 @@ def _checked_labels(pred: Tensor, label: Tensor, allowed: Sequence[int]) -> Tens
             f"{[len(pred), *pred.shape[2:]]}"
         )
     label = label.long()
-    out_of_range = (label < 0) | (label >= n_classes)
-    for index in allowed:
-        out_of_range &= label != index
-    if out_of_range.any():
-        ids = label[out_of_range].unique().tolist()
-        listed = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    is_unknown = (label < 0) | (label >= n_classes)
+    for index in (ignore_index, *also_ignored):
+        is_unknown &= label != index
+    # This waits for the device once, but a label out of range would end a CUDA process with an assertion that names
+    # nothing.
+    if is_unknown.any():
         raise ValueError(
-            f"labels {listed} for {n_classes} classes: expected 0 to {n_classes - 1}, or {allowed[0]} where a pixel is "
-            "ignored"
+            f"labels {list_names(label[is_unknown].unique().tolist())} for {n_classes} classes: expected 0 to "
+            f"{n_classes - 1}, or {ignore_index} where a pixel is ignored"
         )
     return label
-
-
-def _check_class_weight(class_weight: Tensor | None, pred: Tensor) -> None:
-    if class_weight is not None and class_weight.shape != pred.shape[1:2]:
-        raise ValueError(f"class_weight of shape {list(class_weight.shape)} for {pred.shape[1]} classes")

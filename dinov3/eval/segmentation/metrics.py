@@ -1,13 +1,9 @@
-"""Intersection over union and its relatives, from areas that are counted per image and summed over a dataset.
+"""Intersection over union and related metrics, from areas that are counted per image and summed over a dataset.
 
-Notable:
-- Areas are whole numbers, summed as int64: in float32 pixels are lost above 2^24 of a class.
-- A class whose quotient is 0/0 drops out of the mean of that metric. Absent from labels and predictions, it drops out
-  of all. Predicted but never labelled, its IoU, Dice and precision are 0 and count, its accuracy and recall drop out;
-  labelled but never predicted, its IoU, Dice, accuracy and recall are 0 and count, its precision drops out.
-- The F-score drops out in both cases, and also where a class is labelled and predicted, but never at one pixel: then
-  precision and recall are 0, and their harmonic mean is 0/0. So the mean F-score (beta 1) is never below the mean Dice.
-  As published.
+What 0/0 means: the class drops out of the mean of that metric. So a class that is neither in the labels nor predicted
+drops out of all metrics. If it is predicted but never labelled, its IoU, Dice and precision are 0 and count, its
+accuracy and recall drop out; if it is labelled but never predicted, its IoU, Dice, accuracy and recall are 0 and count,
+its precision drops out. The F-score drops out in both cases.
 """
 
 from __future__ import annotations
@@ -18,40 +14,60 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinov3.eval.segmentation.labels import preprocess_nonzero_labels
 from dinov3.utils.messages import did_you_mean
 
-__all__ = [
-    "SEGMENTATION_METRICS",
-    "calculate_intersect_and_union",
-    "calculate_segmentation_metrics",
-    "preprocess_nonzero_labels",
-    "total_area_to_metrics",
-]
-
 logger = logging.getLogger("dinov3")
+
+IGNORE_INDEX = 255  # label of pixels that do not count
+#: Unsigned integers that PyTorch can hardly compute with.
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 #: What can be computed, in the order of reports.
 SEGMENTATION_METRICS = ["mIoU", "acc", "aAcc", "dice", "fscore", "precision", "recall"]
 METRIC_GROUPS = {"mIoU": ("mIoU", "acc"), "dice": ("dice", "acc"), "fscore": ("fscore", "precision", "recall")}
 
 
+def preprocess_nonzero_labels(label: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Make class ids count from 0, where label 0 means "unlabelled" and classes count from 1, as in ADE20K.
+
+    Args:
+        label: class ids of any shape, of an integer dtype.
+        ignore_index: what unlabelled pixels become; pixels that have this value already keep it. It must fit the dtype
+            and not be a class id: with 255 there can be at most 255 classes.
+
+    Returns:
+        A new tensor of the same dtype: `ignore_index` for 0 and `ignore_index`, otherwise one less.
+
+    Raises:
+        TypeError: the dtype is not an integer.
+        ValueError: `ignore_index` does not fit the dtype.
+    """
+    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+        raise TypeError(f"labels are class ids of an integer dtype, got {label.dtype}")
+    limits = torch.iinfo(label.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"ignore_index={ignore_index} does not fit labels of {label.dtype}")
+    ids = label.long() if label.dtype in WIDE_UNSIGNED else label
+    ignored = (ids == 0) | (ids == ignore_index)
+    return (ids - 1).masked_fill(ignored, ignore_index).to(label.dtype)
+
+
 def calculate_intersect_and_union(
     pred_label: Tensor,
     label: Tensor,
     num_classes: int,
-    ignore_index: int = 255,
+    ignore_index: int = IGNORE_INDEX,
     reduce_zero_label: bool = False,
 ) -> Tensor:
-    """Areas of each class in an image, over the pixels that are labelled.
+    """Count the pixels of each class in an image, over the pixels that are labelled.
 
     Args:
         pred_label: predicted classes, integers of any shape.
         label: true classes, integers of the same shape.
-        num_classes: K. Ids outside 0 to K - 1 belong to no class and are not counted; their pixels still are, for the
-            other of prediction and label.
+        num_classes: K. Ids outside 0 to K - 1 do not belong to a class: a pixel with such a prediction counts only for
+            its label, and the reverse.
         ignore_index: label of pixels that are left out.
-        reduce_zero_label: labels are 1 to K, and 0 is left out: `preprocess_nonzero_labels` first.
+        reduce_zero_label: labels are 1 to K, and 0 is left out; see `preprocess_nonzero_labels`.
 
     Returns:
         int64 [4, K], in pixels: intersection, union, prediction, label.
@@ -68,7 +84,8 @@ def calculate_intersect_and_union(
     labelled = label != ignore_index
     pred_label, label = pred_label[labelled], label[labelled]
     intersection, predicted, true = (
-        _count_ids(ids, num_classes) for ids in (pred_label[pred_label == label], pred_label, label)
+        ids[(ids >= 0) & (ids < num_classes)].bincount(minlength=num_classes)
+        for ids in (pred_label[pred_label == label], pred_label, label)
     )
     return torch.stack([intersection, predicted + true - intersection, predicted, true])
 
@@ -81,27 +98,30 @@ def total_area_to_metrics(
     metrics: Sequence[str] = ("mIoU",),
     beta: float = 1,
 ) -> dict[str, Tensor]:
-    """Metrics of each class.
+    """Compute the metrics of each class.
 
     Args:
-        total_area_intersect: [K], pixels of each class where prediction and label agree.
-        total_area_union: [K], where either says so.
-        total_area_pred_label: [K], where the prediction says so.
-        total_area_label: [K], where the label says so.
+        total_area_intersect: [K], pixels where prediction and label are the class.
+        total_area_union: [K], pixels where prediction or label is the class.
+        total_area_pred_label: [K], pixels that are predicted to be the class.
+        total_area_label: [K], pixels that are labelled as the class.
         metrics: `"mIoU"` gives `mIoU` and `acc`; `"dice"` gives `dice` and `acc`; `"fscore"` gives `fscore`,
             `precision` and `recall`.
         beta: weight of recall in the F-score, relative to precision.
 
     Returns:
         float64 [K] in [0, 1] by name, NaN where it is 0/0, and always `aAcc`: the share of all labelled pixels that are
-        right, a scalar.
+        predicted correctly, a scalar.
 
     Raises:
-        KeyError: another metric.
+        KeyError: a metric is unknown.
     """
     for name in metrics:
         if name not in METRIC_GROUPS:
-            raise KeyError(f"metric {name!r}{did_you_mean(str(name), METRIC_GROUPS)}: {', '.join(METRIC_GROUPS)}")
+            raise KeyError(
+                f"unknown metric {name!r}{did_you_mean(str(name), METRIC_GROUPS)}: expected some of "
+                f"{', '.join(METRIC_GROUPS)}"
+            )
     intersect, union, predicted, true = (
         torch.as_tensor(areas).double()
         for areas in (total_area_intersect, total_area_union, total_area_pred_label, total_area_label)
@@ -111,6 +131,8 @@ def total_area_to_metrics(
         "mIoU": intersect / union,
         "acc": recall,
         "dice": 2 * intersect / (predicted + true),
+        # As published it is NaN also for a class that is labelled and predicted but never at the same pixel: precision
+        # and recall are 0, and their harmonic mean is 0/0. So the mean F-score is never below the mean Dice.
         "fscore": (1 + beta**2) * precision * recall / (beta**2 * precision + recall),
         "precision": precision,
         "recall": recall,
@@ -126,24 +148,27 @@ def calculate_segmentation_metrics(
     *,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Metrics of a dataset: areas summed over all images, then means over classes; also logged, class by class.
+    """Compute the metrics of a dataset: areas are summed over all images, then metrics are averaged over classes.
+
+    Those of each class are logged.
 
     Args:
-        pre_eval_results: areas [4, K] of each image, as of `calculate_intersect_and_union`.
-        metrics: as of `total_area_to_metrics`.
-        beta: as of `total_area_to_metrics`.
-        class_names: of the K classes, for the table that is logged; None: their numbers.
+        pre_eval_results: areas [4, K] of each image, from `calculate_intersect_and_union`.
+        metrics: see `total_area_to_metrics`.
+        beta: see `total_area_to_metrics`.
+        class_names: of the K classes, for the table that is logged. Default: their numbers.
 
     Returns:
         Values in [0, 1] by name, those asked for in the order of `SEGMENTATION_METRICS`. NaN if no class has a value.
 
     Raises:
-        KeyError: another metric.
-        ValueError: there are no images, or another number of names than of classes.
+        KeyError: a metric is unknown.
+        ValueError: there are no images, or the number of names is not that of classes.
     """
     if len(pre_eval_results) == 0:
-        raise ValueError("no areas to compute metrics of: the dataset gave no images")
+        raise ValueError("no areas to compute metrics of: the dataset has no images")
     areas = torch.stack([torch.as_tensor(area) for area in pre_eval_results])  # [N, 4, K]
+    # In float32, pixels of a class would be lost above 2^24.
     total = areas.sum(dim=0, dtype=torch.float64 if areas.is_floating_point() else torch.int64)
     intersect, union, predicted, true = total
     by_class = total_area_to_metrics(intersect, union, predicted, true, metrics, beta)
@@ -155,10 +180,6 @@ def calculate_segmentation_metrics(
     logger.info("per class, in percent:\n%s", _table(names, ordered))
     logger.info("over all classes: %s", ", ".join(f"{name} {100 * value:.2f}" for name, value in means.items()))
     return means
-
-
-def _count_ids(ids: Tensor, num_classes: int) -> Tensor:
-    return ids[(ids >= 0) & (ids < num_classes)].bincount(minlength=num_classes)
 
 
 def _table(class_names: Sequence[str], metrics: dict[str, Tensor]) -> str:

@@ -34,7 +34,7 @@ from dinov3.eval.dense.transforms import (
     resize_label,
     size_of,
 )
-from dinov3.eval.segmentation.labels import IGNORE_INDEX, WIDE_UNSIGNED, preprocess_nonzero_labels
+from dinov3.eval.segmentation.metrics import IGNORE_INDEX, WIDE_UNSIGNED, preprocess_nonzero_labels
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 __all__ = [

@@ -10,6 +10,7 @@ from dinov3.eval.segmentation.metrics import (
     SEGMENTATION_METRICS,
     calculate_intersect_and_union,
     calculate_segmentation_metrics,
+    preprocess_nonzero_labels,
     total_area_to_metrics,
 )
 
@@ -125,3 +126,16 @@ def test_classes_are_logged_by_name(caplog: pytest.LogCaptureFixture) -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="no images"):
         calculate_segmentation_metrics([])
+
+
+def test_another_value_may_stand_for_unlabelled() -> None:
+    label = torch.tensor([0, 1, 255, 300])
+    assert preprocess_nonzero_labels(label, ignore_index=-1).tolist() == [-1, 0, 254, 299]
+    with pytest.raises(ValueError, match=r"ignore_index=-1 does not fit labels of torch.uint8"):
+        preprocess_nonzero_labels(label.to(torch.uint8), ignore_index=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_are_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"got {dtype}"):
+        preprocess_nonzero_labels(torch.ones(3, dtype=dtype))
