@@ -78,7 +78,8 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.depth.checkpoint_utils": "dinov3.eval.training.checkpoints",
     "dinov3.eval.depth.visualization_utils": "dinov3.eval.dense.pictures",
     "dinov3.eval.depth.visualization_utils.save_predictions": "dinov3.eval.depth.eval.save_predictions",
-    "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.masks",
+    "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.metrics",
+    "dinov3.eval.depth.datasets.datasets_utils._EvalCropType": "dinov3.eval.depth.metrics.EvalCropType",
     # Segmentation.
     "dinov3.eval.segmentation.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
+from omegaconf import MISSING
 
 from dinov3.configs.settings import key
 
 
 class Dtype(Enum):
-    """What a model runs in."""
+    """The precision that a model runs in."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -43,3 +45,24 @@ class OptimizerConfig:
     beta2: float = key(0.999, "decay of the second moment")
     weight_decay: float = key(0.01, "weight decay")
     gradient_clip: float = key(35.0, "largest norm of the gradient; inf: any")
+
+
+@dataclass
+class DatasetsConfig:
+    """The images; `root` is added to dataset strings that have none."""
+
+    root: str = key(MISSING, "directory of the datasets, e.g. that of nyu_train.txt or ADE20K_object150_train.txt")
+    train: str = key("", "dataset string, e.g. NYU:split=TRAIN, DepthFolder:split=train or ADE20K:split=TRAIN")
+    val: str = key("", "dataset string, for validation during training")
+
+
+def check_image_size(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is the short side in pixels, [height, width], or None."""
+    sides = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not (len(sides) in (1, 2) and are_pixels(sides)):
+        raise ValueError(f"{name}={value!r}: expected the short side in pixels, [height, width], or null")
+
+
+def are_pixels(sides: Sequence[Any]) -> bool:
+    """Return whether all sides are whole numbers of at least 1."""
+    return all(isinstance(side, int) and side >= 1 for side in sides)

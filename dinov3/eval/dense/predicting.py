@@ -1,20 +1,16 @@
-"""From a folder of images to files of predictions: what the predict commands share.
-
-Notable:
-- Each image's files are written whole, pictures last; a command that was stopped goes on where it was when it is
-  started again, because images that have their picture are skipped.
-- An image that cannot be read is reported and skipped, or ends the command with `--on-bad-image raise`.
-"""
+"""From a folder of images to files of predictions: the command that the predict modules of all dense tasks share."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,17 +18,19 @@ from tqdm import tqdm
 
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.listing import list_images
-from dinov3.eval.command.model import ModelConfig
-from dinov3.hub.command_line import parse_dtype, positive, written_whole
+from dinov3.distributed import runtime
+from dinov3.eval.command.config import read_config
+from dinov3.hub.command_line import parse_dtype, positive
+from dinov3.utils.files import atomic_write
 
-ON_BAD_IMAGE = ("skip", "raise")
-
-#: Of one image by the ending of their names: arrays (written as .npy) and pictures (.png), in the order of writing.
+#: Arrays (written as .npy) and pictures (.png) of one image by the endings of their file names, in order of writing.
 Files = Mapping[str, np.ndarray[Any, Any] | Image.Image]
 
+Config = TypeVar("Config")
 
-def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m dinov3.eval.<module>`, with the options that predict commands share."""
+
+def make_parser(module: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """Make the parser of `python -m dinov3.eval.<module>`, with the options that predict commands share."""
     parser = argparse.ArgumentParser(
         prog=f"python -m dinov3.eval.{module}",
         description=description,
@@ -49,124 +47,134 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", type=parse_dtype, help="float32 or bfloat16 (default: as trained)")
     parser.add_argument(
-        "--on-bad-image", choices=ON_BAD_IMAGE, default="skip", help="that cannot be read (default: skip)"
+        "--on-bad-image",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do if an image cannot be read (default: skip)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="predict images anew that have their results")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing predictions")
     return parser
 
 
-def find_images(images: Path) -> list[tuple[Path, Path]]:
-    """(file, path of its results without ending) of an image, or of all images in a folder.
+def predict_images(
+    arguments: argparse.Namespace, load: Callable[[], Callable[[Image.Image], Files]], *, what: str, last_suffix: str
+) -> int:
+    """Write the predictions of images; the rest of a predict command after its arguments were parsed.
+
+    A command that was stopped continues where it was when it is started again: images that have their last file are
+    skipped.
+
+    Args:
+        arguments: from a parser made by `make_parser`.
+        load: loads a model and returns what predicts the files of an RGB image.
+        what: is predicted, for the last line on the terminal.
+        last_suffix: ending of the name of the file of an image that is written last.
+
+    Returns:
+        0.
 
     Raises:
-        FileNotFoundError: there is nothing, or no image.
+        FileNotFoundError: there are no images.
+        ValueError: an image cannot be read, with `--on-bad-image raise`; or none of them can.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with runtime.preferring(None if arguments.device == "auto" else arguments.device):
+        predict = load()
+        images = find_images(arguments.images)
+        pending = {
+            file: stem
+            for file, stem in images.items()
+            if arguments.overwrite or not Path(f"{arguments.out / stem}{last_suffix}").exists()
+        }
+        if len(pending) < len(images):
+            n_done = len(images) - len(pending)
+            print(f"{n_done} of {len(images)} images have predictions: skipped (--overwrite predicts them again)")
+        n_bad = 0
+        for file, stem in tqdm(pending.items(), "predicting", unit="image"):
+            try:
+                image = ImageDataDecoder(file.read_bytes()).decode()
+            except OSError as error:
+                message = f"{file} cannot be read as an image: {error}"
+                if arguments.on_bad_image == "raise":
+                    raise ValueError(message) from error
+                tqdm.write(f"{message}: skipped", file=sys.stderr)
+                n_bad += 1
+                continue
+            for suffix, content in predict(image).items():
+                with atomic_write(f"{arguments.out / stem}{suffix}") as target:
+                    if isinstance(content, Image.Image):
+                        content.save(target, format="PNG")
+                    else:
+                        np.save(target, content)
+    if n_bad and n_bad == len(images):
+        raise ValueError(f"--images {arguments.images}: none of {n_bad} images can be read")
+    print(f"{what} of {len(pending) - n_bad} images in {arguments.out}")
+    return 0
+
+
+def find_images(images: Path) -> dict[Path, Path]:
+    """Return the path of its results, relative and without ending, for an image or for all images in a folder.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or there are no images.
     """
     images = images.expanduser()
     if images.is_file():
-        return [(images, Path(images.stem))]
+        return {images: Path(images.stem)}
     if not images.is_dir():
         raise FileNotFoundError(f"--images {images}: there is no such file or directory")
-    relative = [Path(name) for name in list_images(images).images]
-    if not relative:
-        raise FileNotFoundError(f"--images {images}: there is no image in it, at any depth")
-    stems = [path.with_suffix("") for path in relative]
-    # Where a.jpg and a.png lie side by side, both keep their endings.
-    counts = Counter(stems)
-    stems = [path if counts[stem] > 1 else stem for path, stem in zip(relative, stems, strict=True)]
-    return [(images / path, stem) for path, stem in zip(relative, stems, strict=True)]
+    found = [Path(name) for name in list_images(images).images]
+    if not found:
+        raise FileNotFoundError(f"--images {images}: there are no images in it, at any depth")
+    # If there are a.jpg and a.png side by side, both keep their endings.
+    counts = Counter(path.with_suffix("") for path in found)
+    return {images / path: stem if counts[stem := path.with_suffix("")] == 1 else path for path in found}
 
 
-def predict_images(
-    images: Path,
-    out: Path,
-    predict: Callable[[Image.Image], Files],
+def read_training(
+    weights: str | os.PathLike[str],
+    config_filename: str,
+    config_class: type[Config],
     *,
-    done_suffix: str,
-    on_bad_image: str,
-    overwrite: bool,
-) -> int:
-    """Write the predictions of images.
+    preferred: tuple[str, ...],
+    backbone_weights: str | None = None,
+) -> Config:
+    """Read the settings of the training of a head, and change them so that this head is loaded.
 
     Args:
-        images: an image, or a folder.
-        out: directory of the results.
-        predict: gives the files of an RGB image.
-        done_suffix: ending of the name of the file that is written last.
-        on_bad_image: `skip` or `raise`.
-        overwrite: predict images anew that have their results.
-
-    Returns:
-        The number of images that were predicted.
+        weights: the file of the head, or the output directory of its training.
+        config_filename: the file beside it in which the training wrote its settings.
+        config_class: of the settings, with `load_from` and `model`.
+        preferred: names of files in the directory; the first one that exists is taken.
+        backbone_weights: of the backbone, if they are not where the training had them.
 
     Raises:
-        FileNotFoundError: there is no image.
-        ValueError: an image cannot be read, with `raise`; or none of them can.
+        FileNotFoundError: one of the files does not exist.
+        ConfigError: the settings are not those of this task.
     """
-    found = find_images(images)
-    pending = [(file, stem) for file, stem in found if overwrite or not _named(out, stem, done_suffix).exists()]
-    if len(pending) < len(found):
-        print(f"{len(found) - len(pending)} of {len(found)} images have their results: skipped (--overwrite: anew)")
-    bad = 0
-    for file, stem in tqdm(pending, "predicting", unit="image"):
-        try:
-            image = ImageDataDecoder(file.read_bytes()).decode()
-        except OSError as error:
-            message = f"{file} cannot be read as an image: {error}"
-            if on_bad_image == "raise":
-                raise ValueError(message) from error
-            tqdm.write(f"{message}: skipped", file=sys.stderr)
-            bad += 1
-            continue
-        for suffix, content in predict(image).items():
-            _write(_named(out, stem, suffix), content)
-    if bad and bad == len(found):
-        raise ValueError(f"--images {images}: none of {len(found)} images can be read")
-    return len(pending) - bad
-
-
-def find_head(weights: Path, config_filename: str, *, preferred: tuple[str, ...]) -> tuple[Path, Path]:
-    """The file of a trained head and the configuration beside it.
-
-    Args:
-        weights: the file, or the output directory of its training.
-        config_filename: what the training wrote.
-        preferred: names of files in the directory, the first that is there is taken.
-
-    Raises:
-        FileNotFoundError: one of them is not there.
-    """
-    weights = weights.expanduser()
-    if weights.is_dir():
-        files = [weights / name for name in preferred if (weights / name).is_file()]
+    file = Path(weights).expanduser()
+    if file.is_dir():
+        files = [file / name for name in preferred if (file / name).is_file()]
         if not files:
-            raise FileNotFoundError(f"--weights {weights}: there is no {' or '.join(preferred)} in this directory")
-        weights = files[0]
-    if not weights.is_file():
-        raise FileNotFoundError(f"--weights {weights}: there is no such file")
-    config = weights.parent / config_filename
-    if not config.is_file():
+            raise FileNotFoundError(f"--weights {file}: there is no {' or '.join(preferred)} in this directory")
+        file = files[0]
+    if not file.is_file():
+        raise FileNotFoundError(f"--weights {file}: there is no such file")
+    config_file = file.parent / config_filename
+    if not config_file.is_file():
         raise FileNotFoundError(
-            f"--weights {weights}: there is no {config_filename} beside it, which says what head it is and on which "
-            "backbone; training writes it"
+            f"--weights {file}: there is no {config_filename} beside it, in which training wrote the type of the head "
+            "and its backbone"
         )
-    return weights, config
+    config: Any = read_config(config_file, config_class)
+    model = config.model
+    if model is not None and backbone_weights is not None:
+        model = dataclasses.replace(model, **{"weights" if model.dino_hub else "pretrained_weights": backbone_weights})
+    return dataclasses.replace(config, load_from=str(file), model=model)
 
 
-def move_backbone(model: ModelConfig | None, weights: str | None) -> ModelConfig | None:
-    """The backbone of a training, with its weights elsewhere if they are given."""
-    if model is None or weights is None:
-        return model
-    return dataclasses.replace(model, **{"weights" if model.dino_hub else "pretrained_weights": weights})
-
-
-def _named(out: Path, stem: Path, suffix: str) -> Path:
-    return out / stem.parent / f"{stem.name}{suffix}"
-
-
-def _write(path: Path, content: np.ndarray[Any, Any] | Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        if isinstance(content, Image.Image):
-            content.save(file, format="PNG")
-        else:
-            np.save(file, content)
+def with_evaluation_transforms(config: Config, **settings: Any) -> Config:
+    """Return a copy of the settings of a run with others in `transforms.eval`."""
+    transforms: Any = config.transforms  # type: ignore[attr-defined]
+    transforms = dataclasses.replace(transforms, eval=dataclasses.replace(transforms.eval, **settings))
+    return dataclasses.replace(config, transforms=transforms)  # type: ignore[type-var]

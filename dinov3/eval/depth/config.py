@@ -7,30 +7,26 @@ configs/config-nyu-synthmix-dpt-inference.yaml    evaluates the released DPT hea
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from dinov3.configs.settings import key
 from dinov3.eval.command.model import ModelConfig
-from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
+from dinov3.eval.dense import config as dense
+from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig, are_pixels, check_image_size
 from dinov3.eval.depth.loss import LossType
-from dinov3.eval.depth.masks import EvalCropType
-from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME
-from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
+from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME, EvalCropType
 from dinov3.heads.depth.depther import DecoderConfig
 from dinov3.heads.depth.dpt import DPTHead
+from dinov3.hub import depthers
+from dinov3.hub.transforms import normalization_of
 from dinov3.utils import did_you_mean
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
-HUB_DEPTHERS = ("dinov3_vit7b16_dd", "dinov3_vitl16_chmv2")
-#: What `decoder_head.head_kwargs` may hold, by the type of the head.
+HUB_DEPTHERS = tuple(depthers.PUBLISHED)
+#: What `decoder_head.head_kwargs` may hold, by the type of the head; the others are keys of `decoder_head`.
 HEAD_KWARGS: dict[str, list[str]] = {
     "linear": [],
     "dpt": [
@@ -50,12 +46,9 @@ class Extension(Enum):
 
 
 @dataclass
-class DatasetsConfig:
-    """Which images; `root` is added to the dataset strings that have none."""
+class DatasetsConfig(dense.DatasetsConfig):
+    """The images; `root` is added to dataset strings that have none."""
 
-    root: str = key(MISSING, "directory of the datasets, e.g. that of nyu_train.txt")
-    train: str = key("", "dataset string, e.g. NYU:split=TRAIN or DepthFolder:split=train")
-    val: str = key("", "dataset string, for the validations of a training")
     test: str = key("", "dataset string, for the evaluation at the end")
 
 
@@ -73,15 +66,15 @@ class TrainTransformConfig:
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
 
     def __post_init__(self) -> None:
-        _check_img_size("transforms.train.img_size", self.img_size)
-        if self.random_crop is not None and not _is_size(self.random_crop):
+        check_image_size("transforms.train.img_size", self.img_size)
+        if self.random_crop is not None and not (len(self.random_crop) == 2 and are_pixels(self.random_crop)):
             raise ValueError(
                 f"transforms.train.random_crop={self.random_crop}: expected [height, width] in pixels, or null"
             )
-        low, high = self.brightness_range if len(self.brightness_range) == 2 else (math.nan, math.nan)
-        if not 0 < low <= high:
+        factors = self.brightness_range
+        if not (len(factors) == 2 and 0 < factors[0] <= factors[1]):
             raise ValueError(
-                f"transforms.train.brightness_range={self.brightness_range}: expected the smallest and the largest "
+                f"transforms.train.brightness_range={factors}: expected the smallest and the largest "
                 "factor, e.g. [0.9,1.1]"
             )
 
@@ -95,7 +88,7 @@ class EvalTransformConfig:
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
 
     def __post_init__(self) -> None:
-        _check_img_size("transforms.eval.img_size", self.img_size)
+        check_image_size("transforms.eval.img_size", self.img_size)
 
 
 @dataclass
@@ -104,9 +97,9 @@ class TransformConfig:
 
     train: TrainTransformConfig | None = None
     eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
-    mean: list[float] = key(IMAGENET_MEAN, "of the normalisation, by channel")
-    std: list[float] = key(IMAGENET_STD, "of the normalisation, by channel")
-    normalization_constant: float = key(1000.0, "stored depth of one metre; datasets in metres do without")
+    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the normalisation, by channel")
+    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "of the normalisation, by channel")
+    normalization_constant: float = key(1000.0, "stored depth of one metre; not used for datasets in metres")
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -132,7 +125,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.min_depth < self.max_depth:
             raise ValueError(
-                f"eval.min_depth={self.min_depth} must be below eval.max_depth={self.max_depth}, from 0 on"
+                f"eval.min_depth={self.min_depth} must be at least 0 and below eval.max_depth={self.max_depth}"
             )
         if self.eval_interval < 1:
             raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
@@ -151,7 +144,7 @@ class ResultConfig:
 
 @dataclass
 class DepthConfig:
-    """Everything that a run is configured with."""
+    """All settings of a run."""
 
     model: ModelConfig | None = None
     bs: int = key(2, "images per step and process in training")
@@ -167,7 +160,8 @@ class DepthConfig:
     )
     losses: dict[LossType, float] | None = key(None, "weights, e.g. {SIGLOSS: 1.0}; or GRADIENT_LOSS, L1, ...")
     global_loss: bool = key(
-        False, "one loss of the images of all processes, so that their number plays no role; false: as published"
+        False,
+        "one loss of the images of all processes, so that results do not depend on their number; false: as published",
     )
     transforms: TransformConfig = field(default_factory=TransformConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -190,17 +184,25 @@ class DepthConfig:
         if self.scheduler.total_iter < 1:
             raise ValueError(f"scheduler.total_iter={self.scheduler.total_iter}: expected 1 or more")
 
+        if self.load_from in HUB_DEPTHERS:
+            # What is written and compared is what runs: the head of the released model.
+            self.decoder_head = depthers.config_of(self.load_from)
+            given = list(self.transforms.mean), list(self.transforms.std)
+            if given == (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)):
+                mean, std = normalization_of(depthers.PUBLISHED[self.load_from].weights.name)
+                self.transforms.mean, self.transforms.std = list(mean), list(std)
+
     def check(self) -> None:
-        """Refuse what no run can be made of, before anything is loaded.
+        """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
             ValueError: names the key.
-            FileNotFoundError: there is no such trained head.
+            FileNotFoundError: the trained head does not exist.
         """
         self.check_model()
         if not self.load_from:
             missing = [f"datasets.{name}" for name in ("train", "val") if not getattr(self.datasets, name)]
-            missing += [name for name in ("losses",) if not self.losses]
+            missing += [] if self.losses else ["losses"]
             if missing:
                 raise ValueError(f"training needs {', '.join(missing)}: see configs/config-nyu.yaml")
             if self.transforms.train is None:
@@ -209,92 +211,30 @@ class DepthConfig:
             raise ValueError("evaluating needs datasets.test, e.g. NYU:split=TEST")
 
     def check_model(self) -> None:
-        """Refuse a configuration that names no model, or weights that go with none.
-
-        Raises:
-            ValueError: names the key.
-            FileNotFoundError: there is no such trained head.
-        """
-        is_hub_model = self.load_from in HUB_DEPTHERS
-        if (self.head_weights or self.backbone_weights) and not is_hub_model:
+        """Refuse settings that name no model, or weights that nothing uses; raises as `check` does."""
+        if self.load_from in HUB_DEPTHERS:
+            return
+        if self.head_weights or self.backbone_weights:
             raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(HUB_DEPTHERS)}")
-        if not is_hub_model:
-            if self.model is None:
-                raise ValueError(
-                    "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
-                    f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
-                )
-            self.model.check()
-            _check_head(self.decoder_head)
-            if self.load_from and not Path(self.load_from).expanduser().exists():
-                raise FileNotFoundError(
-                    f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_DEPTHERS)}: there is no such file"
-                )
-
-
-def _check_head(head: DecoderConfig) -> None:
-    if head.type not in HEAD_KWARGS:
-        raise ValueError(
-            f"decoder_head.type={head.type!r}{did_you_mean(head.type, HEAD_KWARGS)}: expected "
-            f"{' or '.join(HEAD_KWARGS)}"
-        )
-    known = HEAD_KWARGS[head.type]
-    for name in head.head_kwargs:
-        if name not in known:
+        if self.model is None:
+            raise ValueError(
+                "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
+                f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
+            )
+        self.model.check()
+        head = self.decoder_head
+        if head.type not in HEAD_KWARGS:
+            raise ValueError(
+                f"decoder_head.type={head.type!r}{did_you_mean(head.type, HEAD_KWARGS)}: expected "
+                f"{' or '.join(HEAD_KWARGS)}"
+            )
+        known = HEAD_KWARGS[head.type]
+        for name in set(head.head_kwargs).difference(known):
             raise ValueError(
                 f"decoder_head.head_kwargs.{name}{did_you_mean(name, known)}: a {head.type} head takes "
                 f"{', '.join(known) or 'none, only one of decoder_head.type=dpt does'}"
             )
-
-
-def _check_img_size(name: str, size: Any) -> None:
-    if size is not None and not _is_size(size if isinstance(size, Sequence) else [size, size]):
-        raise ValueError(f"{name}={size!r}: expected pixels of the short side, [height, width], or null")
-
-
-def _is_size(sides: Sequence[Any]) -> bool:
-    return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
-
-
-def make_depth_train_transforms_from_config(config: DepthConfig, *, in_metres: bool = False) -> Any:
-    """The transforms of (image, depth) for training.
-
-    Args:
-        config: of the run, with its section `transforms.train`.
-        in_metres: the dataset gives metres, which `normalization_constant` must not divide.
-
-    Raises:
-        ValueError: there is no such section.
-    """
-    transforms = config.transforms
-    if transforms.train is None:
-        raise ValueError("transforms.train is missing: training needs it")
-    return make_depth_train_transforms(
-        normalization_constant=1.0 if in_metres else transforms.normalization_constant,
-        rotation_angle=transforms.train.rotation_angle,
-        img_size=transforms.train.img_size,
-        random_crop_size=transforms.train.random_crop,
-        fixed_crop=transforms.train.fixed_crop,
-        mean=transforms.mean,
-        std=transforms.std,
-        brightness_range=transforms.train.brightness_range,
-    )
-
-
-def make_depth_eval_transforms_from_config(config: DepthConfig, split: str = "val", *, in_metres: bool = False) -> Any:
-    """The transforms of (image, depth) for evaluation; flipped images are added for the split `test` alone.
-
-    Args:
-        config: of the run.
-        split: `val` or `test`.
-        in_metres: the dataset gives metres, which `normalization_constant` must not divide.
-    """
-    transforms = config.transforms
-    return make_depth_eval_transforms(
-        normalization_constant=1.0 if in_metres else transforms.normalization_constant,
-        img_size=transforms.eval.img_size,
-        mean=transforms.mean,
-        std=transforms.std,
-        fixed_crop=transforms.eval.fixed_crop,
-        tta=split == "test" and config.eval.use_tta,
-    )
+        if self.load_from and not Path(self.load_from).expanduser().exists():
+            raise FileNotFoundError(
+                f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_DEPTHERS)}: there is no such file"
+            )

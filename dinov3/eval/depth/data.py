@@ -1,54 +1,61 @@
-"""The images and depth maps of a run: datasets by split, loaders that train and that evaluate."""
+"""Images and depth maps of a run, by split."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dinov3.data import make_dataset
 from dinov3.data.datasets.strings import DATASETS, parse_dataset_string
-from dinov3.eval.depth.config import (
-    DepthConfig,
-    make_depth_eval_transforms_from_config,
-    make_depth_train_transforms_from_config,
-)
-from dinov3.eval.features.extraction import make_enumerated_loader
+from dinov3.eval.dense.data import make_paired_dataset
+from dinov3.eval.depth.config import DepthConfig
+from dinov3.eval.depth.transforms import make_depth_eval_transforms, make_depth_train_transforms
 
 
 def make_depth_dataset(config: DepthConfig, split: str) -> Any:
-    """The dataset of a split with its transforms.
+    """Make the dataset of a split (`train`, `val` or `test`) with its transforms.
+
+    Raises:
+        ValueError: the dataset string is wrong, mixes metres with other units, or names no images.
+        FileNotFoundError: what it names does not exist.
+    """
+    text = getattr(config.datasets, split)
+    datasets = [DATASETS[one.name][0] for one in parse_dataset_string(text)]
+    units = {bool(getattr(dataset, "depth_in_metres", False)) for dataset in datasets}
+    if len(units) > 1:
+        raise ValueError(f"{text}: datasets in metres cannot be joined with datasets in other units")
+    return make_paired_dataset(config.datasets, split, make_transforms(config, split, in_metres=units.pop()))
+
+
+def make_transforms(config: DepthConfig, split: str, *, in_metres: bool = False) -> Any:
+    """Make the transforms of (image, depth) of a split; only `test` adds flipped images.
 
     Args:
         config: of the run.
         split: `train`, `val` or `test`.
+        in_metres: the dataset gives metres, which `normalization_constant` must not divide.
 
     Raises:
-        ValueError: the dataset string means nothing, mixes metres with other units, or names no image.
-        FileNotFoundError: what it names does not exist.
+        ValueError: `transforms.train` is missing.
     """
-    text = getattr(config.datasets, split)
-    in_metres = _gives_metres(text)
-    if split == "train":
-        transforms = make_depth_train_transforms_from_config(config, in_metres=in_metres)
-    else:
-        transforms = make_depth_eval_transforms_from_config(config, split, in_metres=in_metres)
-    dataset = make_dataset(dataset_str=text, transforms=transforms, root=config.datasets.root)
-    if len(dataset) == 0:
-        raise ValueError(f"datasets.{split}={text}: there are no images")
-    return dataset
-
-
-def make_depth_eval_loader(dataset: Any, num_workers: int) -> Any:
-    """Of this process's share, one image at a time: `(images, (index, depths))`, padding with index -1.
-
-    `images` is a list of [1, 3, H, W], the flipped one second where there is one, `depths` one of [1, 1, h, w].
-    """
-    return make_enumerated_loader(dataset, batch_size=1, num_workers=num_workers)
-
-
-def _gives_metres(dataset_str: str) -> bool:
-    kinds = {
-        bool(getattr(DATASETS[one.name][0], "depth_in_metres", False)) for one in parse_dataset_string(dataset_str)
-    }
-    if len(kinds) > 1:
-        raise ValueError(f"{dataset_str}: datasets in metres cannot be joined with datasets in other units")
-    return kinds.pop()
+    transforms = config.transforms
+    normalization_constant = 1.0 if in_metres else transforms.normalization_constant
+    if split != "train":
+        return make_depth_eval_transforms(
+            normalization_constant=normalization_constant,
+            img_size=transforms.eval.img_size,
+            mean=transforms.mean,
+            std=transforms.std,
+            fixed_crop=transforms.eval.fixed_crop,
+            tta=split == "test" and config.eval.use_tta,
+        )
+    if transforms.train is None:
+        raise ValueError("transforms.train is missing: training needs it")
+    return make_depth_train_transforms(
+        normalization_constant=normalization_constant,
+        rotation_angle=transforms.train.rotation_angle,
+        img_size=transforms.train.img_size,
+        random_crop_size=transforms.train.random_crop,
+        fixed_crop=transforms.train.fixed_crop,
+        mean=transforms.mean,
+        std=transforms.std,
+        brightness_range=transforms.train.brightness_range,
+    )

@@ -1,10 +1,4 @@
-"""Measuring a depth model: whole images, optionally flipped too or aligned with the ground truth, metrics by image.
-
-Notable:
-- Every process predicts equally many images, because a sharded model needs it; what pads is dropped by its index, so
-  results do not depend on the number of processes.
-- The flipped image is predicted beside the image itself, here; nothing is hooked to the user's model.
-"""
+"""Evaluation of depth models on whole images, and saved predictions."""
 
 from __future__ import annotations
 
@@ -18,20 +12,29 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3 import distributed
+from dinov3.eval.command.progress import track
 from dinov3.eval.dense.pictures import alpha_blend, depth_tensor_to_colorized_pil, normalized_tensor_to_pil
-from dinov3.eval.depth.config import IMAGENET_MEAN, IMAGENET_STD, DepthConfig, ResultConfig
-from dinov3.eval.depth.data import make_depth_dataset, make_depth_eval_loader
-from dinov3.eval.depth.masks import EvalCropType, make_valid_mask
-from dinov3.eval.depth.metrics import DEPTH_METRICS, DepthMetric, align_depth_least_square, calculate_depth_metrics
+from dinov3.eval.depth.config import DepthConfig, ResultConfig
+from dinov3.eval.depth.metrics import (
+    DEPTH_METRICS,
+    DepthMetric,
+    EvalCropType,
+    align_depth_least_square,
+    calculate_depth_metrics,
+    make_valid_mask,
+)
 from dinov3.eval.depth.transforms import LeftRightFlipAug
+from dinov3.eval.features.extraction import make_enumerated_loader
 from dinov3.layers.resizing import resize_bilinear
+from dinov3.utils.messages import list_names
+from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov3")
 
-Results = dict[str, float] | dict[str, list[float]]
+#: By metric: the mean over images, or the values by image.
+Results = dict[str, Any]
 
 
 @torch.no_grad()
@@ -50,32 +53,32 @@ def evaluate_depther_with_dataloader(
     use_tta: bool = False,
     *,
     unpad_predictions: bool = False,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> tuple[Results, dict[str, Any], list[int]]:
-    """Measure a depth model on one image after the other.
+    """Compute metrics of a depth model, one image after another.
 
     Args:
         dataloader: yields `(images, (index, depths))`: lists of [1, 3, H, W] and of [1, 1, h, w], the flipped ones
-            second with `use_tta`; those with a negative index are predicted and dropped.
+            second with `use_tta`; those with a negative index, which pad a process's share, are predicted and dropped.
         depther: gives depth [B, 1, H', W'] in metres.
-        device: where it is.
+        device: of the model.
         metrics: of `DEPTH_METRICS`.
         eval_range: smallest and largest depth that count, metres; predictions are clamped to it.
         result_config: whether and how predictions are saved.
-        save_dir: directory of saved predictions.
+        save_dir: directory for saved predictions.
         ignored_value: depth of pixels without measurement.
         eval_mask_type: which pixels count.
-        reduce_results: means over the images instead of lists.
+        reduce_results: return means over the images instead of lists.
         align_least_squares: fit scale and shift of each prediction first.
         use_tta: average the predictions of the image and of the flipped image.
         unpad_predictions: call `depther.predict`, which cuts off what padding added, instead of the model itself.
-        mean: that images were normalised with, for saved pictures.
-        std: likewise.
+        mean: of the normalisation of images, for saved pictures.
+        std: of the normalisation of images, for saved pictures.
 
     Returns:
         By metric the mean over images that have valid pixels, or the values by image (NaN for those that have none); an
-        empty dictionary; the images' indices in the dataset.
+        empty dictionary; the images' indices in the dataset. Nothing depends on the number of processes.
 
     Raises:
         ValueError: no image has a valid pixel.
@@ -83,12 +86,12 @@ def evaluate_depther_with_dataloader(
     depther.eval()
     flip = LeftRightFlipAug(use_tta)
     low, high = eval_range
+    names = [metric.name for metric in metrics]
     rows: dict[int, list[float] | None] = {}
-    hidden = None if distributed.is_main_process() else True
-    for images, (index, depths) in tqdm(dataloader, "evaluation", unit="image", disable=hidden):
+    for images, (index, depths) in track(dataloader, "evaluation", unit="image"):
         batch = torch.cat(list(images)).to(device, non_blocking=True)
         prediction = depther.predict(batch) if unpad_predictions else depther(batch)  # type: ignore[operator]
-        if int(index) < 0:
+        if int(index) < 0:  # only predicted because a sharded model needs equally many calls in all processes
             continue
         prediction = flip.inverse(prediction)
         depth = depths[0].to(device, non_blocking=True)
@@ -101,8 +104,11 @@ def evaluate_depther_with_dataloader(
         if result_config.save_results:
             save_predictions(images[0], prediction, depth, result_config, save_dir, int(index), mean=mean, std=std)
         prediction = prediction.clamp(low, high)
-        rows[int(index)] = _measure(depth, prediction, valid, metrics) if has_valid_pixels else None
-    return _collect(rows, [metric.name for metric in metrics], reduce_results=reduce_results)
+        rows[int(index)] = None
+        if has_valid_pixels:
+            values = calculate_depth_metrics(depth, prediction, valid, list_metrics=names)
+            rows[int(index)] = [float(getattr(values, name)) for name in names]
+    return _collect(rows, names, reduce_results=reduce_results)
 
 
 def evaluate_depther_with_config(
@@ -111,25 +117,24 @@ def evaluate_depther_with_config(
     device: torch.device | str,
     reduce_results: bool = True,
     *,
+    dataset: Any,
     split: str = "test",
     save_dir: str = "",
-    dataset: Any = None,
 ) -> tuple[Results, dict[str, Any], list[int]]:
-    """`evaluate_depther_with_dataloader` of a split as `config` describes it, metrics in the order of `DEPTH_METRICS`.
+    """Call `evaluate_depther_with_dataloader` as `config` describes, with metrics in the order of `DEPTH_METRICS`.
 
     Args:
         config: of the run.
-        depther: as there.
-        device: as there.
-        reduce_results: as there.
+        depther: gives depth [B, 1, H', W'] in metres.
+        device: of the model.
+        reduce_results: return means over the images instead of lists.
+        dataset: of the split, with its transforms.
         split: `test`, or `val`, which is never flipped and of which nothing is saved.
-        save_dir: as there.
-        dataset: of the split; None: made anew.
+        save_dir: directory for saved predictions.
     """
-    dataset = make_depth_dataset(config, split) if dataset is None else dataset
     is_test = split == "test"
     return evaluate_depther_with_dataloader(
-        make_depth_eval_loader(dataset, config.num_workers),
+        make_enumerated_loader(dataset, batch_size=1, num_workers=config.num_workers),
         depther,
         device,
         [metric for metric in DEPTH_METRICS if metric.name in config.metrics],
@@ -156,8 +161,8 @@ def save_predictions(
     save_index: int,
     pred_tensor_to_pil_fn: Callable[[Tensor], Image.Image] = depth_tensor_to_colorized_pil,
     *,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> None:
     """Write `results_<index>` into `<save_dir>/visualizations`.
 
@@ -201,42 +206,39 @@ def save_predictions(
 
 
 def mean_of_finite(values: Sequence[float]) -> float:
-    """The mean of the values that are not NaN."""
-    kept = [value for value in values if not math.isnan(value)]
-    return sum(kept) / len(kept) if kept else math.nan
-
-
-def _measure(depth: Tensor, prediction: Tensor, valid: Tensor, metrics: Sequence[DepthMetric]) -> list[float]:
-    names = [metric.name for metric in metrics]
-    values = calculate_depth_metrics(depth, prediction, valid, list_metrics=names)
-    return [float(getattr(values, name)) for name in names]
+    """Return the mean of the values that are not NaN."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _collect(
     own_rows: dict[int, list[float] | None], names: Sequence[str], *, reduce_results: bool
 ) -> tuple[Results, dict[str, Any], list[int]]:
-    # None of a depth map without a pixel that counts.
-    found = {index: row for part in distributed.all_gather_objects(own_rows) for index, row in part.items()}
-    rows = {index: [math.nan] * len(names) if row is None else row for index, row in found.items()}
-    indices = sorted(rows)
-    without = [index for index in indices if found[index] is None]
-    broken = [index for index in indices if found[index] is not None and any(map(math.isnan, rows[index]))]
-    if len(without) == len(indices):
+    # A row is None if the depth map has no pixel that counts.
+    gathered = {index: row for part in distributed.all_gather_objects(own_rows) for index, row in part.items()}
+    rows = {index: gathered[index] for index in sorted(gathered)}
+    without = [index for index, row in rows.items() if row is None]
+    broken = [index for index, row in rows.items() if row is not None and any(map(math.isnan, row))]
+    if len(without) == len(rows):
         raise ValueError(
-            f"none of {len(indices)} depth maps has a pixel that counts: check eval.min_depth and eval.max_depth, "
+            f"none of {len(rows)} depth maps has a pixel that counts: check eval.min_depth and eval.max_depth, "
             "transforms.normalization_constant (stored depth of one metre) and transforms.eval.eval_mask"
         )
     if without:
         logger.warning(
-            "%d depth maps have no pixel that counts, and no part in the means: %s", len(without), without[:10]
+            "%d depth maps have no pixel that counts, so the means leave them out: images %s",
+            len(without),
+            list_names(without),
         )
     if broken:
         logger.warning(
-            "the predictions of %d images are not finite; where their figures are NaN, the means leave them out: %s",
+            "predictions of %d images are not finite, so the means leave out metrics of them that are NaN: images %s",
             len(broken),
-            broken[:10],
+            list_names(broken),
         )
-    columns = {name: [rows[index][column] for index in indices] for column, name in enumerate(names)}
+    columns: Results = {
+        name: [math.nan if row is None else row[column] for row in rows.values()] for column, name in enumerate(names)
+    }
     if reduce_results:
-        return {name: mean_of_finite(values) for name, values in columns.items()}, {}, indices
-    return columns, {}, indices
+        columns = {name: mean_of_finite(values) for name, values in columns.items()}
+    return columns, {}, list(rows)

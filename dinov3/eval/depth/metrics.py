@@ -1,17 +1,10 @@
-"""Errors of a predicted depth map, and the scale and shift that fit it best.
-
-Notable:
-- An image without a valid pixel has NaN metrics, silog too, so that means over images can leave it out. No scale and
-  shift fits it: aligning gives NaN, never a map of zeros.
-- With a mask, pixels with gt <= 0 are left out as well; without one, nothing is.
-- silog is 100 times the standard deviation of the logarithms' difference, from deviations: the usual difference of two
-  means can be negative by rounding.
-"""
+"""Errors of a predicted depth map, the pixels that count, and the scale and shift that fit a prediction best."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -21,23 +14,61 @@ from torch import Tensor
 from dinov3.utils.messages import did_you_mean
 
 ACCURACY_FACTOR = 1.25
-#: Predictions whose standard deviation is less than this share of their mean have no scale.
+#: Predictions whose standard deviation is below this share of their mean are constant: no scale fits them.
 CONSTANT_TOLERANCE = 1e-7
+#: Rows 45..471 and columns 41..601 (half open) of 480 x 640, as shares of height and width.
+NYU_EIGEN_ROWS = (45 / 480, 471 / 480)
+NYU_EIGEN_COLUMNS = (41 / 640, 601 / 640)
+
+
+class EvalCropType(Enum):
+    """The part of a map that counts."""
+
+    #: The part of NYU's 480 x 640 images that most publications evaluate: without the border.
+    NYU_EIGEN = "NYU_EIGEN"
+    FULL = "FULL"
+
+
+def make_valid_mask(x: Tensor, eval_crop: EvalCropType | str = EvalCropType.FULL, ignored_value: float = 0.0) -> Tensor:
+    """Find the pixels of depth maps that hold a measurement that counts.
+
+    Args:
+        x: depth [B, C, H, W].
+        eval_crop: the part that counts, or its name.
+        ignored_value: means "not measured" if all channels of a pixel hold it.
+
+    Returns:
+        bool [B, C, H, W], the same for all channels. Pixels with a NaN or an infinity do not count either.
+
+    Raises:
+        ValueError: the crop is unknown, or `x` has other dimensions.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"expected depth maps [B, C, H, W], got shape {tuple(x.shape)}")
+    names = EvalCropType.__members__
+    if isinstance(eval_crop, str) and eval_crop not in names:
+        raise ValueError(f"unknown evaluation crop {eval_crop!r}: expected one of {', '.join(names)}")
+    height, width = x.shape[-2:]
+    measured = (x != ignored_value).any(dim=1, keepdim=True) & x.isfinite().all(dim=1, keepdim=True)  # [B, 1, H, W]
+    if eval_crop in (EvalCropType.NYU_EIGEN, "NYU_EIGEN"):
+        inside = torch.zeros_like(measured)
+        rows = slice(*(int(share * height) for share in NYU_EIGEN_ROWS))
+        columns = slice(*(int(share * width) for share in NYU_EIGEN_COLUMNS))
+        inside[..., rows, columns] = True
+        measured = measured & inside
+    return measured.expand_as(x).clone()
 
 
 @dataclass(frozen=True)
 class DepthMetric:
-    """What a metric is called, and in which direction it is better."""
+    """The name of a metric, and whether lower values are better."""
 
     name: str
     is_lower_better: bool = True
 
 
 class DepthMetrics(NamedTuple):
-    """Metrics of one set of pixels: float32 scalars on the device of the maps; what was not asked for is NaN.
-
-    `log_10` is infinite when it was not asked for, as in the official release.
-    """
+    """Metrics of one set of pixels: float32 scalars on the device of the maps; those not requested are NaN."""
 
     a1: Tensor
     a2: Tensor
@@ -63,42 +94,35 @@ def calculate_depth_metrics(
     valid_mask: Tensor | None = None,
     list_metrics: Iterable[str | DepthMetric] = DEPTH_METRICS_NAME,
 ) -> DepthMetrics:
-    """Errors over the valid pixels of all maps together.
+    """Compute errors over the valid pixels of all maps together.
 
     Args:
         gt: measured depth, of any shape, in metres.
         pred: predicted depth, positive, of the same shape.
-        valid_mask: bool, of the same shape; pixels with `gt` > 0 count where it is True. None: all pixels count.
-        list_metrics: which ones, by name or as items of `DEPTH_METRICS`.
+        valid_mask: bool, of the same shape; pixels with `gt` > 0 count where it is True. Default: all pixels count.
+        list_metrics: the requested ones, by name or as items of `DEPTH_METRICS`.
 
     Returns:
-        All ten; NaN without valid pixels.
+        All ten, NaN if there are no valid pixels, so that means over images can leave the image out.
 
     Raises:
-        ValueError: the shapes differ, or there is no such metric.
+        ValueError: the shapes differ, or a metric is unknown.
     """
     names = {metric if isinstance(metric, str) else metric.name for metric in list_metrics}
     for name in sorted(names.difference(DEPTH_METRICS_NAME)):
         raise ValueError(
-            f"there is no depth metric {name!r}{did_you_mean(name, DEPTH_METRICS_NAME)}; expected some of "
+            f"unknown depth metric {name!r}{did_you_mean(name, DEPTH_METRICS_NAME)}: expected some of "
             f"{', '.join(DEPTH_METRICS_NAME)}"
         )
     _check_shapes(gt, pred, valid_mask)
     if valid_mask is not None:
         valid = valid_mask.bool() & (gt > 0)
         gt, pred = gt[valid], pred[valid]  # [n]
-    values = _all_metrics(gt.float(), pred.float())
-    missing = torch.full((), torch.nan, device=gt.device)
-    defaults = {"log_10": torch.full((), torch.inf, device=gt.device)}
-    return DepthMetrics(**{n: values[n] if n in names else defaults.get(n, missing) for n in DEPTH_METRICS_NAME})
-
-
-def _all_metrics(gt: Tensor, pred: Tensor) -> dict[str, Tensor]:
-    error = gt - pred
-    log_error = gt.log() - pred.log()
+    gt, pred = gt.float(), pred.float()
+    error, log_error = gt - pred, gt.log() - pred.log()
     ratio = torch.maximum(gt / pred, pred / gt)
     exact = log_error.to(_exact_dtype(log_error))
-    return {
+    values = {
         "a1": (ratio < ACCURACY_FACTOR).float().mean(),
         "a2": (ratio < ACCURACY_FACTOR**2).float().mean(),
         "a3": (ratio < ACCURACY_FACTOR**3).float().mean(),
@@ -106,26 +130,31 @@ def _all_metrics(gt: Tensor, pred: Tensor) -> dict[str, Tensor]:
         "rmse": error.square().mean().sqrt(),
         "log_10": (gt.log10() - pred.log10()).abs().mean(),
         "rmse_log": log_error.square().mean().sqrt(),
+        # From deviations: the usual difference of two means can be negative by rounding.
         "silog": (100 * (exact - exact.mean()).square().mean().sqrt()).float(),
         "sq_rel": (error.square() / gt).mean(),
         "mae": error.abs().mean(),
     }
+    # As published, log_10 is infinite if it was not requested.
+    missing = {"log_10": torch.inf}
+    not_requested = {name: gt.new_full((), missing.get(name, torch.nan)) for name in values.keys() - names}
+    return DepthMetrics(**(values | not_requested))
 
 
 def align_depth_least_square(
     gt: Tensor, pred: Tensor, valid_mask: Tensor, max_resolution: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The prediction with the scale and shift that bring it nearest to the measurement, in the sense of least squares.
+    """Scale and shift a prediction to the least-squares fit to the measurement.
 
     Args:
         gt: measured depth of one image, [..., H, W] with leading dimensions of 1.
         pred: predicted depth, of the same shape.
-        valid_mask: bool, of the same shape: the pixels to fit. The result is applied to all.
+        valid_mask: bool, of the same shape: the pixels to fit; scale and shift are applied to all.
         max_resolution: fit on maps reduced to this longer side, by nearest neighbour.
 
     Returns:
-        (`scale * pred + shift` in the shape and dtype of `pred`, scale, shift), the last two float32 scalars. Many
-        pairs fit a constant prediction: it gets the one nearest to 0. All are NaN without valid pixels.
+        (`scale * pred + shift` in the shape and dtype of `pred`, scale, shift), the last two float32 scalars; all are
+        NaN if there are no valid pixels.
 
     Raises:
         ValueError: the shapes differ, or there is more than one image.
@@ -134,31 +163,27 @@ def align_depth_least_square(
     if gt.ndim < 2 or gt.shape[:-2].numel() != 1:
         raise ValueError(f"expected the maps of one image, [1, 1, H, W] or [H, W], got shape {tuple(gt.shape)}")
     dtype = _exact_dtype(pred)
-    fit_gt, fit_pred, fit_mask = (_reduced(maps, max_resolution) for maps in (gt, pred, valid_mask))
-    scale, shift = _fit(fit_gt[fit_mask > 0].to(dtype), fit_pred[fit_mask > 0].to(dtype))
+    to_fit = [gt, pred, valid_mask]
+    if max_resolution is not None and max(gt.shape[-2:]) > max_resolution:
+        factor = max_resolution / max(gt.shape[-2:])
+        # Interpolation takes [N, C, H, W], floating point only, so masks become such.
+        to_fit = [maps.reshape(1, 1, *maps.shape[-2:]).float() for maps in to_fit]
+        to_fit = [F.interpolate(maps, scale_factor=factor, mode="nearest") for maps in to_fit]
+    fit_gt, fit_pred = (maps[to_fit[2] > 0].to(dtype) for maps in to_fit[:2])
+    gt_mean, pred_mean = fit_gt.mean(), fit_pred.mean()
+    deviation = fit_pred - pred_mean
+    variance = deviation.square().mean()
+    # Many pairs fit a constant prediction: take the one nearest to 0.
+    is_constant = variance <= (CONSTANT_TOLERANCE * pred_mean).square()
+    nearest = gt_mean * pred_mean / (pred_mean.square() + 1)
+    scale = torch.where(is_constant, nearest, (deviation * fit_gt).mean() / variance)
+    shift = gt_mean - scale * pred_mean
     return (scale * pred.to(dtype) + shift).to(pred.dtype), scale.float(), shift.float()
 
 
-def _fit(gt: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
-    gt_mean, pred_mean = gt.mean(), pred.mean()
-    deviation = pred - pred_mean
-    variance = deviation.square().mean()
-    is_constant = variance <= (CONSTANT_TOLERANCE * pred_mean).square()
-    scale = torch.where(is_constant, gt_mean * pred_mean / (pred_mean.square() + 1), (deviation * gt).mean() / variance)
-    return scale, gt_mean - scale * pred_mean
-
-
-def _reduced(maps: Tensor, max_resolution: int | None) -> Tensor:
-    maps = maps.reshape(1, 1, *maps.shape[-2:])
-    if max_resolution is None or max(maps.shape[-2:]) <= max_resolution:
-        return maps
-    # As floating point, which is all that interpolation takes; masks too.
-    return F.interpolate(maps.float(), scale_factor=max_resolution / max(maps.shape[-2:]), mode="nearest")
-
-
-def _exact_dtype(like: Tensor) -> torch.dtype:
+def _exact_dtype(values: Tensor) -> torch.dtype:
     # Apple's GPUs have no float64.
-    return torch.float32 if like.device.type == "mps" else torch.float64
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _check_shapes(gt: Tensor, pred: Tensor, valid_mask: Tensor | None) -> None:

@@ -6,13 +6,13 @@
       datasets.root=NYU load_from=dinov3_vit7b16_dd head_weights=FILE backbone_weights=FILE output_dir=OUT
 
 What happens:
-    model.* alone                        the head of decoder_head is trained, then evaluated on datasets.test
+    only model.*                         the head of decoder_head is trained, then evaluated on datasets.test
     model.* and load_from=FILE           that trained head is evaluated
     load_from=dinov3_vit7b16_dd          the released model is evaluated; also dinov3_vitl16_chmv2
 
-OUT gets depth_config.yaml, results-depth.csv and .json, TEST_SET/results.json with the figures of every image, and of a
-training model_<iteration>.pth, best.pth, model_final.pth and training_metrics.json. A training that was stopped goes on
-when the same command is started again.
+OUT gets depth_config.yaml, results-depth.csv and .json, TEST_SET/results.json with the figures of every image, and when
+training model_<iteration>.pth, best.pth, model_final.pth and training_metrics.json. To resume a training that was
+stopped, start the same command again.
 """
 
 from __future__ import annotations
@@ -23,31 +23,26 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run by path: this directory would hide the standard library's names
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+import dataclasses
 import json
 import logging
-import time
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
 
 from dinov3 import distributed
-from dinov3.configs import write_config
-from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.command.config import parse_arguments
-from dinov3.eval.command.model import load_model_and_context
-from dinov3.eval.command.results import EvaluationResult, provenance, without_nan, write_atomically, write_results
-from dinov3.eval.depth.config import HUB_DEPTHERS, IMAGENET_MEAN, IMAGENET_STD, DepthConfig
+from dinov3.eval.command.command_line import run_command
+from dinov3.eval.command.model import FrozenBackbone, load_model
+from dinov3.eval.command.results import EvaluationResult, without_nan
+from dinov3.eval.depth.config import HUB_DEPTHERS, DepthConfig
 from dinov3.eval.depth.data import make_depth_dataset
 from dinov3.eval.depth.eval import evaluate_depther_with_config, mean_of_finite
 from dinov3.eval.depth.train import train_model_with_backbone
 from dinov3.heads.depth.depther import Depther, make_depther_from_config
 from dinov3.hub import depthers
-from dinov3.hub.transforms import normalization_of
-from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
@@ -56,115 +51,103 @@ RESULTS_FILENAME = "results-depth.csv"
 IMAGES_FILENAME = "results.json"
 
 
-def run_depth(config: DepthConfig) -> dict[str, float]:
-    """Train and evaluate, or evaluate, as `config` describes it, and write the files.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; see `run_command`."""
+    return run_command(
+        argv,
+        doc=__doc__,
+        config_class=DepthConfig,
+        evaluate=evaluate_depth,
+        results_file=RESULTS_FILENAME,
+        config_file=CONFIG_FILENAME,
+        needs_model=lambda config: False,  # loaded below, because datasets are checked in less time
+    )
+
+
+def evaluate_depth(backbone: FrozenBackbone | None, config: DepthConfig) -> EvaluationResult:
+    """Train and evaluate, or evaluate, as `config` describes; see the module.
+
+    Args:
+        backbone: what the head is on. Default: loaded as `config.model` describes.
+        config: of the run.
 
     Returns:
         `<test set>_<metric>`: means over the images that have valid pixels.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration, a dataset, weights or checkpoints are not usable.
+        ValueError, FileNotFoundError: a dataset, weights or checkpoints cannot be used.
     """
-    started = time.perf_counter()
-    config.check()
-    if config.load_from in HUB_DEPTHERS:
-        _set_as_released(config)
     split = "test" if config.datasets.test else "val"
-    write_config(OmegaConf.structured(config), config.output_dir or ".", CONFIG_FILENAME)
-    datasets = [make_depth_dataset(config, split)]
-    datasets += [] if config.load_from else [make_depth_dataset(config, name) for name in ("train", "val")]
-    depther, dtype, description = load_depther(config)
-    dataset = make_depth_dataset(config, split)
+    splits = [split] if config.load_from else sorted({"train", "val", split})
+    datasets = {name: make_depth_dataset(config, name) for name in splits}
+    if config.load_from:
+        depther, description = load_depther(config, backbone)
+    else:
+        backbone = _load_backbone(config, backbone)
+        depther = train_model_with_backbone(
+            config, backbone.model, backbone.autocast_dtype, datasets["train"], datasets["val"]
+        )
+        description = f"head trained on {backbone.description}"
+    dataset, text = datasets[split], getattr(config.datasets, split)
     by_image, _, indices = evaluate_depther_with_config(
         config,
         depther,
         runtime.device(),
         reduce_results=False,
+        dataset=dataset,
         split=split,
         save_dir=config.output_dir,
-        dataset=dataset,
     )
-    name = getattr(config.datasets, split).partition(":")[0]
-    values = cast(dict[str, list[float]], by_image)
-    results = {f"{name}_{metric}": mean_of_finite(column) for metric, column in values.items()}
+    name = text.partition(":")[0]
+    results = {f"{name}_{metric}": mean_of_finite(values) for metric, values in by_image.items()}
+    images_file = Path(config.output_dir) / name / IMAGES_FILENAME
     if distributed.is_main_process():
-        content = json.dumps(without_nan({"index": indices, **values}), indent=4)
-        write_atomically(Path(config.output_dir) / name / IMAGES_FILENAME, content + "\n")
-    sets = {split: {"dataset": getattr(config.datasets, split), "images": len(dataset)}}
-    write_results(
-        results,
-        config.output_dir,
-        RESULTS_FILENAME,
-        provenance(config, EvaluationResult(results, sets, description, dtype, ""), time.perf_counter() - started),
-    )
+        with atomic_write(images_file, "w") as file:
+            file.write(json.dumps(without_nan({"index": indices, **by_image}), indent=4) + "\n")
     logger.info("depth: %s", ", ".join(f"{key} {value:.4f}" for key, value in results.items()))
-    if distributed.is_main_process():
-        print(f"depth of {len(indices)} images of {getattr(config.datasets, split)}, {description}")
-        print("\n".join(f"{key:<24}{value:>10.4f}" for key, value in results.items()))
-        print(f"written to {Path(config.output_dir) / RESULTS_FILENAME}")
-    return results
+    table = "\n".join(f"{key:<24}{value:>10.4f}" for key, value in results.items())
+    return EvaluationResult(
+        metrics=results,
+        datasets={split: {"dataset": text, "images": len(dataset)}},
+        model=description,
+        autocast_dtype=depther.autocast_dtype,
+        report=f"depth of {len(dataset)} images of {text}, {description}\n{table}",
+        files=[images_file],
+    )
 
 
-def load_depther(config: DepthConfig) -> tuple[Depther, torch.dtype, str]:
-    """The model of a run: released, loaded, or trained now.
-
-    Returns:
-        The model in evaluation mode on this process's device, its autocast dtype, and what to call it.
-    """
-    if config.load_from in HUB_DEPTHERS:
-        return load_hub_depther(config)
-    assert config.model is not None
-    backbone, context = load_model_and_context(config.model, config.output_dir)
-    dtype = config.model_dtype.autocast_dtype if config.model_dtype else context["autocast_dtype"]
-    described = config.model.describe()
-    if not config.load_from:
-        return train_model_with_backbone(config, backbone, dtype), dtype, f"head trained on {described}"
-    depther = make_depther_from_config(backbone, config.decoder_head, config.load_from, autocast_dtype=dtype)
-    return depther.to(runtime.device()), dtype, f"head {config.load_from} on {described}"
-
-
-def load_hub_depther(config: DepthConfig) -> tuple[Depther, torch.dtype, str]:
-    """The released model that `load_from` names; `config` gets its head, and its normalisation if none is given."""
-    _set_as_released(config)
-    name = str(config.load_from)
-    dtype = config.model_dtype.autocast_dtype if config.model_dtype else torch.float32
-    options: dict[str, Any] = {}
-    if config.head_weights:
-        options["weights"] = config.head_weights
-    if config.backbone_weights:
-        options["backbone_weights"] = config.backbone_weights
-    depther = getattr(depthers, name)(autocast_dtype=dtype, **options).to(runtime.device())
-    return depther, dtype, f"{name} with {config.head_weights or 'published weights'}"
-
-
-def _set_as_released(config: DepthConfig) -> None:
-    name = str(config.load_from)
-    config.decoder_head = depthers.config_of(name)
-    is_default = (list(config.transforms.mean), list(config.transforms.std)) == (IMAGENET_MEAN, IMAGENET_STD)
-    if name == "dinov3_vitl16_chmv2" and is_default:
-        mean, std = normalization_of(depthers.DepthWeights.CHMV2)
-        config.transforms.mean, config.transforms.std = list(mean), list(std)
-        logger.info("images are normalised as %s was trained: mean %s, std %s", name, mean, std)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line.
+def load_depther(config: DepthConfig, backbone: FrozenBackbone | None = None) -> tuple[Depther, str]:
+    """Load the released model or the trained head that `config.load_from` names, in evaluation mode.
 
     Args:
-        argv: `key=value` tokens after the program's name; None takes them from the command line.
+        config: of the run.
+        backbone: what a trained head is on. Default: loaded as `config.model` describes.
 
     Returns:
-        0.
+        The model on this process's device, and its description.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"}.intersection(argv):
-        print(f"{__doc__}\nKeys, their defaults and meanings:\n{format_keys(DepthConfig)}")
-        return 0
-    config = parse_arguments(argv, DepthConfig)
-    config.check()
-    with job_context(output_dir=config.output_dir):
-        run_depth(config)
-    return 0
+    if config.load_from in HUB_DEPTHERS:
+        weights = {"weights": config.head_weights, "backbone_weights": config.backbone_weights}
+        depther: Depther = getattr(depthers, config.load_from)(
+            autocast_dtype=config.model_dtype.autocast_dtype if config.model_dtype else torch.float32,
+            **{name: path for name, path in weights.items() if path},
+        )
+        description = f"{config.load_from} with {config.head_weights or 'published weights'}"
+    else:
+        backbone = _load_backbone(config, backbone)
+        depther = make_depther_from_config(
+            backbone.model, config.decoder_head, config.load_from, autocast_dtype=backbone.autocast_dtype
+        )
+        description = f"head {config.load_from} on {backbone.description}"
+    return depther.to(runtime.device()), description
+
+
+def _load_backbone(config: DepthConfig, backbone: FrozenBackbone | None) -> FrozenBackbone:
+    if backbone is None:
+        assert config.model is not None  # config.check() refuses it
+        backbone = load_model(config.model)
+    dtype = config.model_dtype.autocast_dtype if config.model_dtype else backbone.autocast_dtype
+    return dataclasses.replace(backbone, autocast_dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.distributed import runtime
 from dinov3.eval.command.config import training_settings
-from dinov3.eval.dense.batches import collate_pairs
+from dinov3.eval.dense.data import collate_pairs
 from dinov3.eval.depth.config import DepthConfig
-from dinov3.eval.depth.data import make_depth_dataset
 from dinov3.eval.depth.eval import evaluate_depther_with_config
 from dinov3.eval.depth.loss import MultiLoss
-from dinov3.eval.depth.masks import make_valid_mask
-from dinov3.eval.depth.metrics import DEPTH_METRICS
+from dinov3.eval.depth.metrics import DEPTH_METRICS, make_valid_mask
 from dinov3.eval.training.checkpoints import Checkpoints
 from dinov3.eval.training.loader import make_train_loader
 from dinov3.eval.training.loop import METRICS_FILENAME, HeadTraining, Metrics, apply_gradients, better_by, train_head
@@ -42,13 +40,17 @@ WITHOUT_EFFECT_ON_TRAINING = (
 )
 
 
-def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast_dtype: torch.dtype) -> Depther:
+def train_model_with_backbone(
+    config: DepthConfig, backbone: nn.Module, autocast_dtype: torch.dtype, train_set: Any, val_set: Any
+) -> Depther:
     """Train the head that `config` describes, starting from the newest checkpoint of its output directory.
 
     Args:
         config: of the run.
         backbone: frozen.
         autocast_dtype: what both run in.
+        train_set: from `make_depth_dataset`.
+        val_set: from `make_depth_dataset`.
 
     Returns:
         The model with the head after the last step, in evaluation mode, on this process's device.
@@ -59,7 +61,6 @@ def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast
     """
     if not config.losses:
         raise ValueError("training needs losses, e.g. losses.SIGLOSS=1.0")
-    train_set, val_set = (make_depth_dataset(config, split) for split in ("train", "val"))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the same first weights in every process
         depther = make_depther_from_config(backbone, config.decoder_head, autocast_dtype=autocast_dtype)
@@ -70,7 +71,7 @@ def train_model_with_backbone(config: DepthConfig, backbone: nn.Module, autocast
 
     def evaluate(_: int) -> Metrics:
         results = evaluate_depther_with_config(config, depther, runtime.device(), split="val", dataset=val_set)[0]
-        return {name: float(value) for name, value in results.items()}  # type: ignore[arg-type]
+        return {name: float(value) for name, value in results.items()}
 
     task = HeadTraining(
         # Not the backbone: in training mode its positions are rescaled at random.

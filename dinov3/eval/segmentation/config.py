@@ -11,28 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from dinov3.configs.settings import key
 from dinov3.eval.command.model import ModelConfig
-from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig
+from dinov3.eval.dense import config as dense
+from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig, are_pixels, check_image_size
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
+from dinov3.eval.segmentation.transforms import MEAN, STD
 from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.utils import did_you_mean
 
-PIXEL_RANGE = 255
 N_CHANNELS = 3
-MEAN = [PIXEL_RANGE * mean for mean in (0.485, 0.456, 0.406)]
-STD = [PIXEL_RANGE * std for std in (0.229, 0.224, 0.225)]
 HUB_SEGMENTORS = ("dinov3_vit7b16_ms",)
 MODES = ("slide", "whole")
-
-ModelDtype = Dtype
 
 
 @dataclass
 class SegmentationSchedulerConfig(SchedulerConfig):
-    """How the rate of a training changes."""
+    """How the learning rate changes."""
 
     total_iter: int = key(40000, "number of steps")
 
@@ -45,28 +40,26 @@ class SegmentationOptimizerConfig(OptimizerConfig):
 
 
 @dataclass
-class DatasetsConfig:
-    """Which images; `root` is added to the dataset strings that have none."""
+class DatasetsConfig(dense.DatasetsConfig):
+    """The images; `root` is added to dataset strings that have none."""
 
-    root: str = key(MISSING, "directory of the datasets, e.g. that of ADE20K_object150_train.txt")
-    train: str = key("", "dataset string, e.g. ADE20K:split=TRAIN or SegmentationFolder:split=train")
-    val: str = key("", "dataset string, for validations and for the evaluation")
+    val: str = key("", "dataset string, for validation during training and for the evaluation")
 
 
 @dataclass
 class DecoderConfig:
     """The head."""
 
-    type: str = key("m2f", "linear; m2f, the released Mask2Former head, is not there yet")
+    type: str = key("m2f", "linear; m2f, the released Mask2Former head, is not available yet")
     backbone_out_layers: Any = key(
         BackboneLayersSet.LAST, "LAST, FOUR_LAST, FOUR_EVEN_INTERVALS, or a list of blocks that the head reads"
     )
-    use_batchnorm: bool = key(True, "normalise the channels first; of a linear head")
-    use_cls_token: bool = key(False, "append the class token to the channels; of a linear head")
-    use_backbone_norm: bool = key(True, "apply the backbone's final norm; of a linear head")
+    use_batchnorm: bool = key(True, "normalise the channels first (linear head)")
+    use_cls_token: bool = key(False, "append the class token to the channels (linear head)")
+    use_backbone_norm: bool = key(True, "apply the backbone's final norm (linear head)")
     num_classes: int = key(150, "number of classes")
-    hidden_dim: int = key(2048, "width of a m2f head")
-    dropout: float = key(0.1, "share of the channels that training drops; of a linear head")
+    hidden_dim: int = key(2048, "width of an m2f head")
+    dropout: float = key(0.1, "share of the channels that training drops (linear head)")
 
 
 @dataclass
@@ -81,13 +74,13 @@ class TrainTransformConfig:
     flip_prob: float = key(0.0, "probability of a horizontal flip")
 
     def __post_init__(self) -> None:
-        _check_img_size("transforms.train.img_size", self.img_size)
+        check_image_size("transforms.train.img_size", self.img_size)
         factors, crop = self.random_img_size_ratio_range, self.crop_size
         if factors is not None and not (len(factors) == 2 and 0 < factors[0] <= factors[1]):
             raise ValueError(
                 f"transforms.train.random_img_size_ratio_range={factors}: expected [smallest, largest] factor, above 0"
             )
-        if crop is not None and not (len(crop) == 2 and min(crop) >= 1):
+        if crop is not None and not (len(crop) == 2 and are_pixels(crop)):
             raise ValueError(f"transforms.train.crop_size={crop}: expected [height, width] in pixels, or null")
 
 
@@ -99,7 +92,7 @@ class EvalTransformConfig:
     tta_ratios: list[float] = key([1.0], "factors of img_size with eval.use_tta")
 
     def __post_init__(self) -> None:
-        _check_img_size("transforms.eval.img_size", self.img_size)
+        check_image_size("transforms.eval.img_size", self.img_size)
         if not self.tta_ratios or min(self.tta_ratios) <= 0:
             raise ValueError(f"transforms.eval.tta_ratios={self.tta_ratios}: expected one or more factors above 0")
 
@@ -110,8 +103,8 @@ class TransformConfig:
 
     train: TrainTransformConfig = field(default_factory=TrainTransformConfig)
     eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
-    mean: list[float] = key(MEAN, "of the normalisation, by channel, of pixels from 0 to 255")
-    std: list[float] = key(STD, "of the normalisation, by channel, of pixels from 0 to 255")
+    mean: list[float] = key(list(MEAN), "of the normalisation, by channel, of pixels from 0 to 255")
+    std: list[float] = key(list(STD), "of the normalisation, by channel, of pixels from 0 to 255")
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -133,7 +126,9 @@ class TrainConfig:
 class EvalConfig:
     """How segmentation is measured."""
 
-    compute_metric_per_image: bool = key(False, "means over the metrics of images; false: of the areas of all images")
+    compute_metric_per_image: bool = key(
+        False, "average the metrics of images; false: metrics of the areas of all images"
+    )
     reduce_zero_label: bool = key(True, "label 0 is ignored and the classes begin at 1, in training too")
     mode: str = key("slide", "slide: windows of crop_size; whole: the image resized to crop_size x crop_size")
     crop_size: int = key(512, "side of the square windows, pixels")
@@ -151,8 +146,8 @@ class EvalConfig:
             raise ValueError(f"eval.crop_size={self.crop_size}: expected 1 or more pixels")
         if self.mode == "slide" and not 1 <= self.stride <= self.crop_size:
             raise ValueError(
-                f"eval.stride={self.stride} must be from 1 to eval.crop_size={self.crop_size}, or pixels between "
-                "windows would be in none"
+                f"eval.stride={self.stride} must be from 1 to eval.crop_size={self.crop_size}, otherwise pixels "
+                "between windows would be in none"
             )
         if self.eval_interval < 1:
             raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
@@ -162,7 +157,7 @@ class EvalConfig:
 
 @dataclass
 class SegmentationConfig:
-    """Everything that a run is configured with."""
+    """All settings of a run."""
 
     model: ModelConfig | None = None
     bs: int = key(2, "images per step and process in training")
@@ -171,7 +166,9 @@ class SegmentationConfig:
     model_dtype: Dtype = key(Dtype.FLOAT32, "FLOAT32 or BFLOAT16")
     seed: int = key(100, "of the first weights, the order of the images and their augmentation")
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
-    metric_to_save: str = key("mIoU", f"by which the best head is chosen: one of {', '.join(SEGMENTATION_METRICS)}")
+    metric_to_save: str = key(
+        "mIoU", f"metric by which the best head is chosen: one of {', '.join(SEGMENTATION_METRICS)}"
+    )
     decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
     scheduler: SegmentationSchedulerConfig = field(default_factory=SegmentationSchedulerConfig)
     optimizer: SegmentationOptimizerConfig = field(default_factory=SegmentationOptimizerConfig)
@@ -194,17 +191,17 @@ class SegmentationConfig:
             raise ValueError(f"decoder_head.num_classes={self.decoder_head.num_classes}: expected 1 or more")
 
     def check(self) -> None:
-        """Refuse what no run can be made of, before anything is loaded.
+        """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
             NotImplementedError: the run needs a Mask2Former head.
             ValueError: names the key.
-            FileNotFoundError: there is no such trained head.
+            FileNotFoundError: the trained head does not exist.
         """
         if self.load_from in HUB_SEGMENTORS or self.decoder_head.type == "m2f":
             raise NotImplementedError(
                 f"load_from={self.load_from}, decoder_head.type={self.decoder_head.type}: there is no Mask2Former head "
-                "yet; linear heads are trained with decoder_head.type=linear and evaluated with load_from=FILE as well"
+                "yet; decoder_head.type=linear trains a linear head, or evaluates that of load_from=FILE"
             )
         if self.decoder_head.type != "linear":
             raise ValueError(
@@ -227,9 +224,3 @@ class SegmentationConfig:
             raise ValueError(
                 "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"
             )
-
-
-def _check_img_size(name: str, value: Any) -> None:
-    sides = value if isinstance(value, list | tuple) else [value]
-    if value is not None and not (len(sides) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in sides)):
-        raise ValueError(f"{name}={value!r}: expected the short side in pixels, [height, width], or null")

@@ -1,15 +1,8 @@
-"""Measuring a segmentation model: windows over every image, softmax, mean over sizes and flips, areas of classes.
-
-Notable:
-- Areas are whole numbers, by image, so the metrics depend neither on the number of processes nor on the images that
-  pad their shares.
-- Several sizes and flips of an image are averaged as probabilities, windows of one of them as logits.
-"""
+"""Evaluation of segmentation models: windows over every image, softmax, mean over sizes and flips, areas of classes."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov3 import distributed
+from dinov3.eval.command.progress import track
 from dinov3.eval.dense.pictures import segmentation_picture
+from dinov3.eval.features.extraction import make_enumerated_loader
 from dinov3.eval.segmentation.config import SegmentationConfig
-from dinov3.eval.segmentation.data import class_names_of, make_segmentation_dataset, make_segmentation_eval_loader
+from dinov3.eval.segmentation.data import class_names_of
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.segmentation.metrics import (
     IGNORE_INDEX,
@@ -32,8 +26,7 @@ from dinov3.eval.segmentation.metrics import (
     calculate_segmentation_metrics,
     total_area_to_metrics,
 )
-
-logger = logging.getLogger("dinov3")
+from dinov3.utils.messages import list_names
 
 ALL_METRICS = ["mIoU", "dice", "fscore"]
 N_DECIMALS = 2
@@ -57,14 +50,14 @@ def evaluate_segmentation_model(
     class_names: Sequence[str] | None = None,
     save_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Measure a model on one image after the other.
+    """Compute metrics of a model, one image after another.
 
     Args:
-        segmentation_model: has `predict`, as `make_inference` asks; what wraps one as `.module` will do. A module is
-            put into evaluation mode.
+        segmentation_model: has `predict` as `make_inference` needs it, or an attribute `module` that has. A torch
+            module is put into evaluation mode.
         test_dataloader: yields `(images, (index, label [1, 1, h, w]))`: a list of [1, 3, H, W], whose second half is
-            the first one flipped; items with a negative index are predicted and dropped.
-        device: where the model is.
+            the first one flipped; items with a negative index, which pad a process's share, are predicted and dropped.
+        device: of the model.
         eval_res: side of the square windows, pixels.
         eval_stride: pixels between windows.
         decoder_head_type: `linear` or `m2f`.
@@ -73,22 +66,22 @@ def evaluate_segmentation_model(
         inference_mode: `slide`, or `whole`: images resized to `eval_res` x `eval_res`.
         reduce_zero_label: label 0 is ignored, and label k means class k - 1.
         metric_per_image: means over the metrics of images instead of the metrics of all areas.
-        max_windows_per_batch: bounds the memory of windows.
+        max_windows_per_batch: see `slide_inference`.
         class_names: for the table of classes in the log.
-        save_dir: directory for predicted maps; None: none are saved.
+        save_dir: directory for predicted maps. Default: none are saved.
 
     Returns:
-        The metrics of `SEGMENTATION_METRICS` in percent, two decimals.
+        The metrics of `SEGMENTATION_METRICS` in percent, with two decimals; they do not depend on the number of
+        processes.
 
     Raises:
-        ValueError: no pixel of any image has a label that counts, or a label is no class.
+        ValueError: no pixel of any image has a label that counts, or a label is not a class.
     """
     model = getattr(segmentation_model, "module", segmentation_model)
     if isinstance(model, nn.Module):
         model.eval()
     rows: dict[int, Tensor] = {}
-    hidden = None if distributed.is_main_process() else True
-    for images, (index, label) in tqdm(test_dataloader, "evaluation", unit="image", disable=hidden):
+    for images, (index, label) in track(test_dataloader, "evaluation", unit="image"):
         _require_known_labels(label, int(index), num_classes, counts_from=1 if reduce_zero_label else 0)
         probabilities = torch.zeros(())
         for number, image in enumerate(images):
@@ -108,7 +101,7 @@ def evaluate_segmentation_model(
             )
         if int(index) < 0:
             continue
-        prediction = probabilities.argmax(dim=1)  # [1, h, w]; of sums the same as of means
+        prediction = probabilities.argmax(dim=1)  # [1, h, w]; sums have the same argmax as means
         areas = calculate_intersect_and_union(
             prediction, label[0].to(device), num_classes, reduce_zero_label=reduce_zero_label
         )
@@ -123,24 +116,21 @@ def evaluate_segmentation_with_config(
     segmentation_model: Any,
     device: torch.device | str,
     *,
-    dataset: Any = None,
-    use_tta: bool = False,
+    dataset: Any,
     save_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """`evaluate_segmentation_model` on the validation images as `config` describes it.
+    """Call `evaluate_segmentation_model` as `config` describes.
 
     Args:
         config: of the run.
-        segmentation_model: as there.
-        device: as there.
-        dataset: with the transforms; None: made anew.
-        use_tta: average over sizes and flips; of a given dataset, its transforms decide.
-        save_dir: as there.
+        segmentation_model: has `predict` as `make_inference` needs it.
+        device: of the model.
+        dataset: the validation images with their transforms, which decide on sizes and flips.
+        save_dir: directory for predicted maps. Default: none are saved.
     """
-    dataset = make_segmentation_dataset(config, "val", use_tta=use_tta) if dataset is None else dataset
     return evaluate_segmentation_model(
         segmentation_model,
-        make_segmentation_eval_loader(dataset, config.num_workers),
+        make_enumerated_loader(dataset, batch_size=1, num_workers=config.num_workers),
         device,
         config.eval.crop_size,
         config.eval.stride,
@@ -161,30 +151,26 @@ def _require_known_labels(label: Tensor, index: int, num_classes: int, *, counts
     last = num_classes - 1 + counts_from
     unknown = ids[((ids < 0) | (ids > last)) & (ids != IGNORE_INDEX)].unique().tolist()
     if unknown and index >= 0:
-        listing = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(
-            f"image {index} of the dataset, from 0, has labels {listing} of {num_classes} classes: expected "
-            f"{counts_from} to {last}, or {'0 or ' if counts_from else ''}{IGNORE_INDEX} where a pixel is ignored; "
-            "correct its label map, or decoder_head.num_classes"
+            f"image {index} of the dataset, from 0, has labels {list_names(unknown)}: for {num_classes} classes "
+            f"expected {counts_from} to {last}, or {'0 or ' if counts_from else ''}{IGNORE_INDEX} where a pixel is "
+            "ignored: correct its label map, or decoder_head.num_classes"
         )
 
 
 def _collect(
     own_rows: dict[int, Tensor], *, metric_per_image: bool, class_names: Sequence[str] | None
 ) -> dict[str, float]:
-    rows = {index: areas for part in distributed.all_gather_objects(own_rows) for index, areas in part.items()}
-    areas = [rows[index] for index in sorted(rows)]
-    if not any(int(one[3].sum()) for one in areas):
+    gathered = {index: areas for part in distributed.all_gather_objects(own_rows) for index, areas in part.items()}
+    areas = [gathered[index] for index in sorted(gathered)]
+    labelled = [one for one in areas if int(one[3].sum())]
+    if not labelled:
         raise ValueError(
             f"none of {len(areas)} images has a labelled pixel that counts: check the labels (255 is ignored, 0 "
             "too with eval.reduce_zero_label=true) and decoder_head.num_classes"
         )
     if metric_per_image:
-        by_image = [
-            total_area_to_metrics(one[0], one[1], one[2], one[3], metrics=ALL_METRICS)
-            for one in areas
-            if int(one[3].sum())
-        ]
+        by_image = [total_area_to_metrics(one[0], one[1], one[2], one[3], ALL_METRICS) for one in labelled]
         means = {name: [float(one[name].nanmean()) for one in by_image] for name in SEGMENTATION_METRICS}
         metrics = {name: float(np.nanmean(values)) for name, values in means.items()}
     else:
@@ -200,10 +186,9 @@ def _save_prediction(
     class_names: Sequence[str] | None,
     reduce_zero_label: bool,
 ) -> None:
-    # Masks count as the labels of the dataset do.
     directory.mkdir(parents=True, exist_ok=True)
     labels = prediction.cpu().numpy()
     names = class_names or [f"class {number}" for number in range(num_classes)]
     segmentation_picture(labels, class_names=names).save(directory / f"{index:06d}_picture.png")
-    mask = labels + 1 if reduce_zero_label else labels
+    mask = labels + 1 if reduce_zero_label else labels  # as in the dataset
     Image.fromarray(mask.astype(np.uint8 if num_classes < 256 else np.uint16)).save(directory / f"{index:06d}.png")

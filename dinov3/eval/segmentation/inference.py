@@ -5,19 +5,14 @@
         crop_size=(896, 896), stride=(596, 596), output_activation=functools.partial(torch.softmax, dim=1),
     )  # [B, 150, height, width]
 
-Notable:
-- A model is anything with `predict(images, rescale_to=(height, width))`. That of a linear head returns logits
-  [N, K, h, w]; that of a Mask2Former head (`"m2f"`) a dict with `pred_masks` [N, Q, h, w] and `pred_logits`
-  [N, Q, K + 1].
-- Windows that overlap are averaged as predicted (of a linear head: logits). The activation comes last.
-- Sums are float32, on the device of the images, and take in each window where it lies. A window alone is added in the
-  published order, so the result is the same to the bit; several in one call may differ by what the model rounds.
-- The last windows of a row or column are moved back into the image, so all have one size and fit into one call.
-- Only torch is needed.
+A model is anything with `predict(images, rescale_to=(height, width))`. That of a linear head returns logits
+[N, K, h, w]; that of a Mask2Former head (`"m2f"`) a dictionary with `pred_masks` [N, Q, h, w] and `pred_logits`
+[N, Q, K + 1]. Only torch is needed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,30 +50,29 @@ def make_inference(
     whole_size: Sequence[int] | None = WHOLE_SIZE,
     max_windows_per_batch: int | None = None,
 ) -> Tensor:
-    """Class maps of images.
+    """Predict class maps of images.
 
     Args:
         x: images [B, C, H, W] as the model takes them.
-        segmentation_model: has `predict(images, rescale_to=(height, width))`, see above.
+        segmentation_model: has `predict(images, rescale_to=(height, width))`; see the module.
         inference_mode: `"whole"`: one prediction for the image at `whole_size`; `"slide"`: the mean over windows.
-        decoder_head_type: what `predict` returns: `"linear"` or `"m2f"`. Queries of the latter become class maps: the
-            sum over queries of the softmax of their classes ("no object" then left out) times the sigmoid of their
-            masks.
+        decoder_head_type: what `predict` returns: `"linear"` or `"m2f"`, whose queries become class maps: the sum over
+            queries of the softmax of their classes (then without "no object") times the sigmoid of their masks.
         rescale_to: (height, width) of the result, in pixels.
         n_output_channels: K, the number of classes; used for windows only.
-        crop_size: (height, width) of windows, required for them. Larger than the image in both directions: both become
-            the image's shorter side; in one: windows are as high or wide as the image there.
+        crop_size: (height, width) of windows, required for them. If both are larger than the sides of the image, both
+            become its shorter side; if one is, the window is as high or as wide as the image.
         stride: (rows, columns) from window to window, required for them.
         apply_horizontal_flip: mirror the result, where `x` was mirrored.
-        num_max_forward: as of `slide_inference`.
-        output_activation: applied last, e.g. a softmax over dimension 1.
+        num_max_forward: see `slide_inference`.
+        output_activation: applied last, e.g. a softmax over dimension 1; windows are averaged as predicted.
         whole_size: (height, width) that the whole image is resized to, bilinearly without antialiasing, whatever its
-            aspect ratio; None: the image as it is.
-        max_windows_per_batch: as of `slide_inference`.
+            aspect ratio; None keeps the size of the image.
+        max_windows_per_batch: see `slide_inference`.
 
     Returns:
-        float32 [B, K, *rescale_to] on the device of the predictions, without gradients; whatever type
-        `output_activation` gives.
+        float32 [B, K, *rescale_to] on the device of the predictions, without gradients, or what `output_activation`
+        returns for that.
 
     Raises:
         ValueError: an argument is out of range, windows leave pixels out, or predictions are not as described.
@@ -124,20 +118,21 @@ def slide_inference(
     *,
     max_windows_per_batch: int | None = None,
 ) -> Tensor:
-    """Class maps of images, averaged over windows that slide over them.
+    """Predict class maps of images, averaged over windows that slide over them.
 
     Args:
         inputs: images [B, C, H, W] as the model takes them.
-        segmentation_model: as of `make_inference`.
+        segmentation_model: has `predict(images, rescale_to=(height, width))`; see the module.
         decoder_head_type: `"linear"` or `"m2f"`.
         n_output_channels: K, the number of classes.
         crop_size: (height, width) of windows.
         stride: (rows, columns) from window to window.
-        num_max_forward: the least number of calls of `predict`. Processes that share a sharded model must call it
+        num_max_forward: the smallest number of calls of `predict`. Processes that share a sharded model must call it
             equally often, so each is given the largest number of windows that one of them has: windows are spread over
-            that many calls, and those that are still missing are made with zeros.
+            that many calls, and the missing calls are made with zeros.
         max_windows_per_batch: the most windows in one call, which bounds the memory of its activations and predictions.
-            None: one on the CPU, where more gain nothing; else up to 8, with predictions [., K, h, w] of 1 GiB at most.
+            Default: one on the CPU, where more gain nothing; otherwise up to 8, with predictions [., K, h, w] of 1 GiB
+            at most. Several windows in one call may change the result by what the model rounds.
 
     Returns:
         float32 [B, K, H, W] on the device of the images, without gradients.
@@ -147,63 +142,50 @@ def slide_inference(
     """
     _check_images(inputs)
     _check_choice("decoder_head_type", decoder_head_type, DECODER_HEAD_TYPES)
+    if max_windows_per_batch is not None and max_windows_per_batch < 1:
+        raise ValueError(f"max_windows_per_batch={max_windows_per_batch}: expected at least one window")
     image_size = (inputs.shape[-2], inputs.shape[-1])
-    crop = _fit_crop(_pair("crop_size", crop_size), image_size)
-    step = _pair("stride", stride)
+    crop, step = _pair("crop_size", crop_size), _pair("stride", stride)
+    if crop[0] > image_size[0] and crop[1] > image_size[1]:
+        crop = min(image_size), min(image_size)
     size = (min(crop[0], image_size[0]), min(crop[1], image_size[1]))
     tops, lefts = (_window_starts(*lengths) for lengths in zip(image_size, crop, step, strict=True))
-    counts = _window_counts(image_size, size, (tops, lefts), step).to(inputs.device)
-
-    places = [(image, top, left) for image in range(len(inputs)) for top in tops for left in lefts]
-    limit = _window_limit(max_windows_per_batch, 4 * n_output_channels * size[0] * size[1], inputs.device)
-    batches = _split(places, limit, num_max_forward)
-    sums = inputs.new_zeros(len(inputs), n_output_channels, *image_size, dtype=torch.float32)
-    for batch in batches:
-        _add_windows_(sums, inputs, batch, size, segmentation_model, decoder_head_type)
-    for _ in range(num_max_forward - len(batches)):
-        segmentation_model.predict(inputs.new_zeros(1, inputs.shape[1], *crop), rescale_to=crop)
-    return sums.div_(counts)
-
-
-def _fit_crop(crop: Size, image_size: Size) -> Size:
-    if crop[0] > image_size[0] and crop[1] > image_size[1]:
-        return min(image_size), min(image_size)
-    return crop
-
-
-def _window_starts(image_length: int, crop_length: int, step: int) -> list[int]:
-    n_windows = max(image_length - crop_length + step - 1, 0) // step + 1
-    ends = [min(index * step + crop_length, image_length) for index in range(n_windows)]
-    return [max(end - crop_length, 0) for end in ends]
-
-
-def _window_counts(image_size: Size, size: Size, starts: tuple[list[int], list[int]], step: Size) -> Tensor:
-    # Windows are a product of rows and columns, and so is their number over a pixel.
-    counts = []
-    for image_length, length, starts_of_axis in zip(image_size, size, starts, strict=True):
-        count = torch.zeros(image_length, dtype=torch.int64)
-        for start in starts_of_axis:
-            count[start : start + length] += 1
-        counts.append(count)
-    if min(int(count.min()) for count in counts) == 0:
+    counts = _count_windows(image_size[0], size[0], tops)[:, None] * _count_windows(image_size[1], size[1], lefts)
+    if int(counts.min()) == 0:
         raise ValueError(
             f"stride={step} leaves pixels of an image of {image_size} without a window of crop_size={size}: "
             "give a stride of at most the crop size"
         )
-    return counts[0][:, None] * counts[1]  # [H, W]
+
+    limit = max_windows_per_batch or _default_limit(4 * n_output_channels * size[0] * size[1], inputs.device)
+    places = [(image, top, left) for image in range(len(inputs)) for top in tops for left in lefts]
+    per_call = max(1, min(limit, math.ceil(len(places) / max(num_max_forward, 1))))
+    # Float32 sums, also of images in half precision; a single window per call is added in the published order, so the
+    # result is the same to the bit.
+    sums = inputs.new_zeros(len(inputs), n_output_channels, *image_size, dtype=torch.float32)
+    for first in range(0, len(places), per_call):
+        _add_windows_(sums, inputs, places[first : first + per_call], size, segmentation_model, decoder_head_type)
+    for _ in range(num_max_forward - math.ceil(len(places) / per_call)):
+        segmentation_model.predict(inputs.new_zeros(1, inputs.shape[1], *crop), rescale_to=crop)
+    return sums.div_(counts.to(inputs.device))
 
 
-def _window_limit(max_windows: int | None, bytes_per_prediction: int, device: torch.device) -> int:
-    if max_windows is None:
-        return 1 if device.type == "cpu" else max(1, min(MAX_WINDOWS, MAX_PREDICTION_BYTES // bytes_per_prediction))
-    if max_windows < 1:
-        raise ValueError(f"max_windows_per_batch={max_windows}: at least one window is predicted at a time")
-    return max_windows
+def _window_starts(image_length: int, crop_length: int, step: int) -> list[int]:
+    n_windows = max(image_length - crop_length + step - 1, 0) // step + 1
+    # The last window is moved back into the image, so all have one size and fit into one call.
+    return [max(min(index * step + crop_length, image_length) - crop_length, 0) for index in range(n_windows)]
 
 
-def _split(places: list[Place], limit: int, n_calls: int) -> list[list[Place]]:
-    per_call = max(1, min(limit, -(-len(places) // max(n_calls, 1))))
-    return [places[first : first + per_call] for first in range(0, len(places), per_call)]
+def _count_windows(image_length: int, window_length: int, starts: list[int]) -> Tensor:
+    # Of each pixel in one direction; windows are a product of both. Whole numbers, of which bytes could hold too few.
+    count = torch.zeros(image_length, dtype=torch.int64)
+    for start in starts:
+        count[start : start + window_length] += 1
+    return count
+
+
+def _default_limit(bytes_per_prediction: int, device: torch.device) -> int:
+    return 1 if device.type == "cpu" else max(1, min(MAX_WINDOWS, MAX_PREDICTION_BYTES // bytes_per_prediction))
 
 
 def _add_windows_(
@@ -226,7 +208,7 @@ def _predict(model: Any, images: Tensor, size: Size, decoder_head_type: str) -> 
     # [N, K, *size]
     prediction = model.predict(images, rescale_to=size)
     if isinstance(prediction, Mapping) != (decoder_head_type == "m2f"):
-        expected = "a dict with pred_masks and pred_logits" if decoder_head_type == "m2f" else "a tensor"
+        expected = "a dictionary with pred_masks and pred_logits" if decoder_head_type == "m2f" else "a tensor"
         got = type(prediction).__name__
         raise ValueError(f"decoder_head_type={decoder_head_type!r}: expected {expected} from predict, got {got}")
     maps = _combine_queries(prediction) if decoder_head_type == "m2f" else prediction
@@ -240,7 +222,7 @@ def _predict(model: Any, images: Tensor, size: Size, decoder_head_type: str) -> 
 
 def _combine_queries(prediction: Mapping[str, Tensor]) -> Tensor:
     masks, logits = prediction["pred_masks"], prediction["pred_logits"]
-    # Under autocast the product would be in half precision.
+    # Without autocast, in which the product would be in half precision.
     with torch.autocast(masks.device.type, enabled=False):
         classes = logits.float().softmax(dim=-1)[..., :-1]  # [N, Q, K]
         return torch.einsum("nqk,nqhw->nkhw", classes, masks.float().sigmoid())

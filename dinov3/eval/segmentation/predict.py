@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
-from dinov3.eval.command.config import read_config
-from dinov3.eval.command.model import load_model_and_context
 from dinov3.eval.dense.pictures import segmentation_picture
-from dinov3.eval.dense.predicting import Files, find_head, make_parser, move_backbone, predict_images
+from dinov3.eval.dense.predicting import Files, make_parser, predict_images, read_training, with_evaluation_transforms
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import CLASSES_FILENAME, make_eval_transforms
 from dinov3.eval.segmentation.inference import make_inference
@@ -57,19 +55,20 @@ class SegmentationPredictor:
         self._transforms = make_eval_transforms(config, use_tta=False)
 
     def __call__(self, image: Image.Image) -> np.ndarray[Any, Any]:
-        """An RGB image to class indices, int64 [height, width] of it."""
+        """Predict the classes of an RGB image: indices, int64 [height, width]."""
         (pixels, *_), _ = self._transforms(image, Image.new("L", image.size))
         evaluation = self._config.eval
+        window = (evaluation.crop_size, evaluation.crop_size)
         labels = make_inference(
             pixels[None].to(runtime.device()),
             self._model,
             inference_mode=evaluation.mode,
             rescale_to=(image.height, image.width),
             n_output_channels=self._config.decoder_head.num_classes,
-            crop_size=(evaluation.crop_size, evaluation.crop_size),
+            crop_size=window,
             stride=(evaluation.stride, evaluation.stride),
             output_activation=functools.partial(torch.argmax, dim=1),
-            whole_size=(evaluation.crop_size, evaluation.crop_size),
+            whole_size=window,
             max_windows_per_batch=evaluation.max_windows_per_batch,
         )
         return labels[0].cpu().numpy()
@@ -82,31 +81,36 @@ def load_segmentation_predictor(
     size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> SegmentationPredictor:
-    """A segmentation model that takes photos, on this process's device.
+    """Load a segmentation model that takes photos, on this process's device.
 
     Args:
         weights: a trained head, or the output directory of its training.
-        backbone_weights: of the backbone, if not where training had them.
-        size: short side that images are resized to, pixels; None: as evaluated.
-        dtype: that it runs in; None: as trained.
+        backbone_weights: of the backbone, if they are not where training had them.
+        size: short side that images are resized to, pixels. Default: that of the evaluation.
+        dtype: the precision that the model runs in. Default: that of the training.
 
     Raises:
-        ValueError, FileNotFoundError: there are no such weights, or they are those of another head.
+        ValueError, FileNotFoundError: the weights do not exist, or belong to another head.
     """
-    file, config_file = find_head(Path(weights), CONFIG_FILENAME, preferred=(BEST_NAME, FINAL_NAME))
-    config = read_config(config_file, SegmentationConfig)
-    config.load_from = str(file)
-    config.model = move_backbone(config.model, backbone_weights)
+    config = read_training(
+        weights,
+        CONFIG_FILENAME,
+        SegmentationConfig,
+        preferred=(BEST_NAME, FINAL_NAME),
+        backbone_weights=backbone_weights,
+    )
     config.check()
-    assert config.model is not None
     if size:
-        config.transforms.eval.img_size = size
-    names = _class_names(file.parent / CLASSES_FILENAME, config.decoder_head.num_classes)
-    backbone, _ = load_model_and_context(config.model, "")
-    model = load_segmentor(backbone, config)
+        config = with_evaluation_transforms(config, img_size=size)
+    assert config.load_from is not None
+    names_file = Path(config.load_from).parent / CLASSES_FILENAME
+    if names_file.is_file():
+        names = names_file.read_text(encoding="utf-8").splitlines()
+    else:
+        names = [f"class {number}" for number in range(config.decoder_head.num_classes)]
+    model, description = load_segmentor(config)
     model.autocast_dtype = dtype or model.autocast_dtype
-    described = config.model.describe()
-    logger.info("head %s on %s, run in %s on %s", file, described, model.autocast_dtype, runtime.device())
+    logger.info("%s, run in %s on %s", description, model.autocast_dtype, runtime.device())
     return SegmentationPredictor(config, model, names)
 
 
@@ -114,16 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Predict from the command line.
 
     Args:
-        argv: arguments after the program's name; None takes them from the command line.
+        argv: arguments after the program's name. Default: those of the command line.
 
     Returns:
         0.
     """
-    parser = make_parser("segmentation.predict", __doc__ or "", EPILOG)
+    parser = make_parser("segmentation.predict", __doc__, EPILOG)
     parser.add_argument("--weights", required=True, help="a trained head, or the output directory of its training")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with runtime.preferring(None if arguments.device == "auto" else arguments.device):
+
+    def load() -> Callable[[Image.Image], Files]:
         predictor = load_segmentation_predictor(
             arguments.weights,
             backbone_weights=arguments.backbone_weights,
@@ -137,22 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             mask = Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.uint16))
             return {MASK: mask, PICTURE: segmentation_picture(labels, class_names=names, image=image)}
 
-        n_images = predict_images(
-            arguments.images,
-            arguments.out,
-            predict,
-            done_suffix=PICTURE,
-            on_bad_image=arguments.on_bad_image,
-            overwrite=arguments.overwrite,
-        )
-    print(f"segmentation of {n_images} images in {arguments.out}")
-    return 0
+        return predict
 
-
-def _class_names(path: Path, num_classes: int) -> list[str]:
-    if not path.is_file():
-        return [f"class {number}" for number in range(num_classes)]
-    return path.read_text(encoding="utf-8").splitlines()
+    return predict_images(arguments, load, what="segmentation", last_suffix=PICTURE)
 
 
 if __name__ == "__main__":

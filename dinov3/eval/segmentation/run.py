@@ -4,12 +4,12 @@
       datasets.root=ADE20K model.dino_hub=dinov3_vits16 model.weights=FILE output_dir=OUT
 
 What happens:
-    model.* alone                  the head of decoder_head is trained, and measured on datasets.val in between
+    only model.*                   the head of decoder_head is trained, and measured on datasets.val in between
     model.* and load_from=FILE     that trained head is evaluated on datasets.val
 
 OUT gets segmentation_config.yaml, results-semantic-segmentation.csv and .json (percent; after a training, of the best
-validation), and of a training model_<iteration>.pth, best.pth, model_final.pth and training_metrics.json. A training
-that was stopped goes on when the same command is started again.
+validation), and when training model_<iteration>.pth, best.pth, model_final.pth and training_metrics.json. To resume a
+training that was stopped, start the same command again.
 """
 
 from __future__ import annotations
@@ -21,28 +21,21 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-from torch import nn
-
-from dinov3 import distributed
-from dinov3.configs import write_config
-from dinov3.configs.settings import format_keys
 from dinov3.distributed import runtime
-from dinov3.eval.command.config import parse_arguments
-from dinov3.eval.command.model import load_model_and_context
-from dinov3.eval.command.results import EvaluationResult, provenance, write_results
+from dinov3.eval.command.command_line import run_command
+from dinov3.eval.command.model import FrozenBackbone, load_model
+from dinov3.eval.command.results import EvaluationResult
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import make_segmentation_dataset, write_class_names
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.train import HEAD_PREFIX, build_model, load_segmentation_head_, train_segmentation_head
 from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
+from dinov3.eval.training.loop import TrainingResult
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.heads.weights import read_head
-from dinov3.run.init import job_context
 from dinov3.utils.command_line import run_command_line
 
 logger = logging.getLogger("dinov3")
@@ -52,121 +45,107 @@ RESULTS_FILENAME = "results-semantic-segmentation.csv"
 PREDICTIONS_DIRNAME = "predictions"
 
 
-def run_segmentation(config: SegmentationConfig) -> dict[str, float]:
-    """Train, or evaluate, as `config` describes it, and write the files.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; see `run_command`."""
+    return run_command(
+        argv,
+        doc=__doc__,
+        config_class=SegmentationConfig,
+        evaluate=evaluate_segmentation,
+        results_file=RESULTS_FILENAME,
+        config_file=CONFIG_FILENAME,
+        needs_model=lambda config: False,  # loaded below, because datasets are checked in less time
+    )
+
+
+def evaluate_segmentation(backbone: FrozenBackbone | None, config: SegmentationConfig) -> EvaluationResult:
+    """Train, or evaluate a trained head, as `config` describes; see the module.
+
+    Args:
+        backbone: what the head is on. Default: loaded as `config.model` describes.
+        config: of the run.
 
     Returns:
         The metrics of `SEGMENTATION_METRICS` in percent.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration, a dataset, weights or checkpoints are not usable.
+        ValueError, FileNotFoundError: a dataset, weights or checkpoints cannot be used.
     """
-    started = time.perf_counter()
-    config.check()
-    output_dir = config.output_dir or "."
-    write_config(OmegaConf.structured(config), config.output_dir or ".", CONFIG_FILENAME)
+    output_dir = Path(config.output_dir or ".")
+    predictions_dir = output_dir / PREDICTIONS_DIRNAME if config.save_predictions else None
     val_set = make_segmentation_dataset(config, "val", use_tta=bool(config.load_from) and config.eval.use_tta)
     sets: dict[str, Any] = {"val": {"dataset": config.datasets.val, "images": len(val_set)}}
-    if not config.load_from:
-        sets["train"] = {
-            "dataset": config.datasets.train,
-            "images": len(make_segmentation_dataset(config, "train")),
-        }
-        write_class_names(val_set, output_dir)
-    assert config.model is not None
-    backbone, _ = load_model_and_context(config.model, output_dir)
-    described = config.model.describe()
     if config.load_from:
-        results = test_segmentation(backbone, config, dataset=val_set)
-        description = f"head {config.load_from} on {described}"
+        model, description = load_segmentor(config, backbone)
+        metrics = evaluate_segmentation_with_config(
+            config, model, runtime.device(), dataset=val_set, save_dir=predictions_dir
+        )
     else:
-        model, training = train_segmentation_head(backbone, config)
-        results = training.best_metrics
-        description = f"head trained on {described}"
-        sets["train"] |= {"steps": training.iteration, "best after": training.best_iteration}
-        if config.save_predictions:
-            if training.best_iteration != training.iteration:  # the results are those of the best head
-                best = Path(output_dir) / BEST_NAME
-                load_segmentation_head_(model, read_head(best, prefix=HEAD_PREFIX), source=str(best))
-            evaluate_segmentation_with_config(
-                config, model, runtime.device(), dataset=val_set, save_dir=Path(output_dir) / PREDICTIONS_DIRNAME
-            )
-    seconds = time.perf_counter() - started
-    write_results(
-        results,
-        output_dir,
-        RESULTS_FILENAME,
-        provenance(
-            config, EvaluationResult(results, sets, description, config.model_dtype.autocast_dtype, ""), seconds
-        ),
+        train_set = make_segmentation_dataset(config, "train")
+        backbone = _load_backbone(config) if backbone is None else backbone
+        description = f"head trained on {backbone.description}"
+        write_class_names(val_set, output_dir)
+        model, training = train_segmentation_head(backbone.model, config, train_set, val_set)
+        if predictions_dir is not None:
+            _save_predictions_of_best(config, model, training, val_set, predictions_dir)
+        metrics = training.best_metrics
+        steps = {"steps": training.iteration, "best after": training.best_iteration}
+        sets["train"] = {"dataset": config.datasets.train, "images": len(train_set), **steps}
+    logger.info("segmentation: %s", ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    report = [f"segmentation of {len(val_set)} images of {config.datasets.val}, percent, {description}"]
+    report += [f"{name:<12}{value:>8.2f}" for name, value in metrics.items()]
+    if "train" in sets:
+        report.append(_describe_head(sets["train"], output_dir))
+    return EvaluationResult(
+        metrics=metrics,
+        datasets=sets,
+        model=description,
+        autocast_dtype=config.model_dtype.autocast_dtype,
+        report="\n".join(report),
     )
-    logger.info("segmentation: %s", ", ".join(f"{name} {value:.2f}" for name, value in results.items()))
-    if distributed.is_main_process():
-        print(f"segmentation of {len(val_set)} images of {config.datasets.val}, percent, {description}")
-        print("\n".join(f"{name:<12}{value:>8.2f}" for name, value in results.items()))
-        if not config.load_from:
-            _print_which_head(sets["train"], output_dir)
-        print(f"written to {Path(output_dir) / RESULTS_FILENAME}")
-    return results
 
 
-def test_segmentation(backbone: nn.Module, config: SegmentationConfig, *, dataset: Any = None) -> dict[str, float]:
-    """Measure the trained head `config.load_from` on a backbone.
+def load_segmentor(config: SegmentationConfig, backbone: FrozenBackbone | None = None) -> tuple[FeatureDecoder, str]:
+    """Load the trained head `config.load_from`, in evaluation mode.
 
     Args:
-        backbone: that it was trained on.
         config: of the run.
-        dataset: with the transforms; None: made anew.
+        backbone: what the head is on. Default: loaded as `config.model` describes.
 
     Returns:
-        The metrics in percent.
+        The model on this process's device, and its description.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         WeightsError: it holds another head, or none.
     """
-    model = load_segmentor(backbone, config)
-    save_dir = Path(config.output_dir or ".") / PREDICTIONS_DIRNAME if config.save_predictions else None
-    return evaluate_segmentation_with_config(
-        config, model, runtime.device(), dataset=dataset, use_tta=config.eval.use_tta, save_dir=save_dir
-    )
-
-
-def load_segmentor(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecoder:
-    """A backbone with the trained head `config.load_from`, in evaluation mode; errors as of `test_segmentation`."""
     assert config.load_from is not None
+    backbone = _load_backbone(config) if backbone is None else backbone
     entries = read_head(config.load_from, prefix=HEAD_PREFIX)
-    return load_segmentation_head_(build_model(backbone, config), entries, source=config.load_from).eval()
+    model = load_segmentation_head_(build_model(backbone.model, config), entries, source=config.load_from)
+    return model.eval(), f"head {config.load_from} on {backbone.description}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line.
-
-    Args:
-        argv: `key=value` tokens after the program's name; None takes them from the command line.
-
-    Returns:
-        0.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"}.intersection(argv):
-        print(f"{__doc__}\nKeys, their defaults and meanings:\n{format_keys(SegmentationConfig)}")
-        return 0
-    config = parse_arguments(argv, SegmentationConfig)
-    config.check()
-    with job_context(output_dir=config.output_dir):
-        run_segmentation(config)
-    return 0
+def _save_predictions_of_best(
+    config: SegmentationConfig, model: FeatureDecoder, training: TrainingResult, val_set: Any, directory: Path
+) -> None:
+    if training.best_iteration != training.iteration:  # the results are those of the best head, not of the last one
+        best = directory.parent / BEST_NAME
+        load_segmentation_head_(model, read_head(best, prefix=HEAD_PREFIX), source=str(best))
+    evaluate_segmentation_with_config(config, model, runtime.device(), dataset=val_set, save_dir=directory)
 
 
-def _print_which_head(training: dict[str, Any], output_dir: str) -> None:
-    if training["best after"] == training["steps"]:
-        print(f"of the head after all {training['steps']} steps: {Path(output_dir) / FINAL_NAME}")
-    else:
-        print(
-            f"of the head after {training['best after']} of {training['steps']} steps: {Path(output_dir) / BEST_NAME}; "
-            f"the last one is {FINAL_NAME}"
-        )
+def _describe_head(training: dict[str, Any], output_dir: Path) -> str:
+    n_steps, best_after = training["steps"], training["best after"]
+    if best_after == n_steps:
+        return f"of the head after all {n_steps} steps: {output_dir / FINAL_NAME}"
+    best = output_dir / BEST_NAME
+    return f"of the head after {best_after} of {n_steps} steps: {best}; the last one is {FINAL_NAME}"
+
+
+def _load_backbone(config: SegmentationConfig) -> FrozenBackbone:
+    assert config.model is not None  # config.check() refuses it
+    return load_model(config.model)
 
 
 if __name__ == "__main__":

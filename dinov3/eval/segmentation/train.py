@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dinov3.distributed import runtime
 from dinov3.eval.command.config import training_settings
 from dinov3.eval.segmentation.config import SegmentationConfig
-from dinov3.eval.segmentation.data import Batch, make_segmentation_dataset, make_segmentation_train_loader
+from dinov3.eval.segmentation.data import Batch, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
 from dinov3.eval.training.checkpoints import Checkpoints
@@ -49,8 +49,16 @@ WITHOUT_EFFECT_ON_TRAINING = (
 )
 
 
-def train_segmentation_head(backbone: nn.Module, config: SegmentationConfig) -> tuple[FeatureDecoder, TrainingResult]:
+def train_segmentation_head(
+    backbone: nn.Module, config: SegmentationConfig, train_set: Any, val_set: Any
+) -> tuple[FeatureDecoder, TrainingResult]:
     """Train the head that `config` describes, starting from the newest checkpoint of its output directory.
+
+    Args:
+        backbone: frozen.
+        config: of the run.
+        train_set: from `make_segmentation_dataset`.
+        val_set: from `make_segmentation_dataset`.
 
     Returns:
         The model with the last head, in evaluation mode, and what was measured when, in percent. `best.pth` holds the
@@ -61,7 +69,6 @@ def train_segmentation_head(backbone: nn.Module, config: SegmentationConfig) -> 
             in size.
         RuntimeError: the loss is not finite.
     """
-    train_set, val_set = (make_segmentation_dataset(config, split) for split in ("train", "val"))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the same first weights in every process
         model = build_model(backbone, config)

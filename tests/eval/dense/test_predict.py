@@ -72,7 +72,7 @@ def test_predictions_are_those_of_the_evaluation(heads: Path, tmp_path: Path) ->
     assert np.array_equal(np.asarray(Image.open(saved)), np.asarray(Image.open(predicted)))
 
 
-def test_a_stopped_command_goes_on(
+def test_a_stopped_command_continues(
     heads: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--images", str(photos), "--weights", str(heads / "depth"), "--out", str(tmp_path / "out")]
@@ -82,7 +82,7 @@ def test_a_stopped_command_goes_on(
     depth_predict.main(given)
     assert (tmp_path / "out" / "one_depth.png").is_file()
     assert (tmp_path / "out" / "below" / "two_depth.npy").stat().st_mtime_ns == before
-    assert "1 of 2 images have their results" in capsys.readouterr().out
+    assert "1 of 2 images have predictions" in capsys.readouterr().out
     depth_predict.main([*given, "--overwrite"])
     assert (tmp_path / "out" / "below" / "two_depth.npy").stat().st_mtime_ns > before
 
@@ -119,7 +119,7 @@ def test_what_is_missing_is_named(heads: Path, photos: Path, tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match="nothing: there is no such file or directory"):
         depth_predict.main(["--images", str(tmp_path / "nothing"), *out, "--weights", str(heads / "depth")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty: there is no image in it"):
+    with pytest.raises(FileNotFoundError, match="empty: there are no images in it"):
         depth_predict.main(["--images", str(tmp_path / "empty"), *out, "--weights", str(heads / "depth")])
     with pytest.raises(ValueError, match=r"--range 5.0 2.0: expected"):
         depth_predict.main([*images, *out, "--weights", str(heads / "depth"), "--range", "5", "2"])

@@ -40,7 +40,7 @@ def test_predictions_that_are_no_numbers_are_reported_as_such(caplog: pytest.Log
     with caplog.at_level(logging.WARNING, logger="dinov3"):
         results = evaluate([good, broken])
     assert results["rmse"][0] == pytest.approx(0.5) and math.isnan(results["rmse"][1])
-    assert "predictions of 1 images" in caplog.text and "[1]" in caplog.text
+    assert "predictions of 1 images are not finite" in caplog.text and "images 1\n" in caplog.text
     assert "no pixel that counts" not in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Depth metrics by their formulas, without valid pixels, and alignment."""
+"""Depth metrics by their formulas, without valid pixels; alignment; the pixels that count."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from dinov3.eval.depth.metrics import (
     DEPTH_METRICS,
     DEPTH_METRICS_NAME,
+    EvalCropType,
     align_depth_least_square,
     calculate_depth_metrics,
+    make_valid_mask,
 )
 
 SHAPE = (1, 1, 12, 15)
@@ -142,3 +144,35 @@ def test_maps_must_fit_together() -> None:
         align_depth_least_square(gt, pred, mask[0, 0])
     with pytest.raises(ValueError, match=r"one image.*\(2, 1, 12, 15\)"):
         align_depth_least_square(*(torch.cat([maps, maps]) for maps in (gt, pred, mask)))
+
+
+def test_crops_are_also_known_by_name() -> None:
+    x = torch.ones(1, 1, 48, 64)
+    assert torch.equal(make_valid_mask(x, "NYU_EIGEN"), make_valid_mask(x, EvalCropType.NYU_EIGEN))
+    assert make_valid_mask(x, "FULL").all()
+    with pytest.raises(ValueError, match="'EIGEN': expected one of NYU_EIGEN, FULL"):
+        make_valid_mask(x, "EIGEN")
+
+
+def test_a_pixel_is_ignored_if_all_its_channels_are() -> None:
+    x = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 0.0]]).view(1, 2, 1, 3)
+    assert make_valid_mask(x).tolist() == [[[[False, True, True]], [[False, True, True]]]]
+    assert make_valid_mask(x, ignored_value=-1.0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_no_measurement(value: float) -> None:
+    x = torch.ones(1, 1, 2, 2)
+    x[0, 0, 1, 0] = value
+    assert make_valid_mask(x).tolist() == [[[[True, True], [False, True]]]]
+
+
+def test_the_mask_is_memory_of_its_own() -> None:
+    mask = make_valid_mask(torch.ones(1, 3, 2, 2))
+    mask[0, 0] = False
+    assert mask[0, 1:].all()
+
+
+def test_other_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(480, 640\)"):
+        make_valid_mask(torch.ones(480, 640))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dinov3.configs import ConfigError
-from dinov3.eval.command.config import read_config
+from dinov3.eval.command.config import parse_arguments, read_config
 from dinov3.eval.depth import run
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.training.checkpoints import load_checkpoint
@@ -81,7 +81,7 @@ def test_training_learns_the_scenes(root: Path, tmp_path: Path) -> None:
         loss = "losses.SIGLOSS=0", "losses.L1=1"  # the published one has no variance in its first 100 steps
         steps = f"scheduler.total_iter={n_steps}", "scheduler.constructor_kwargs.warmup_iters=0", "optimizer.lr=0.01"
         given = arguments(root, tmp_path / str(n_steps), *loss, *steps, "eval.eval_interval=100", "metrics=[rmse]")
-        return run.run_depth(run.parse_arguments(given, DepthConfig))["NYU_rmse"]
+        return run.evaluate_depth(None, parse_arguments(given, DepthConfig)).metrics["NYU_rmse"]
 
     assert train(60) < 0.6 * train(1)
 
@@ -249,7 +249,8 @@ def run_in_ranks(rank: int, world_size: int, root: Path, output_dir: Path) -> di
     folder = f"datasets.root={root / 'folder'}", "datasets.train=DepthFolder:split=train"
     sets = "datasets.val=DepthFolder:split=val", "datasets.test=DepthFolder:split=val"
     more = (f"bs={4 // world_size}", "global_loss=true", "optimizer.lr=0.01")
-    return run.run_depth(run.parse_arguments(arguments(root, output_dir, *folder, *sets, *more), DepthConfig))
+    config = parse_arguments(arguments(root, output_dir, *folder, *sets, *more), DepthConfig)
+    return run.evaluate_depth(None, config).metrics
 
 
 @pytest.mark.distributed

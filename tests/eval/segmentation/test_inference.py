@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.eval.segmentation.inference import _window_limit, make_inference, slide_inference
+from dinov3.eval.segmentation.inference import _default_limit, make_inference, slide_inference
 from dinov3.heads.segmentation import build_segmentation_decoder
 from tests.parity.dense import tiny_vit
 from tests.parity.toy_segmentor import ToySegmentor
@@ -141,10 +141,10 @@ def test_windows_in_flight_are_bounded(max_windows: int) -> None:
 
 def test_default_is_one_window_on_the_cpu_and_what_memory_allows_elsewhere() -> None:
     gpu = torch.device("cuda")
-    assert _window_limit(None, 4 * 19 * 512 * 512, torch.device("cpu")) == 1
-    assert _window_limit(None, 4 * 19 * 512 * 512, gpu) == 8
-    assert _window_limit(None, 4 * 150 * 896 * 896, gpu) == 2
-    assert _window_limit(None, 4 * 1000 * 1024 * 1024, gpu) == 1
+    assert _default_limit(4 * 19 * 512 * 512, torch.device("cpu")) == 1
+    assert _default_limit(4 * 19 * 512 * 512, gpu) == 8
+    assert _default_limit(4 * 150 * 896 * 896, gpu) == 2
+    assert _default_limit(4 * 1000 * 1024 * 1024, gpu) == 1
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ SLIDE = {"inference_mode": "slide", "n_output_channels": K, "crop_size": (24, 24
         ({"rescale_to": 40}, "rescale_to=40: expected"),
         ({"n_output_channels": 256}, "n_output_channels=256, but the model predicts 5 classes"),
         ({"n_output_channels": 1}, "n_output_channels=1, but the model predicts 5 classes"),
-        ({"decoder_head_type": "m2f"}, "decoder_head_type='m2f': expected a dict .* got Tensor"),
+        ({"decoder_head_type": "m2f"}, "decoder_head_type='m2f': expected a dictionary .* got Tensor"),
         ({"max_windows_per_batch": 0}, "max_windows_per_batch=0"),
         ({"inference_mode": "whole", "whole_size": (0, 4)}, r"whole_size=\(0, 4\)"),
         ({"x": images_of(3, 40, 56)}, r"expected images .* got shape \[3, 40, 56\]"),

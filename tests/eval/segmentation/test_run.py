@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from dinov3.configs import ConfigError
+from dinov3.eval.command.command_line import run_evaluation
+from dinov3.eval.command.config import parse_arguments
 from dinov3.eval.segmentation import run
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
@@ -205,7 +207,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], type[Exception], str]] = {
     "no training images": (["datasets.train=''"], ValueError, "datasets.train"),
     "no root": (["datasets.root=/nowhere"], FileNotFoundError, "/nowhere"),
     "no head file": (["load_from=/nowhere/head.pth"], FileNotFoundError, "/nowhere/head.pth"),
-    "no label maps": (["datasets.train=ImageFolder:root=ROOT"], ValueError, "an ImageFolder has no label maps"),
+    "no label maps": (["datasets.train=ImageFolder:root=ROOT"], ValueError, "ImageFolder has no label maps"),
     "classes": (["datasets.root=ROOT/folder", *FOLDER, "decoder_head.num_classes=5"], ValueError, "has 2 classes"),
     "zero": (["datasets.root=ROOT/folder", *FOLDER[:2]], ValueError, "eval.reduce_zero_label=false"),
 }
@@ -220,7 +222,7 @@ def test_bad_settings_are_refused(name: str, root: Path, tmp_path: Path) -> None
 
 
 def test_another_head_is_refused(root: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="model_final.pth does not fit .*: expected a linear segmentation head of"):
+    with pytest.raises(WeightsError, match="model_final.pth does not fit .*: expected a linear segmentation head with"):
         more = (f"load_from={trained / 'model_final.pth'}", "decoder_head.num_classes=3")
         run.main(arguments(root, tmp_path, *more))
 
@@ -234,7 +236,8 @@ def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
 def run_in_ranks(rank: int, world_size: int, root: Path, output_dir: Path) -> dict[str, Any]:
     # The same images per step, whatever the number of processes; what is dropped is drawn by each on its own.
     more = (f"bs={4 // world_size}", "optimizer.lr=0.01", "decoder_head.dropout=0", f"datasets.root={root / 'folder'}")
-    return run.run_segmentation(run.parse_arguments(arguments(root, output_dir, *more, *FOLDER), SegmentationConfig))
+    config = parse_arguments(arguments(root, output_dir, *more, *FOLDER), SegmentationConfig)
+    return run_evaluation(config, evaluate=run.evaluate_segmentation, results_file=run.RESULTS_FILENAME)
 
 
 @pytest.mark.distributed
