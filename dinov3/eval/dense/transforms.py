@@ -1,6 +1,6 @@
-"""What the transforms of depth and segmentation share: sizes, and resizing an image together with its map of labels.
+"""Transforms that depth and segmentation share: resizing an image together with its map of labels, normalisation.
 
-Each transform takes and returns (image, label). A label is what a dataset delivers, or a tensor once it was converted.
+Each takes and returns (image, label). A label is what a dataset delivers, or a tensor once it was converted.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NEAREST = v2.InterpolationMode.NEAREST
 
 
 def size_of(x: Image.Image | np.ndarray | Tensor) -> tuple[int, int]:
-    """Height and width of a PIL image, or of an array or tensor [..., H, W]."""
+    """Return height and width of a PIL image, or of an array or tensor [..., H, W]."""
     if isinstance(x, Image.Image):
         return x.height, x.width
     return int(x.shape[-2]), int(x.shape[-1])
 
 
 class EqualSizes:
-    """Hands on an image and its label if they have one size; what is cut from one place must be of one place.
+    """Refuse an image and a label of different sizes, because random crops cut the same place out of both.
 
     Args:
         label_name: what the label is called in the error.
@@ -50,10 +50,10 @@ class EqualSizes:
 
 
 class ResizeV2:
-    """Resize the image and, if asked, its label.
+    """Resize the image, with antialiasing, and if asked its label.
 
     Args:
-        size: (height, width), or the shorter side. With one number the longer side is truncated.
+        size: (height, width), or the shorter side; the longer one is then truncated.
         image_interpolation: of the image.
         label_interpolation: of the label.
         resize_label: resize the label too.
@@ -72,53 +72,57 @@ class ResizeV2:
         self.resize_label = resize_label
 
     def __call__(self, img: Any, label: Any) -> tuple[Any, Any]:
-        img = resize_image(img, self.size, self.image_interpolation)
-        if self.resize_label:
-            label = resize_label(label, self.size, self.label_interpolation)
-        return img, label
+        size = self.size_for(img)
+        img = v2.functional.resize(img, size, interpolation=self.image_interpolation, antialias=True)
+        if not self.resize_label:
+            return img, label
+        if not isinstance(label, np.ndarray):
+            return img, v2.functional.resize(label, size, interpolation=self.label_interpolation, antialias=True)
+        # The nearest pixel as PIL takes it, the one that holds the centre: it fits resized PIL images.
+        exact = v2.InterpolationMode.NEAREST_EXACT if self.label_interpolation is NEAREST else self.label_interpolation
+        return img, v2.functional.resize(label_to_tensor(label, "label"), size, interpolation=exact)[0].numpy()
+
+    def size_for(self, img: Any) -> list[int]:
+        """Return the size as torchvision takes it: [height, width], or [shorter side]."""
+        return self.size
 
 
-def resize_image(img: Image.Image | Tensor, size: Sequence[int], interpolation: v2.InterpolationMode) -> Any:
-    """A PIL image or a tensor [3, H, W] at `size` (height, width) or (shorter side,), with antialiasing."""
-    return v2.functional.resize(img, list(size), interpolation=interpolation, antialias=True)
+class NormalizeImage:
+    """Bring an image to a mean of about 0 and a standard deviation of about 1, float32.
 
-
-def resize_label(label: Any, size: Sequence[int], interpolation: v2.InterpolationMode) -> Any:
-    """A PIL image, a tensor [..., H, W] or an array [H, W] at `size`, of its own kind.
-
-    "Nearest" of an array is that of PIL, the pixel that holds the centre, as it goes with a resized PIL image.
+    Args:
+        mean: per channel, in the range of the image's values.
+        std: per channel.
     """
-    if isinstance(label, np.ndarray):
-        exact = v2.InterpolationMode.NEAREST_EXACT if interpolation is NEAREST else interpolation
-        return resize_label(label_to_tensor(label, "label"), size, exact)[0].numpy()
-    return v2.functional.resize(label, list(size), interpolation=interpolation, antialias=True)
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = list(mean)
+        self.std = list(std)
+
+    def __call__(self, img: Tensor, label: Any) -> tuple[Tensor, Any]:
+        return v2.functional.normalize(img.float(), self.mean, self.std), as_plain_tensor(label)
 
 
 def label_to_tensor(label: Any, what: str) -> Tensor:
-    """A single-channel label map as a tensor.
+    """Convert a single-channel label map.
 
     Args:
         label: a PIL image of mode L, P, 1, I, I;16 or F, or an array or tensor [H, W] or [1, H, W].
         what: what it is called in errors, e.g. "depth map".
 
     Returns:
-        [1, H, W]: uint8 of 8-bit images, uint16 of 16-bit ones, int32 or float32 of the others. Arrays keep their
+        [1, H, W]: uint8 for 8-bit images, uint16 for 16-bit ones, int32 or float32 for the others. Arrays keep their
         dtype, but floating-point ones become float32.
 
     Raises:
         ValueError: it has several channels.
         TypeError: it is something else.
     """
-    if isinstance(label, Image.Image):
-        if len(label.getbands()) != 1:
-            raise ValueError(f"a {what} has one channel, got a PIL image of mode {label.mode!r}")
-        array = np.asarray(label)
-    elif isinstance(label, Tensor):
-        array = label.detach().cpu().numpy()
-    elif isinstance(label, np.ndarray):
-        array = label
-    else:
+    if isinstance(label, Image.Image) and len(label.getbands()) != 1:
+        raise ValueError(f"a {what} has one channel, got a PIL image of mode {label.mode!r}")
+    if not isinstance(label, Image.Image | Tensor | np.ndarray):
         raise TypeError(f"a {what} is a PIL image, a NumPy array or a tensor, got {type(label).__name__}")
+    array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 2:
@@ -128,6 +132,6 @@ def label_to_tensor(label: Any, what: str) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=dtype))[None]
 
 
-def plain(x: Tensor) -> Tensor:
-    """A tensor without the class that tells torchvision's transforms what it holds."""
+def as_plain_tensor(x: Any) -> Any:
+    """Return a tensor without the class by which torchvision's transforms know what it holds; others as they are."""
     return x.as_subclass(Tensor) if isinstance(x, tv_tensors.TVTensor) else x

@@ -1,14 +1,8 @@
 """Transforms of images and their label maps.
 
 Each takes and returns (image, label). Images are PIL RGB images. Labels are class ids, as PIL images of mode L, P, I or
-I;16, or as NumPy arrays [H, W]; they become integer tensors [1, H, W].
-
-Notable:
-- Means and standard deviations are those of values in [0, 255].
-- A resize by the shorter side rounds the longer one; torchvision truncates it. Published scores were taken this way.
-- Training crops avoid single classes: up to ten are rejected where one fills three quarters of the labelled pixels.
-- Padding is 0 after the normalisation, which is the mean colour, and "ignore" in the label.
-- All draws come from torch's generator, which the loader seeds in each worker. Everything can be pickled.
+I;16, or as NumPy arrays [H, W]; they become integer tensors [1, H, W]. All draws come from torch's generator, which the
+loader seeds in each worker.
 """
 
 from __future__ import annotations
@@ -28,32 +22,15 @@ from dinov3.eval.dense.transforms import (
     BILINEAR,
     NEAREST,
     EqualSizes,
+    NormalizeImage,
     ResizeV2,
     label_to_tensor,
-    resize_image,
-    resize_label,
     size_of,
 )
 from dinov3.eval.segmentation.metrics import IGNORE_INDEX, WIDE_UNSIGNED, preprocess_nonzero_labels
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-__all__ = [
-    "CustomResize",
-    "FixedSideResize",
-    "MaskToTensor",
-    "MultiScaleResize",
-    "NormalizeImage",
-    "PILToTensor",
-    "PadTensor",
-    "PhotoMetricDistortion",
-    "RandomCropWithLabel",
-    "RandomHorizontalFlip",
-    "ReduceZeroLabel",
-    "ResizeV2",
-    "make_segmentation_eval_transforms",
-    "make_segmentation_train_transforms",
-]
-
+# Of values in [0, 255].
 MEAN = tuple(255 * value for value in IMAGENET_DEFAULT_MEAN)
 STD = tuple(255 * value for value in IMAGENET_DEFAULT_STD)
 
@@ -63,7 +40,7 @@ REDUCED_SIDE_MULTIPLE = 32
 
 
 class MaskToTensor:
-    """A label map to a tensor [1, H, W]: uint8, or a wider integer for images of more than 8 bits.
+    """Convert a label map to a tensor [1, H, W]: uint8, or a wider integer for images of more than 8 bits.
 
     Raises:
         ValueError: when called: the map has several channels.
@@ -78,39 +55,22 @@ class MaskToTensor:
 
 
 class PILToTensor:
-    """A PIL image to uint8 [3, H, W]."""
+    """Convert a PIL image to uint8 [3, H, W]."""
 
     def __call__(self, img: Image.Image, label: Any) -> tuple[Tensor, Any]:
         return v2.functional.pil_to_tensor(img), label
 
 
-class FixedSideResize:
-    """Resize to a shorter side; the longer one is rounded.
+class FixedSideResize(ResizeV2):
+    """Resize to a shorter side. The longer one is rounded, as for published scores; torchvision truncates it."""
 
-    Args:
-        small_size: of the shorter side in pixels.
-        image_interpolation: of the image.
-        label_interpolation: of the label.
-        resize_label: resize the label too.
-    """
-
-    def __init__(
-        self,
-        small_size: int,
-        image_interpolation: v2.InterpolationMode = BILINEAR,
-        label_interpolation: v2.InterpolationMode = NEAREST,
-        resize_label: bool = True,
-    ) -> None:
-        self.small_size = small_size
-        self.image_interpolation = image_interpolation
-        self.label_interpolation = label_interpolation
-        self.resize_label = resize_label
-
-    def __call__(self, img: Any, label: Any) -> tuple[Any, Any]:
-        size = _size_of_small_side(img, self.small_size)
-        if self.resize_label:
-            label = resize_label(label, size, self.label_interpolation)
-        return resize_image(img, size, self.image_interpolation), label
+    def size_for(self, img: Any) -> list[int]:
+        """Return [height, width] for an image."""
+        height, width = size_of(img)
+        (short,) = self.size
+        if height > width:
+            return [int(short * height / width + 0.5), short]
+        return [short, int(short * width / height + 0.5)]
 
 
 class CustomResize:
@@ -120,7 +80,7 @@ class CustomResize:
         img_size: the shorter side (the longer one is rounded), or (height, width).
         image_interpolation: of the image.
         label_interpolation: of the label.
-        random_img_size_ratio_range: sizes are multiplied by a uniform draw from this and truncated; None: they are not.
+        random_img_size_ratio_range: sizes are multiplied by a uniform draw from this and truncated. Default: no factor.
     """
 
     def __init__(
@@ -131,78 +91,56 @@ class CustomResize:
         random_img_size_ratio_range: Sequence[float] | None = None,
     ) -> None:
         self.sides = [img_size] if isinstance(img_size, int) else list(img_size)
-        self.image_interpolation = image_interpolation
-        self.label_interpolation = label_interpolation
-        self.ratio_range = tuple(random_img_size_ratio_range) if random_img_size_ratio_range else (1.0, 1.0)
+        self.interpolations = image_interpolation, label_interpolation
+        self.ratio_range = tuple(random_img_size_ratio_range or (1.0, 1.0))
 
     def __call__(self, img: Any, label: Any) -> tuple[Any, Any]:
         ratio = _uniform(self.ratio_range)
         size = [max(1, int(side * ratio)) for side in self.sides]
-        if len(size) == 1:
-            size = _size_of_small_side(img, size[0])
-        return (
-            resize_image(img, size, self.image_interpolation),
-            resize_label(label, size, self.label_interpolation),
-        )
+        resize = FixedSideResize if len(size) == 1 else ResizeV2
+        return resize(size, *self.interpolations)(img, label)
 
 
 class MultiScaleResize:
-    """Copies of an image at several sizes; the label stays.
+    """Make copies of an image at several sizes; the label stays.
 
     Args:
         small_size: shorter side of the copy of ratio 1.
         ratios: the shorter sides are `int(small_size * ratio)`, rounded up to a multiple of 32 for ratios below 1.
-        image_interpolation: of the image.
     """
 
-    def __init__(
-        self, small_size: int, ratios: Sequence[float], image_interpolation: v2.InterpolationMode = BILINEAR
-    ) -> None:
-        self.small_sizes = [self._small_size(small_size, ratio) for ratio in ratios]
-        self.image_interpolation = image_interpolation
-
-    def _small_size(self, small_size: int, ratio: float) -> int:
-        size = int(small_size * ratio)
-        return -(-size // REDUCED_SIDE_MULTIPLE) * REDUCED_SIDE_MULTIPLE if ratio < 1 else size
+    def __init__(self, small_size: int, ratios: Sequence[float]) -> None:
+        sizes = [(int(small_size * ratio), REDUCED_SIDE_MULTIPLE if ratio < 1 else 1) for ratio in ratios]
+        self.resizes = [
+            FixedSideResize(-(-size // multiple) * multiple, resize_label=False) for size, multiple in sizes
+        ]
 
     def __call__(self, img: Any, label: Any) -> tuple[list[Any], Any]:
-        sizes = [_size_of_small_side(img, small_size) for small_size in self.small_sizes]
-        return [resize_image(img, size, self.image_interpolation) for size in sizes], label
+        return [resize(img, None)[0] for resize in self.resizes], label
 
 
 class ReduceZeroLabel:
-    """Class ids from 0 of labels that count from 1: see `preprocess_nonzero_labels`.
-
-    Args:
-        ignore_index: what label 0 becomes.
-    """
-
-    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
-        self.ignore_index = ignore_index
+    """Make class ids count from 0, see `preprocess_nonzero_labels`."""
 
     def __call__(self, img: Any, label: Tensor) -> tuple[Any, Tensor]:
-        return img, preprocess_nonzero_labels(label, self.ignore_index)
+        return img, preprocess_nonzero_labels(label)
 
 
 class RandomCropWithLabel:
-    """Cut the same random part from both, where possible one with several classes.
+    """Cut the same random part from both, if possible one with several classes.
 
-    Up to ten parts are rejected which do not hold two classes, or where one class fills too much.
+    Up to ten parts are rejected that do not hold two classes, or in which one class fills too much.
 
     Args:
         crop_size: (height, width), or the side of a square. A side of the image that is smaller is kept whole.
-        cat_max_ratio: from this share of the labelled pixels on, a class fills too much.
-        ignore_index: label of pixels that do not count.
     """
 
     N_REJECTED = 10
+    #: From this share of the labelled pixels on, a class fills too much.
+    MAX_CLASS_SHARE = 0.75
 
-    def __init__(
-        self, crop_size: int | Sequence[int], cat_max_ratio: float = 0.75, ignore_index: int = IGNORE_INDEX
-    ) -> None:
+    def __init__(self, crop_size: int | Sequence[int]) -> None:
         self.crop_size = _pair(crop_size)
-        self.cat_max_ratio = cat_max_ratio
-        self.ignore_index = ignore_index
 
     def __call__(self, img: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self._draw(size_of(img))
@@ -218,12 +156,12 @@ class RandomCropWithLabel:
         return slice(top, top + crop[0]), slice(left, left + crop[1])
 
     def _is_mixed(self, label: Tensor) -> bool:
-        counts = label[label != self.ignore_index].unique(return_counts=True)[1]
-        return len(counts) > 1 and bool(counts.max() < self.cat_max_ratio * counts.sum())
+        counts = label[label != IGNORE_INDEX].unique(return_counts=True)[1]
+        return len(counts) > 1 and bool(counts.max() < self.MAX_CLASS_SHARE * counts.sum())
 
 
 class RandomHorizontalFlip:
-    """Mirror both.
+    """Flip both with a probability.
 
     Args:
         p: probability, in [0, 1].
@@ -244,8 +182,8 @@ class RandomHorizontalFlip:
 class PhotoMetricDistortion:
     """Change brightness, contrast, saturation and hue, each of half of the images.
 
-    Contrast comes before or after the colours, at random. Every step ends with whole numbers in [0, 255], cut off, not
-    rounded: published heads were trained so.
+    Contrast comes before or after the colours, at random. Every step ends with whole numbers in [0, 255], truncated and
+    not rounded: published heads were trained that way.
 
     Args:
         brightness_delta: brightness is added, from [-this, this].
@@ -267,7 +205,7 @@ class PhotoMetricDistortion:
         self.hue_range = tuple(hue_range)
 
     def __call__(self, img: Tensor, label: Any) -> tuple[Tensor, Any]:
-        """uint8 [3, H, W] to float32 in [0, 255]; the label stays."""
+        """Change an image uint8 [3, H, W] to float32 in [0, 255]; the label stays."""
         if _happens():
             img = self.convert(img, beta=_uniform(self.brightness_range))
         contrast_first = _happens()
@@ -285,51 +223,31 @@ class PhotoMetricDistortion:
         return self.convert(img, alpha=_uniform(self.contrast_range)) if _happens() else img
 
     def convert(self, img: Tensor | np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-        """`alpha * img + beta`, cut to whole numbers in [0, 255]: uint8 of any shape to uint8."""
+        """Compute `alpha * img + beta`, clipped and truncated to whole numbers in [0, 255], for uint8 of any shape."""
         return (torch.as_tensor(img).float() * alpha + beta).clamp(0, 255).to(torch.uint8)
 
 
-class NormalizeImage:
-    """An image of values in [0, 255] to float32 with a mean and standard deviation of about 0 and 1.
-
-    Args:
-        mean: per channel, of values in [0, 255].
-        std: per channel.
-    """
-
-    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
-        self.mean = list(mean)
-        self.std = list(std)
-
-    def __call__(self, img: Tensor, label: Any) -> tuple[Tensor, Any]:
-        return v2.functional.normalize(img.float(), self.mean, self.std), label
-
-
 class PadTensor:
-    """Bring both to one size: on the right and below, the image is padded with 0 and the label with "ignore", or cut.
+    """Bring both to one size: on the right and below they are padded, the label with "ignore", or cut.
+
+    The image is padded with 0, which after the normalisation is the mean colour.
 
     Args:
         pad_shape: (height, width), or the side of a square.
-        ignore_index: what the label is padded with.
     """
 
-    def __init__(self, pad_shape: int | Sequence[int], ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(self, pad_shape: int | Sequence[int]) -> None:
         self.pad_shape = _pair(pad_shape)
-        self.ignore_index = ignore_index
 
     def __call__(self, img: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self._pad(img, 0), self._pad(label, self.ignore_index)
-
-    def _pad(self, x: Tensor, value: int) -> Tensor:
-        height, width = size_of(x)
-        return F.pad(x, (0, self.pad_shape[1] - width, 0, self.pad_shape[0] - height), value=value)
+        height, width = size_of(img)
+        margins = (0, self.pad_shape[1] - width, 0, self.pad_shape[0] - height)
+        return F.pad(img, margins), F.pad(label, margins, value=IGNORE_INDEX)
 
 
 def make_segmentation_train_transforms(
     *,
     img_size: int | Sequence[int] | None = None,
-    image_interpolation: v2.InterpolationMode = BILINEAR,
-    label_interpolation: v2.InterpolationMode = NEAREST,
     random_img_size_ratio_range: Sequence[float] | None = None,
     crop_size: int | Sequence[int] | None = None,
     flip_prob: float = 0.0,
@@ -337,15 +255,13 @@ def make_segmentation_train_transforms(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> v2.Compose:
-    """Training pairs: resized, cut, mirrored, recoloured, normalised, padded.
+    """Make the transforms of training pairs: resize, crop, flip, distort colours, normalise, pad.
 
     Args:
-        img_size: the shorter side, or (height, width); None: no resize.
-        image_interpolation: of the image, which Pillow resizes.
-        label_interpolation: of the label.
-        random_img_size_ratio_range: `img_size` is multiplied by a draw from this; None: it is not.
-        crop_size: (height, width), or the side of a square; smaller images are padded. None: neither crop nor padding.
-        flip_prob: probability of the mirror image.
+        img_size: the shorter side, or (height, width). Default: no resize.
+        random_img_size_ratio_range: `img_size` is multiplied by a draw from this. Default: no factor.
+        crop_size: (height, width), or the side of a square; smaller images are padded. Default: no crop, no padding.
+        flip_prob: probability of a horizontal flip.
         reduce_zero_label: label 0 means "unlabelled" and classes count from 1.
         mean: per channel, of values in [0, 255].
         std: per channel.
@@ -358,45 +274,38 @@ def make_segmentation_train_transforms(
     """
     if random_img_size_ratio_range and not img_size:
         raise ValueError("random_img_size_ratio_range multiplies img_size, which is not given")
-    resize = []
-    if img_size:
-        resize = [CustomResize(img_size, image_interpolation, label_interpolation, random_img_size_ratio_range)]
-    return v2.Compose(
-        [
-            EqualSizes("label map"),
-            MaskToTensor(),
-            *resize,
-            PILToTensor(),
-            *([ReduceZeroLabel()] if reduce_zero_label else []),
-            *([RandomCropWithLabel(crop_size)] if crop_size else []),
-            RandomHorizontalFlip(flip_prob),
-            PhotoMetricDistortion(),
-            NormalizeImage(mean, std),
-            *([PadTensor(crop_size)] if crop_size else []),
-        ]
-    )
+    resize = CustomResize(img_size, random_img_size_ratio_range=random_img_size_ratio_range) if img_size else None
+    steps = [
+        EqualSizes("label map"),
+        MaskToTensor(),
+        resize,
+        PILToTensor(),
+        ReduceZeroLabel() if reduce_zero_label else None,
+        RandomCropWithLabel(crop_size) if crop_size else None,
+        RandomHorizontalFlip(flip_prob),
+        PhotoMetricDistortion(),
+        NormalizeImage(mean, std),
+        PadTensor(crop_size) if crop_size else None,
+    ]
+    return v2.Compose([step for step in steps if step is not None])
 
 
 def make_segmentation_eval_transforms(
     *,
     img_size: int | Sequence[int] | None = None,
     inference_mode: str = "whole",
-    image_interpolation: v2.InterpolationMode = BILINEAR,
-    label_interpolation: v2.InterpolationMode = NEAREST,
     use_tta: bool = False,
     tta_ratios: Sequence[float] = (1.0,),
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> v2.Compose:
-    """Evaluation pairs: a list of what a model sees of an image, and the label; nothing is random.
+    """Make the transforms of evaluation pairs, in which nothing is random.
 
     Args:
-        img_size: the shorter side, or (height, width); None: no resize.
-        inference_mode: "slide" keeps the size of the label where `img_size` is one number; "whole" resizes it with the
+        img_size: the shorter side, or (height, width). Default: no resize.
+        inference_mode: "slide" keeps the size of the label if `img_size` is one number; "whole" resizes it with the
             image.
-        image_interpolation: of the image, which Pillow resizes.
-        label_interpolation: of the label.
-        use_tta: the image at several sizes, then all of them mirrored, in the same order; the label keeps its size.
+        use_tta: give the image at several sizes, then all of them flipped, in the same order; the label keeps its size.
         tta_ratios: of these sizes to `img_size`.
         mean: per channel, of values in [0, 255].
         std: per channel.
@@ -405,7 +314,7 @@ def make_segmentation_eval_transforms(
         A transform of (image, label) to a list of float32 [3, H, W], and integers [1, h, w], uint8 for 8-bit labels.
 
     Raises:
-        ValueError: there is no such mode, or `use_tta` without one number as `img_size`.
+        ValueError: the mode is unknown, or `use_tta` is given and `img_size` is not one number.
     """
     if inference_mode not in INFERENCE_MODES:
         raise ValueError(f"inference_mode={inference_mode!r}: expected one of {', '.join(INFERENCE_MODES)}")
@@ -413,31 +322,23 @@ def make_segmentation_eval_transforms(
     if use_tta:
         if not isinstance(img_size, int):
             raise ValueError(f"use_tta needs one number as img_size, the shorter side at ratio 1, got {img_size!r}")
-        resize = [MultiScaleResize(img_size, tta_ratios, image_interpolation)]
+        resize = [MultiScaleResize(img_size, tta_ratios)]
     elif isinstance(img_size, int):
-        both = inference_mode != "slide"
-        resize = [FixedSideResize(img_size, image_interpolation, label_interpolation, resize_label=both)]
+        resize = [FixedSideResize(img_size, resize_label=inference_mode != "slide")]
     elif img_size:
-        resize = [ResizeV2(img_size, image_interpolation, label_interpolation)]
-    return v2.Compose([MaskToTensor(), *resize, _NormalizedImages(mean, std, add_mirrored=use_tta)])
+        resize = [ResizeV2(img_size)]
+    return v2.Compose([MaskToTensor(), *resize, _NormalizedImages(mean, std, add_flipped=use_tta)])
 
 
 class _NormalizedImages:
-    def __init__(self, mean: Sequence[float], std: Sequence[float], *, add_mirrored: bool) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, add_flipped: bool) -> None:
         self.normalize = NormalizeImage(mean, std)
-        self.add_mirrored = add_mirrored
+        self.add_flipped = add_flipped
 
     def __call__(self, images: Any, label: Any) -> tuple[list[Tensor], Any]:
         images = images if isinstance(images, list) else [images]
         tensors = [self.normalize(v2.functional.pil_to_tensor(image), None)[0] for image in images]
-        return [*tensors, *(tensor.flip(-1) for tensor in tensors if self.add_mirrored)], label
-
-
-def _size_of_small_side(img: Any, small_size: int) -> list[int]:
-    height, width = size_of(img)
-    if height > width:
-        return [int(small_size * height / width + 0.5), small_size]
-    return [small_size, int(small_size * width / height + 0.5)]
+        return [*tensors, *(tensor.flip(-1) for tensor in tensors if self.add_flipped)], label
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -341,7 +341,3 @@ def test_draws_come_from_torch_alone() -> None:
         images.append(transform(*pair())[0])
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     assert np.array_equal(np.random.get_state()[1], before)
-
-
-def test_public_names_are_there() -> None:
-    assert all(hasattr(transforms, name) for name in transforms.__all__)
