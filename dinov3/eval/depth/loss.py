@@ -1,15 +1,8 @@
-"""Losses of predicted depth maps against measured ones, where there are measurements.
+"""Losses of predicted depth maps against measured ones, at the pixels that have a measurement.
 
-All are called `(pred, gt, valid_mask=None)` with maps [B, 1, H, W] in metres. Pixels where the mask is False are as if
-they were not there, whatever they hold; without a mask all count. The whole batch is one set of pixels.
-
-Notable:
-- A batch without valid pixels costs 0 and gives gradients of 0, and no value or gradient is ever NaN for it or for a
-  single pixel: sums over masked maps take the place of selected pixels. Nothing here waits for an accelerator.
-- `SigLoss` leaves the variance out in its first calls. How many it has had is not in `state_dict`, which stays empty;
-  `MultiLoss.loss_state` is what a checkpoint must keep for that.
-- The gradient losses compare pixels two apart, on every first, second, fourth and sixth row and column (not eighth):
-  published heads were trained so.
+All are called `(pred, gt, valid_mask=None)` with maps [B, 1, H, W] in metres. Pixels where the mask is False have no
+effect, whatever they hold; without a mask all count. The whole batch is one set of pixels. A batch without valid pixels
+costs 0 and gives gradients of 0.
 """
 
 from __future__ import annotations
@@ -38,21 +31,21 @@ class LossType(Enum):
     L1 = "l1"
 
     def module(self) -> DepthLoss:
-        """A new loss of this type, as trainings use it."""
-        if self is LossType.SIGLOSS:
-            return SigLoss(warm_up=True, warm_iter=100)
-        if self is LossType.GRADIENT_LOSS:
-            return GradientLoss()
-        if self is LossType.GRADIENT_LOG_LOSS:
-            return GradientLogLoss()
-        return L1Loss()
+        """Make a loss of this type, as trainings use it."""
+        classes: dict[LossType, type[DepthLoss]] = {
+            LossType.SIGLOSS: SigLoss,
+            LossType.GRADIENT_LOSS: GradientLoss,
+            LossType.GRADIENT_LOG_LOSS: GradientLogLoss,
+            LossType.L1: L1Loss,
+        }
+        return classes[self]()
 
 
 class DepthLoss(nn.Module):
-    """A loss of depth maps; concrete ones say what it is of maps whose invalid pixels are harmless.
+    """Base of the losses of depth maps, which makes invalid pixels harmless.
 
     Attributes:
-        n_calls: how often it was called.
+        n_calls: how often it was called; not in `state_dict`.
     """
 
     def __init__(self) -> None:
@@ -60,12 +53,12 @@ class DepthLoss(nn.Module):
         self.n_calls = 0
 
     def forward(self, pred: Tensor, gt: Tensor, valid_mask: Tensor | None = None) -> Tensor:
-        """The loss.
+        """Compute the loss.
 
         Args:
             pred: predicted depth [B, 1, H, W], positive.
             gt: measured depth, of the same shape.
-            valid_mask: bool, of the same shape; None: all pixels are valid.
+            valid_mask: bool, of the same shape. Default: all pixels are valid.
 
         Returns:
             A float32 scalar (float64 for float64 predictions).
@@ -81,21 +74,22 @@ class DepthLoss(nn.Module):
             )
         self.n_calls += 1
         dtype = torch.promote_types(pred.dtype, torch.float32)
-        # Replaced before any logarithm: a gradient of 0 times one of infinity would be NaN.
+        # Values are replaced before any logarithm, because a gradient of 0 times one of infinity would be NaN. Pixels
+        # are masked and not selected, because that would wait for the device.
         pred, gt = (depth.to(dtype).masked_fill(~mask, 1.0) for depth in (pred, gt))
         return self.masked_loss(pred, gt, mask)
 
     def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
-        """The loss of maps that are 1 where the mask is False."""
+        """Compute the loss of maps that are 1 where the mask is False."""
         raise NotImplementedError
 
 
 class SigLoss(DepthLoss):
-    """Root of the variance of the logarithms' difference, plus 0.15 times its squared mean (scale-invariant loss).
+    """Scale-invariant loss: the root of the variance of the difference of logarithms plus 0.15 times its squared mean.
 
     Args:
-        warm_up: leave the variance out in the first calls.
-        warm_iter: in how many of them, training or not.
+        warm_up: leave out the variance in the first calls.
+        warm_iter: the number of these calls, training or not.
     """
 
     def __init__(self, warm_up: bool = True, warm_iter: int = 100) -> None:
@@ -112,20 +106,20 @@ class SigLoss(DepthLoss):
         if not (self.warm_up and self.n_calls <= self.warm_iter):
             squares = _masked_sum((difference - mean).square(), mask)
             result = result + squares / (n_pixels - 1).clamp(min=1)
-        # The root has no gradient at 0. `result` itself is 0 there, and its gradient is too.
+        # The root has no gradient at 0, but `result` has one of 0 there.
         positive = result > 0
         return torch.where(positive, torch.where(positive, result, 1.0).sqrt(), result)
 
 
 class GradientLoss(DepthLoss):
-    """Mean difference of the depth gradients, at four resolutions."""
+    """Mean difference of the gradients of depths, at four resolutions."""
 
     def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
         return _gradient_difference(pred - gt, mask)
 
 
 class GradientLogLoss(DepthLoss):
-    """Mean difference of the gradients of the depths' logarithms, at four resolutions."""
+    """Mean difference of the gradients of logarithms of depths, at four resolutions."""
 
     def masked_loss(self, pred: Tensor, gt: Tensor, mask: Tensor) -> Tensor:
         return _gradient_difference((pred + EPS).log() - (gt + EPS).log(), mask)
@@ -142,42 +136,44 @@ class MultiLoss(nn.Module):
     """A weighted sum of losses, without entries in its `state_dict`.
 
     Args:
-        losses: weight of each type, or of its name.
+        losses: weights by type or by its name.
 
     Attributes:
         dict_losses: the losses, by the names of their types.
 
     Raises:
-        ValueError: no loss, or one that does not exist.
+        ValueError: there are no losses, or one is unknown.
     """
 
     def __init__(self, losses: Mapping[LossType, float] | Mapping[str, float]) -> None:
         super().__init__()
         if not losses:
             raise ValueError(f"losses is empty: give weights of {', '.join(LossType.__members__)}")
-        types = {_loss_type(name): float(weight) for name, weight in losses.items()}
-        self.weights = {loss_type.name: weight for loss_type, weight in types.items()}
-        self.dict_losses = nn.ModuleDict({loss_type.name: loss_type.module() for loss_type in types})
+        self.weights = {loss if isinstance(loss, str) else loss.name: float(weight) for loss, weight in losses.items()}
+        known = LossType.__members__
+        for name in set(self.weights).difference(known):
+            raise ValueError(f"unknown loss {name!r}{did_you_mean(name, known)}: expected some of {', '.join(known)}")
+        self.dict_losses = nn.ModuleDict({name: LossType[name].module() for name in self.weights})
 
     def forward(self, pred: Tensor, gt: Tensor, valid_mask: Tensor | None = None) -> Tensor:
-        """The sum, a scalar; arguments and errors are those of `DepthLoss.forward`."""
+        """Compute the sum, a scalar; see `DepthLoss.forward`."""
         terms = [self.weights[name] * loss(pred, gt, valid_mask) for name, loss in self._named_losses()]
         return torch.stack(terms).sum()
 
     def loss_state(self) -> dict[str, int]:
-        """How often each loss was called, by the name of its type: what a checkpoint must keep."""
+        """Return how often each loss was called, by the name of its type; a checkpoint must hold it."""
         return {name: loss.n_calls for name, loss in self._named_losses()}
 
     def load_loss_state(self, state: Mapping[str, int]) -> None:
-        """Go on counting from a `loss_state`.
+        """Continue to count from a `loss_state`.
 
         Raises:
-            ValueError: the state is of other losses.
+            ValueError: the state belongs to other losses.
         """
         if set(state) != set(self.dict_losses):
             raise ValueError(
-                f"the loss state is of {', '.join(sorted(state)) or 'no losses'}, but the training has "
-                f"{', '.join(sorted(self.dict_losses))}: resume with the losses that it began with"
+                f"the checkpoint belongs to a training with losses {', '.join(sorted(state)) or 'none'}, this training "
+                f"has {', '.join(sorted(self.dict_losses))}: resume with the same losses"
             )
         for name, loss in self._named_losses():
             loss.n_calls = int(state[name])
@@ -186,21 +182,14 @@ class MultiLoss(nn.Module):
         return cast("list[tuple[str, DepthLoss]]", list(self.dict_losses.items()))
 
 
-def _loss_type(name: LossType | str) -> LossType:
-    if isinstance(name, LossType):
-        return name
-    if name not in LossType.__members__:
-        known = LossType.__members__
-        raise ValueError(f"there is no loss {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}")
-    return LossType[name]
-
-
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0).sum()
 
 
 def _gradient_difference(difference: Tensor, mask: Tensor) -> Tensor:
     total = difference.new_zeros(())
+    # Pixels two apart, on every first, second, fourth and sixth (not eighth) row and column: published heads were
+    # trained that way.
     for stride in GRADIENT_STRIDES:
         part, valid = difference[..., ::stride, ::stride], mask[..., ::stride, ::stride]
         rows = (part[..., :-2, :] - part[..., 2:, :]).abs()

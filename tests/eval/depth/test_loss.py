@@ -125,7 +125,7 @@ def test_the_count_of_calls_survives_a_resume() -> None:
 
 
 def test_state_of_other_losses_is_refused() -> None:
-    with pytest.raises(ValueError, match="of GRADIENT_LOSS, but the training has L1"):
+    with pytest.raises(ValueError, match="losses GRADIENT_LOSS, this training has L1"):
         MultiLoss({LossType.L1: 1.0}).load_loss_state({"GRADIENT_LOSS": 3})
 
 
