@@ -3,11 +3,12 @@
     python benchmarks/knn.py [--rows 20000] [--queries 5000] [--dim 384] [--classes 100 1000] [--rounds 3] ...
     python benchmarks/knn.py --memory
 
-Features are noisy copies of one centre per class, normalised. Four ways to the scores for k = 10, 20, 100, 200: a
-one-hot vote (batches of 256, all similarities, one-hot labels times weights, their sums), `KnnModule` in torch and by
-faiss, and faiss's flat index, with the vote of `KnnModule` (an index is built each time; that is a copy). Rounds
-interleave the four; ratios are medians of the rounds' own ratios. With `--memory`: what `KnnModule` adds at its peak to
-the memory of features and queries, in the blocks that an evaluation works in, each case in a process of its own.
+Features are noisy copies of one centre per class, normalised. Three ways to the scores for k = 10, 20, 100, 200: ours
+(`KnnModule`), a one-hot vote (batches of 256, all similarities, one-hot labels times weights, their sums), and faiss's
+flat index with the vote of `KnnModule` (the index is built each time, which only copies). faiss is a peer, not a
+dependency: `pip install faiss-cpu` first. Rounds interleave the three; ratios are medians of the rounds' own ratios.
+With `--memory`: what `KnnModule` adds at its peak to the memory of features and queries, in the blocks that an
+evaluation works in, each case in a process of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     if args.case:
-        print(measure_memory(args))
+        print(measure_memory(*args.case))
     elif args.memory:
         report_memory()
     else:
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="where others share the machine; with --threads 1")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--case", nargs=3, metavar=("BACKEND", "QUERIES", "CLASSES"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, nargs=2, metavar=("QUERIES", "CLASSES"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -70,13 +71,12 @@ def compare(args: argparse.Namespace, n_classes: int) -> None:
     train, labels = make_rows(args.rows, n_classes, args, seed=0)
     test, targets = make_rows(args.queries, n_classes, args, seed=1)
     ways: dict[str, Callable[[], Scores]] = {
-        "ours, torch": lambda: by_module(train, labels, test, n_classes, "torch"),
-        "ours, faiss": lambda: by_module(train, labels, test, n_classes, "faiss"),
+        "ours": lambda: by_module(train, labels, test, n_classes),
         "one-hot vote": lambda: by_one_hot(train, labels, test, n_classes),
         "faiss flat index": lambda: by_flat_index(train, labels, test, n_classes),
     }
-    for backend in ("torch", "faiss"):
-        by_module(train[:500], labels[:500], test[:50], n_classes, backend)  # what is loaded at the first call
+    for way in (by_module, by_flat_index):
+        way(train[:500], labels[:500], test[:50], n_classes)  # what is loaded at the first call
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     scores: dict[str, Scores] = {}
     order = list(ways)
@@ -86,7 +86,7 @@ def compare(args: argparse.Namespace, n_classes: int) -> None:
             scores[name] = ways[name]()
             seconds[name].append(clock() - before)
         order = order[1:] + order[:1]
-    accuracy = 100 * float((scores["ours, torch"][10].argmax(dim=1) == targets).double().mean())
+    accuracy = 100 * float((scores["ours"][10].argmax(dim=1) == targets).double().mean())
     print(f"\n{args.rows} and {args.queries} x {args.dim}, {n_classes} classes, top-1 at k = 10: {accuracy:.2f}\n")
     report(seconds, scores)
 
@@ -111,10 +111,8 @@ def by_one_hot(train: Tensor, labels: Tensor, test: Tensor, n_classes: int) -> S
     return {k: torch.cat(scores) for k, scores in parts.items()}
 
 
-def by_module(train: Tensor, labels: Tensor, test: Tensor, n_classes: int, backend: str) -> Scores:
-    module = KnnModule(
-        train_features=train, train_labels=labels, device="cpu", ks=KS, T=T, num_classes=n_classes, backend=backend
-    )
+def by_module(train: Tensor, labels: Tensor, test: Tensor, n_classes: int) -> Scores:
+    module = KnnModule(train_features=train, train_labels=labels, device="cpu", ks=KS, T=T, num_classes=n_classes)
     return module(test)
 
 
@@ -127,28 +125,26 @@ def by_flat_index(train: Tensor, labels: Tensor, test: Tensor, n_classes: int) -
 
 
 def report(seconds: dict[str, list[float]], scores: dict[str, Scores]) -> None:
-    ours = scores["ours, torch"]
-    print("| | seconds | times ours in torch | predictions other than ours in torch | largest difference of scores |")
+    ours = scores["ours"]
+    print("| | seconds | times ours | predictions other than ours | largest difference of scores |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, values in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(values, seconds["ours, torch"], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(values, seconds["ours"], strict=True))
         others = sum(int((scores[name][k].argmax(dim=1) != ours[k].argmax(dim=1)).sum()) for k in KS)
         difference = max(float((scores[name][k] - ours[k]).abs().max()) for k in KS)
         print(f"| {name} | {statistics.median(values):.2f} | {ratio:.2f} | {others} | {difference:.0e} |")
 
 
 def report_memory() -> None:
-    print("| backend | queries | classes | peak, MiB |")
-    print("| --- | ---: | ---: | ---: |")
-    for backend in ("torch", "faiss"):
-        for n_queries, n_classes in MEMORY_CASES:
-            command = [sys.executable, __file__, "--case", backend, str(n_queries), str(n_classes)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            print(f"| {backend} | {n_queries} | {n_classes} | {float(done.stdout):.0f} |", flush=True)
+    print("| queries | classes | peak, MiB |")
+    print("| ---: | ---: | ---: |")
+    for n_queries, n_classes in MEMORY_CASES:
+        command = [sys.executable, __file__, "--case", str(n_queries), str(n_classes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"| {n_queries} | {n_classes} | {float(done.stdout):.0f} |", flush=True)
 
 
-def measure_memory(args: argparse.Namespace) -> float:
-    backend, n_queries, n_classes = args.case[0], int(args.case[1]), int(args.case[2])
+def measure_memory(n_queries: int, n_classes: int) -> float:
     train, labels = torch.randn(50_000, 64), torch.arange(50_000) % n_classes
     test = torch.randn(n_queries, 64)
 
@@ -160,7 +156,6 @@ def measure_memory(args: argparse.Namespace) -> float:
             ks=[200],
             T=T,
             num_classes=n_classes,
-            backend=backend,
         )
         for queries in test[:n].split(module.queries_per_block):  # as `eval_knn` does
             module(queries)[200].argmax(dim=1)

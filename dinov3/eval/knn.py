@@ -45,7 +45,6 @@ from dinov3.eval.classification.data import (
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME, Feature, KnnEvalConfig, TrainConfig
 from dinov3.eval.classification.knn_module import KnnModule, blocks_of_slowest_process, split_rows
 from dinov3.eval.classification.metrics import scalar_results
-from dinov3.eval.classification.neighbours_faiss import choose_backend
 from dinov3.eval.classification.scoring import (
     DictKeysModule,
     ModelWithPatchMean,
@@ -97,7 +96,6 @@ def evaluate_knn(backbone: FrozenBackbone, config: KnnEvalConfig) -> EvaluationR
     transform = make_transform(config.transform)
     train_dataset = open_dataset(config.train.dataset, transform, "train.dataset")
     test_dataset = open_dataset(config.eval.test_dataset, transform, "eval.test_dataset")
-    choose_backend(config.train.backend, backbone.device, as_torch_dtype(config.train.similarity_dtype))
     train_labels = read_train_labels(train_dataset)
     num_classes = count_classes(train_labels)
     test = make_scored_dataset(
@@ -279,7 +277,6 @@ def _make_module(
         skip_first_nn=config.skip_first_nn,
         memory_budget_mb=config.memory_budget_mb,
         similarity_dtype=as_torch_dtype(config.similarity_dtype),
-        backend=config.backend,
         stream=stream,
     )
 

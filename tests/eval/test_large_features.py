@@ -175,8 +175,7 @@ class MeanColour(nn.Module):
         return images.mean(dim=2).flatten(1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_search_takes_features_from_where_they_are(backend: str, spill: Spill) -> None:
+def test_search_takes_features_from_where_they_are(spill: Spill) -> None:
     generator = torch.Generator().manual_seed(0)
     features, queries = torch.randn(300, 12, generator=generator), torch.randn(40, 12, generator=generator)
     mapped = join_rows([features], spill)
@@ -187,7 +186,6 @@ def test_search_takes_features_from_where_they_are(backend: str, spill: Spill) -
         "T": 0.07,
         "num_classes": 7,
         "memory_budget_mb": 0.1,
-        "backend": backend,
     }
     streamed = KnnModule(train_features=mapped, stream=True, **options)
     assert is_mapped(streamed.features)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.eval.classification import data, neighbours, neighbours_faiss
+from dinov3.eval.classification import data, neighbours
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command.results import write_results
@@ -54,8 +54,6 @@ def check_parts(rank: int, world_size: int) -> None:
         own = queries[0:0] if rank == 0 else queries[rank - 1 :: world_size - 1]
         found = neighbours.search_sharded(own, features[mine], mine, k)
         assert torch.equal(found, neighbours.search(own, features, torch.arange(n_rows), k))
-        found = neighbours.search_sharded(own, features[mine], mine, k, neighbours_faiss.search)
-        assert torch.equal(found, neighbours_faiss.search(own, features, torch.arange(n_rows), k))
 
     index = torch.arange(11)[rank::world_size]
     lists = torch.full((len(index), rank + 1), -1)

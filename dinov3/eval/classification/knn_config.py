@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from dinov3.configs.settings import key
 from dinov3.eval.classification.config import FewShotConfig, TransformConfig
 from dinov3.eval.classification.metrics import ClassificationMetricType
-from dinov3.eval.classification.neighbours_faiss import BACKENDS
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.features.cache import FeaturesConfig
 
@@ -37,7 +36,6 @@ class TrainConfig:
     temperature: float = key(0.07, "of the softmax over similarities; inf: all neighbours count alike")
     skip_first_nn: bool = key(False, "drop the best neighbour: the training images are also the test images")
     similarity_dtype: str = key("float32", "of the similarity product; bfloat16 imitates the published figures")
-    backend: str = key("auto", "of the search: torch, faiss, or auto: faiss if it is installed, on the CPU in float32")
     memory_budget_mb: float = key(512, "for temporaries of the search; above it, processes divide the training rows")
 
     def __post_init__(self) -> None:
@@ -47,8 +45,6 @@ class TrainConfig:
             raise ValueError(f"train.temperature={self.temperature}: expected more than 0")
         if self.similarity_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"train.similarity_dtype={self.similarity_dtype}: expected float32 or bfloat16")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"train.backend={self.backend}: expected {', '.join(BACKENDS)}")
         if self.batch_size < 1 or self.num_workers < 0 or self.memory_budget_mb <= 0:
             raise ValueError("train.batch_size and train.memory_budget_mb must be above 0, train.num_workers not below")
 

@@ -1,6 +1,6 @@
-"""The k-NN classifier on features that one already has.
+"""The k-NN classifier on given features.
 
-Notable: queries are worked off in blocks of a size that keeps temporaries within a memory budget, and processes that
+Notable: queries are processed in blocks of a size that keeps temporaries within a memory budget, and processes that
 have different training rows find each query's neighbours together.
 """
 
@@ -15,29 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.eval.classification import neighbours, neighbours_faiss
+from dinov3.eval.classification import neighbours
 
 
 class KnnModule(nn.Module):
-    """Class scores of queries by the weighted vote of their nearest training rows. Nothing is normalised.
+    """Score classes by the weighted vote of each query's nearest training rows. Nothing is normalised.
 
     Args:
-        train_features: float32 [N, D]; with `row_ids`, only those rows [n, D] that this process searches.
+        train_features: float32 [N, D]; with `row_ids`, only the rows [n, D] that this process searches.
         train_labels: integers: classes [N], or multi-hot [N, C].
-        device: where features and labels go, and the search is done.
+        device: where features and labels go, and where the search runs.
         ks: numbers of neighbours that vote.
         T: temperature.
         num_classes: C.
         skip_first_nn: drop each query's best neighbour.
-        row_ids: int64 [n], which of the N rows this process has. Then all processes must call `forward` together.
-        memory_budget_mb: for temporaries, besides the scores returned.
+        row_ids: int64 [n], which of the N rows this process has. All processes must then call `forward` together.
+        memory_budget_mb: for temporaries, not counting the scores returned.
         similarity_dtype: of the matrix product of queries and features.
-        backend: `torch`, `faiss` (on the CPU in float32), or `auto`: faiss where it can and is installed.
         stream: leave the features where they are, on the CPU or in a mapped file, and bring blocks to the device.
 
     Raises:
-        ImportError: faiss is asked for, but not installed.
-        ValueError: a label is not in [0, C), or faiss cannot search there.
+        ValueError: a label is not in [0, C), or there are no training rows.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class KnnModule(nn.Module):
         row_ids: Tensor | None = None,
         memory_budget_mb: float = 512,
         similarity_dtype: torch.dtype = torch.float32,
-        backend: str = "torch",
         stream: bool = False,
     ) -> None:
         super().__init__()
@@ -62,7 +59,6 @@ class KnnModule(nn.Module):
         self.T = T
         self.num_classes = num_classes
         self.skip_first_nn = skip_first_nn
-        self.backend = neighbours_faiss.choose_backend(backend, torch.device(device), similarity_dtype)
         self.sharded = row_ids is not None
         self.n_neighbours = min(self.ks[-1] + skip_first_nn, len(train_labels))
         # Attributes, not buffers: converting the module's dtype must not reach the features.
@@ -70,37 +66,35 @@ class KnnModule(nn.Module):
         self.device = torch.device(device)
         self.class_lists = neighbours.make_class_lists(train_labels.to(device), num_classes)
         self.row_ids = torch.arange(len(train_features), device=device) if row_ids is None else row_ids.to(device)
+        n_processes = distributed.get_world_size() if self.sharded else 1
         self.queries_per_block, self.rows_per_block = neighbours.block_sizes(
             int(memory_budget_mb * 2**20),
             dim=train_features.shape[1],
             n_neighbours=self.n_neighbours,
             n_votes=self.n_neighbours * self.class_lists.shape[1],
             score_bytes=4 * num_classes * (1 + len(self.ks)),
-            n_processes=distributed.get_world_size() if self.sharded else 1,
+            n_processes=n_processes,
         )
-        if self.backend == "faiss":
-            self.search_rows = functools.partial(neighbours_faiss.search, rows_per_block=self.rows_per_block)
-        else:
-            self.search_rows = functools.partial(
-                neighbours.search, rows_per_block=self.rows_per_block, dtype=similarity_dtype
-            )
+        n_rows = min(self.rows_per_block, len(self.features))
+        search = functools.partial(
+            neighbours.search,
+            rows_per_block=self.rows_per_block,
+            dtype=similarity_dtype,
+            buffer=neighbours.make_buffer(n_processes * self.queries_per_block, n_rows, similarity_dtype, self.device),
+        )
+        self.search = functools.partial(neighbours.search_sharded, search_rows=search) if self.sharded else search
 
     @torch.no_grad()
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
-        """Class scores (float32 [M, C]) by k, of queries [M, D]."""
+        """Return the class scores (float32 [M, C]) of queries [M, D] by k."""
         queries = queries.to(self.device, torch.float32)
         n_blocks = blocks_of_slowest_process(len(queries), self.queries_per_block) if self.sharded else None
         parts = [self._score(block) for block in split_rows(queries, self.queries_per_block, n_blocks)]
         return {k: torch.cat([part[k] for part in parts]) for k in self.ks}
 
     def _score(self, queries: Tensor) -> dict[int, Tensor]:
-        search = (
-            functools.partial(neighbours.search_sharded, search_rows=self.search_rows)
-            if self.sharded
-            else self.search_rows
-        )
         with _full_precision(queries.device):
-            keys = search(queries, self.features, self.row_ids, self.n_neighbours)
+            keys = self.search(queries, self.features, self.row_ids, self.n_neighbours)
             return neighbours.vote(
                 keys[:, 1:] if self.skip_first_nn else keys,
                 self.class_lists,
@@ -119,7 +113,7 @@ def knn_accuracy(
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent by k, for cosine similarity of features that one already has.
+    """Return the top-1 accuracy in percent by k, with the cosine similarity of the given features.
 
     Args:
         train_features: [N, D], normalised here.
@@ -143,12 +137,12 @@ def knn_accuracy(
 
 
 def blocks_of_slowest_process(n_rows: int, size: int) -> int:
-    """How many blocks of `size` rows the process with the most rows has; every process must call it."""
+    """Return the number of blocks of `size` rows of the process with the most rows; every process must call it."""
     return max(-(-n // size) for n in distributed.all_gather_objects(n_rows))
 
 
 def split_rows(rows: Tensor, size: int, n_blocks: int | None = None) -> list[Tensor]:
-    """Blocks of `size` rows, and empty ones at the end up to `n_blocks`; at least one."""
+    """Split into blocks of `size` rows, with empty ones at the end up to `n_blocks`; return at least one."""
     blocks = list(rows.split(size))
     return blocks + [rows[:0]] * ((n_blocks or 1) - len(blocks))
 
@@ -166,7 +160,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    # Not the precision that the backbone runs in: neither autocast nor TensorFloat-32.
+    # The search must not inherit the precision that the backbone runs in: neither autocast nor TensorFloat-32.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -38,18 +38,24 @@ def test_keys_give_back_what_they_were_made_of() -> None:
 
 
 @pytest.mark.parametrize("rows_per_block", [1, 7, 64, 1000])
-@pytest.mark.parametrize("k", [1, 5, 40, 200])
+@pytest.mark.parametrize("k", [1, 5, 40, 149, 150, 200])
 def test_equal_similarities_go_to_the_lower_row(k: int, rows_per_block: int) -> None:
-    features, queries = whole_numbers(150, 3, seed=0), whole_numbers(30, 3, seed=1)
-    keys = neighbours.search(queries, features, torch.arange(150), k, rows_per_block=rows_per_block)
-    similarities, ids = neighbours.unpack(keys)
-    want_similarities, want_ids = brute_force(queries, features, k)
-    assert torch.equal(similarities, want_similarities) and torch.equal(ids, want_ids)
+    features, queries, ids = whole_numbers(150, 3, seed=0), whole_numbers(30, 3, seed=1), torch.arange(150) * 3
+    keys = neighbours.search(queries, features, ids, k, rows_per_block=rows_per_block)
+    similarities, found = neighbours.unpack(keys)
+    want_similarities, want_rows = brute_force(queries, features, k)
+    assert torch.equal(similarities, want_similarities) and torch.equal(found, ids[want_rows])
 
 
 def test_identical_features_are_neighbours_in_their_order() -> None:
     keys = neighbours.search(torch.ones(3, 2), torch.ones(500, 2), torch.arange(500), 20, rows_per_block=90)
     assert (neighbours.unpack(keys)[1] == torch.arange(20)).all()
+
+
+@pytest.mark.parametrize("n_queries, n_rows", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_search_finds_nothing(n_queries: int, n_rows: int) -> None:
+    found = neighbours.search(torch.zeros(n_queries, 3), torch.zeros(n_rows, 3), torch.arange(n_rows), 5)
+    assert found.shape == (n_queries, n_rows)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 48, 384])
@@ -60,8 +66,12 @@ def test_similarities_do_not_depend_on_blocks_to_the_last_bit(dim: int) -> None:
     features[[0, 63, 130, 330]] = features[17].clone()
     ids = torch.arange(331)
     want = neighbours.search(queries, features, ids, 331)
-    for rows, columns in itertools.product((1, 10, 37), (3, 64, 100, 331)):
-        found = [neighbours.search(q, features, ids, 331, rows_per_block=columns) for q in queries.split(rows)]
+    buffer = neighbours.make_buffer(37, 331, torch.float32, queries.device)  # shared by all, whatever is left in it
+    for rows, columns in ((1, 64), (10, 100), (37, 3), (10, 331)):
+        found = [
+            neighbours.search(block, features, ids, 331, rows_per_block=columns, buffer=buffer)
+            for block in queries.split(rows)
+        ]
         assert torch.equal(torch.cat(found), want), f"blocks of {rows} x {columns}"
 
 
@@ -99,9 +109,27 @@ def test_blocks_shrink_with_the_budget_and_with_the_number_of_classes() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
-def test_best_of_many_rows_are_found_among_the_best_groups(k: int) -> None:
-    n_rows = neighbours.ROWS_PER_NEIGHBOUR_TO_GROUP * 16
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_best_of_many_rows_are_found_among_the_best_groups(
+    k: int, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "VALUES_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    n_rows = neighbours.ROWS_PER_NEIGHBOUR_TO_GROUP * 16 + 1
     features, queries = whole_numbers(n_rows, 8, seed=2), whole_numbers(64, 8, seed=3)
     similarities, ids = neighbours.unpack(neighbours.search(queries, features, torch.arange(n_rows), k))
     want_similarities, want_ids = brute_force(queries, features, k)
     assert torch.equal(similarities, want_similarities) and torch.equal(ids, want_ids)
+
+
+@pytest.mark.parametrize("k", [1, 15, 200])
+@pytest.mark.parametrize("n_shards", [2, 3, 7])
+def test_shards_find_together_what_one_search_finds(n_shards: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    features, queries = torch.randn(450, 48, generator=generator), torch.randn(30, 48, generator=generator)
+    features[100:300] = features[100].clone()  # equal ones at the end of most lists of neighbours
+    ids = torch.arange(450)
+    want = neighbours.search(queries, features, ids, k)
+    parts = [slice(shard, None, n_shards) for shard in range(n_shards)]
+    found = [neighbours.search(queries, features[part], ids[part], k, rows_per_block=64) for part in parts]
+    assert torch.equal(torch.cat(found, dim=1).topk(k).values, want)
