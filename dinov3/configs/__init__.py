@@ -1,6 +1,7 @@
 """The training configuration: its keys, recipes, merging and checks, and the set-up of a job.
 
-A run's configuration is `ssl_default_config.yaml` < recipe file < `key=value` options < output directory. Unknown keys,
+Every key is declared in `training_config.py`, with its default, meaning and range; `python -m dinov3.configs --help`
+prints them. A run's configuration is the defaults < recipe file < `key=value` options < output directory. Unknown keys,
 wrong types and contradictions are errors before anything is built (`validate`). To see the result:
 
     python -m dinov3.configs dinov3/configs/train/vitl_im1k_lin834.yaml optim.epochs=10
@@ -8,12 +9,23 @@ wrong types and contradictions are errors before anything is built (`validate`).
 
 from __future__ import annotations
 
-from dinov3.configs.merging import DinoV3SetupArgs, get_cfg_from_args, get_default_config, resolve_config_path
-from dinov3.configs.multidistillation import setup_multidistillation
-from dinov3.configs.rules_teachers import load_teacher_config
+from dinov3.configs.merging import (
+    DinoV3SetupArgs,
+    get_cfg_from_args,
+    get_default_config,
+    load_teacher_config,
+    resolve_config_path,
+)
 from dinov3.configs.scaling import apply_scaling_rules_to_cfg, learning_rate_scale
-from dinov3.configs.schema import ConfigError
-from dinov3.configs.setup import exit_job, make_output_dir, setup_config, setup_job, write_config
+from dinov3.configs.settings import ConfigError
+from dinov3.configs.setup import (
+    exit_job,
+    make_output_dir,
+    setup_config,
+    setup_job,
+    setup_multidistillation,
+    write_config,
+)
 from dinov3.configs.validation import find_problems, validate
 
 __all__ = [

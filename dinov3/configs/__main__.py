@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinov3.configs import rules_images, rules_teachers, schema
 from dinov3.configs.merging import Layer, get_default_config, layers_of, merge_layers, plain, unknown_keys
-from dinov3.configs.multidistillation import disagreements, merge_student, merge_students
+from dinov3.configs.multidistillation import disagreements, merge_student, merge_students, shared_problems
 from dinov3.configs.scaling import learning_rate_scale
-from dinov3.configs.schema import ConfigError
+from dinov3.configs.settings import ConfigError, as_list, flatten, format_keys
+from dinov3.configs.training_config import TrainingConfig, default_values
 from dinov3.configs.validation import find_notes, find_problems
 
 EPILOG = """\
@@ -23,16 +23,18 @@ The output is YAML (the summary stands in comments), so it can be kept as a conf
     python -m dinov3.configs dinov3/configs/train/vitl_im1k_lin834.yaml optim.epochs=10 > mine.yaml
 
 FILE is looked for in the current directory, in the repository and among the package's own recipes. Without FILE the
-default configuration is shown; the comments in dinov3/configs/ssl_default_config.yaml say what each key does.
-Exit status: 0, or 1 if this configuration could not be trained."""
+default configuration is shown. Exit status: 0, or 1 if this configuration could not be trained.
+
+Keys, their defaults and meanings:
+"""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m dinov3.configs`."""
+    """Return the parser of `python -m dinov3.configs`."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov3.configs",
         description="Print a merged training configuration, check it, and show what follows from it.",
-        epilog=EPILOG,
+        epilog=EPILOG + format_keys(TrainingConfig).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -46,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the configuration and what is wrong with it.
 
     Args:
-        argv: the arguments after the program's name; None takes them from the command line.
+        argv: the arguments after the program's name. Default: those of the command line.
 
     Returns:
-        0 if the configuration can be trained, else 1.
+        0 if the configuration can be trained, 1 otherwise.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = get_args_parser()
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(OmegaConf.to_yaml(_changed(cfg) if args.changed else cfg), end="")
-    # What there is to warn of has been said in the merge above.
+    # The merge above has given all warnings; merging each student would repeat them.
     logging.getLogger("dinov3").setLevel(logging.ERROR)
     if unknown_keys(layers):
         problems = ["there are unknown keys, see above"]
@@ -90,13 +92,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(networks: Mapping[str, Any], processes: int) -> Iterator[str]:
-    """What a person wants to know before training, line by line.
+    """Yield what a person wants to know before training, line by line.
 
     Args:
         networks: the valid configuration of each network that is trained, by its name.
-        processes: of the job.
+        processes: number of processes of the job.
     """
-    cfg = next(iter(networks.values()))  # In what concerns all of them they agree.
+    # Students agree in everything that is shown once; see `disagreements`.
+    cfg = next(iter(networks.values()))
     crops, optim, batches = cfg.crops, cfg.optim, cfg.train.grad_accumulation_steps
     batch_size = cfg.train.batch_size_per_gpu * processes * batches
     of_process = str(cfg.train.batch_size_per_gpu)
@@ -106,8 +109,7 @@ def summary(networks: Mapping[str, Any], processes: int) -> Iterator[str]:
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     steps = round(optim.epochs * epoch)
     global_sizes, local_sizes = (
-        "/".join(str(size) for size in rules_images.as_list(sizes))
-        for sizes in (crops.global_crops_size, crops.local_crops_size)
+        "/".join(str(size) for size in as_list(sizes)) for sizes in (crops.global_crops_size, crops.local_crops_size)
     )
     yield f"network          {', '.join(networks)}"
     yield f"crops            2 of {global_sizes} and {crops.local_crops_number} of {local_sizes} pixels"
@@ -131,7 +133,7 @@ def _peak_learning_rate(cfg: Any, processes: int) -> str:
 
 
 def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> list[str]:
-    problems = [*rules_teachers.student_list(cfg)] or [*rules_teachers.multidistillation(cfg, processes)]
+    problems = shared_problems(cfg, processes)
     if problems:
         return problems
     students = {}
@@ -147,8 +149,8 @@ def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> l
 
 def _changed(cfg: DictConfig) -> DictConfig:
     changed = OmegaConf.create()
-    defaults = schema.default_values()
-    for key, value in schema.flatten(plain(cfg)):
+    defaults = default_values()
+    for key, value in flatten(plain(cfg)):
         if key not in defaults or defaults[key] != value:
             OmegaConf.update(changed, key, value)
     return changed

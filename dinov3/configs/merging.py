@@ -3,12 +3,10 @@
 Notable:
 - Every layer is checked for unknown keys before it is merged, so that an error names the file or the option.
 - Values are checked after the merge, so that interpolations (`${train.seed}`) are seen with what they stand for.
-- Keys that never did anything (`schema.RETIRED`) are dropped with one warning.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,28 +18,19 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinov3.configs import schema
-from dinov3.configs.schema import ConfigError
+from dinov3.configs.settings import (
+    ConfigError,
+    is_empty_section,
+    key_problem,
+    leaves_of,
+    structure_problem,
+)
+from dinov3.configs.training_config import REPLACED_BY_SCHEDULES, RETIRED, SETTINGS, TrainingConfig, default_values
+from dinov3.utils.messages import did_you_mean
 
 logger = logging.getLogger("dinov3")
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-#: Settings that a `schedules` section replaces.
-REPLACED_BY_SCHEDULES = (
-    "optim.lr",
-    "optim.min_lr",
-    "optim.warmup_epochs",
-    "optim.weight_decay",
-    "optim.weight_decay_end",
-    "optim.schedule_trunc_extra",
-    "optim.freeze_last_layer_epochs",
-    "teacher.momentum_teacher",
-    "teacher.final_momentum_teacher",
-    "teacher.warmup_teacher_temp",
-    "teacher.teacher_temp",
-    "teacher.warmup_teacher_temp_epochs",
-)
 
 
 @dataclass
@@ -68,20 +57,41 @@ class DinoV3SetupArgs:
 
 @dataclass
 class Layer:
-    """Settings from one source, and how an error names that source."""
+    """Settings from one source, without empty sections and retired keys.
+
+    Args:
+        origin: how an error names the source.
+        config: the settings.
+        is_option: they are one `key=value` option.
+
+    Attributes:
+        retired: the retired keys that were given.
+    """
 
     origin: str
     config: DictConfig
     is_option: bool = False
+    retired: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.config.copy()
+        leaves = list(self.leaves())
+        self.retired = [key for key, _ in leaves if key in RETIRED]
+        for key, value in leaves:
+            if key in RETIRED or is_empty_section(TrainingConfig, key, value):
+                _remove(self.config, key)
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
-        """The dotted keys and unresolved values of this layer."""
-        yield from schema.flatten(OmegaConf.to_container(self.config))
+        """Yield the dotted keys and unresolved values of this layer."""
+        return leaves_of(TrainingConfig, OmegaConf.to_container(self.config))
 
 
 def get_default_config() -> DictConfig:
-    """A fresh copy of the default configuration, `ssl_default_config.yaml`."""
-    return load_yaml(schema.DEFAULT_CONFIG_PATH)
+    """Return the default configuration, which `ssl_default_config.yaml` shows with comments."""
+    cfg = OmegaConf.create()
+    for key, value in default_values().items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
 
 
 def get_cfg_from_args(args: Any, multidistillation: bool = False, strict: bool = True) -> DictConfig:
@@ -122,43 +132,47 @@ def layers_of(args: Any) -> list[Layer]:
 def merge_layers(base: DictConfig, layers: Sequence[Layer], *, strict: bool = True) -> DictConfig:
     """Merge checked layers over `base`; see `get_cfg_from_args`."""
     unknown = unknown_keys(layers)
-    fatal = [problem for key, problem in unknown.items() if strict or schema.breaks_structure(key)]
+    fatal = [
+        problem
+        for layer in layers
+        for key, value in layer.leaves()
+        if (problem := unknown.get(key)) and (strict or structure_problem(TrainingConfig, key, value))
+    ]
     if fatal:
-        raise ConfigError(joined(fatal))
+        raise ConfigError(f"{joined(fatal)}\n`python -m dinov3.configs --help` lists all keys")
     for problem in unknown.values():
         logger.warning("%s", problem)
     try:
-        cfg = OmegaConf.merge(base, *(_without_empty_sections(layer) for layer in layers))
+        cfg = OmegaConf.merge(base, *(layer.config for layer in layers))
     except OmegaConfBaseException as error:
         raise ConfigError(f"cannot merge the settings: {_reason(error)}") from error
     assert isinstance(cfg, DictConfig)
-    wrong = wrong_values(cfg, _origins(layers))
-    if wrong:
-        raise ConfigError(joined(wrong))
+    # A sentence about a value repeats the option, so it needs no origin.
+    origins = {key: f"{layer.origin}: " * (not layer.is_option) for layer in layers for key, _ in layer.leaves()}
+    if wrong := wrong_values(cfg):
+        raise ConfigError(joined([origins.get(key, "") + problem for key, problem in wrong.items()]))
     _warn_without_effect(cfg, layers)
-    _drop_retired(cfg)
     OmegaConf.set_struct(cfg, strict)
     return cfg
 
 
 def unknown_keys(layers: Sequence[Layer]) -> dict[str, str]:
-    """Each key that no configuration has, with a sentence that names its origin and the nearest known key."""
+    """Return each key that no configuration has, with a sentence that names its origin and the nearest known key."""
     return {
         key: f"{layer.origin}: {problem}"
         for layer in layers
         for key, value in layer.leaves()
-        if (problem := schema.key_problem(key, value))
+        if (problem := key_problem(TrainingConfig, key, value))
     }
 
 
-def wrong_values(cfg: DictConfig, origins: dict[str, str] | None = None) -> list[str]:
-    """One sentence for each value of a wrong type or outside of its closed set; unknown keys are left alone."""
-    problems = []
-    for key, value in schema.flatten(plain(cfg)):
-        if schema.key_problem(key, value) is None and (problem := schema.value_problem(key, value)):
-            origin = (origins or {}).get(key)
-            problems.append(f"{origin}: {problem}" if origin else problem)
-    return problems
+def wrong_values(cfg: DictConfig) -> dict[str, str]:
+    """Return one sentence for each value of a wrong type or outside its choices; unknown keys are left alone."""
+    return {
+        key: problem
+        for key, value in leaves_of(TrainingConfig, plain(cfg))
+        if key in SETTINGS and (problem := SETTINGS[key].value_problem(value))
+    }
 
 
 def plain(cfg: Any) -> dict[str, Any]:
@@ -220,12 +234,28 @@ def resolve_config_path(path: str | os.PathLike[str]) -> Path:
     for place in places:
         if (place / given).is_file():
             return (place / given).resolve()
-    recipes = sorted((PACKAGE / "configs").rglob("*.yaml"))
-    by_name = {recipe.name: recipe for recipe in recipes}
-    nearest = difflib.get_close_matches(given.name, by_name, n=1)
-    hint = f"; did you mean {by_name[nearest[0]].relative_to(PACKAGE.parent)}?" if nearest else ""
+    recipes = {recipe.name: recipe for recipe in sorted((PACKAGE / "configs").rglob("*.yaml"))}
+    hint = did_you_mean(given.name, recipes)
+    for name, recipe in recipes.items():
+        hint = hint.replace(f"'{name}'", str(recipe.relative_to(PACKAGE.parent)))
     looked = "" if given.is_absolute() else f" in {', '.join(dict.fromkeys(str(place) for place in places))}"
     raise FileNotFoundError(f"no configuration file {os.fspath(path)!r}{looked}{hint}")
+
+
+def load_teacher_config(path: str) -> DictConfig:
+    """Return the configuration of a teacher's training, over the defaults; unknown keys are warned of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it does not parse or holds wrong values.
+    """
+    found = resolve_config_path(path)
+    return merge_layers(get_default_config(), [Layer(str(found), load_yaml(found))], strict=False)
+
+
+def is_placeholder(value: Any) -> bool:
+    """Return whether a path is one of those that recipes leave to their user, such as `<PATH/TO/TEACHER>`."""
+    return isinstance(value, str) and value.startswith("<") and value.endswith(">")
 
 
 def joined(problems: Sequence[str]) -> str:
@@ -247,37 +277,25 @@ def _parse_option(token: Any) -> DictConfig:
         raise ConfigError(f"option {token!r}: the value is not valid YAML ({_reason(error)})") from error
 
 
-def _without_empty_sections(layer: Layer) -> DictConfig:
-    cfg = layer.config.copy()
-    for key, value in layer.leaves():
-        if schema.is_empty_section(key, value):
-            parent, _, name = key.rpartition(".")
-            (OmegaConf.select(cfg, parent) if parent else cfg).pop(name)
-    return cfg
-
-
-def _origins(layers: Sequence[Layer]) -> dict[str, str]:
-    # A sentence about a value repeats the option, so it needs no origin.
-    return {key: "" if layer.is_option else layer.origin for layer in layers for key, _ in layer.leaves()}
-
-
-def _drop_retired(cfg: DictConfig) -> None:
-    for key in schema.RETIRED:
-        section = OmegaConf.select(cfg, key.rpartition(".")[0])
-        if section is not None:
-            section.pop(key.rpartition(".")[2], None)
-    if cfg.get("coding_rate_loss") == {}:
-        cfg.pop("coding_rate_loss")
+def _remove(cfg: DictConfig, key: str) -> None:
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(cfg, parent) if parent else cfg
+    section.pop(name)
+    if parent and not section:
+        _remove(cfg, parent)
 
 
 def _warn_without_effect(cfg: DictConfig, layers: Sequence[Layer]) -> None:
     given = {key: value for layer in layers for key, value in layer.leaves()}
-    defaults = schema.default_values()
-    ignored = [key for key in given if key in schema.RETIRED]
-    ignored += [key for key in given if key in schema.WITHOUT_EFFECT and given[key] != defaults[key]]
+    ignored = {key for layer in layers for key in layer.retired}
+    ignored |= {
+        key
+        for key, value in given.items()
+        if key in SETTINGS and SETTINGS[key].unused and value != SETTINGS[key].default
+    }
     if ignored:
         logger.warning("these settings have no effect and are ignored: %s", ", ".join(sorted(ignored)))
-    if OmegaConf.select(cfg, "schedules") is not None:
+    if cfg.get("schedules") is not None:
         options = {key for layer in layers if layer.is_option for key, _ in layer.leaves()}
         if replaced := sorted(options.intersection(REPLACED_BY_SCHEDULES)):
             logger.warning(

@@ -1,36 +1,30 @@
-"""One configuration per student of a multi-distillation: default < student's file < shared file < options.
+"""Several students of one teacher: default < student's file < shared file < options, once for each student.
 
 What the shared file says wins over the student's file, so a shared file must not describe a student.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dinov3 import distributed
-from dinov3.configs import rules_teachers
 from dinov3.configs.merging import (
     Layer,
     get_default_config,
-    joined,
-    layers_of,
+    is_placeholder,
     load_yaml,
     merge_layers,
     plain,
     resolve_config_path,
 )
-from dinov3.configs.schema import ConfigError, flatten
-from dinov3.configs.setup import check_and_write
-from dinov3.logging import cleanup_logging, setup_logging
-from dinov3.utils import fix_random_seeds
+from dinov3.configs.settings import as_list, flatten
+from dinov3.configs.training_config import MULTI_DISTILLATION
+from dinov3.utils.messages import did_you_mean
 
-logger = logging.getLogger("dinov3")
+STUDENT_KEYS = ("name", "config_path", "ranks_range")
 
 #: Students that differ in these would see other images than they are taught about, or wait for each other for ever.
 COMMON_SETTINGS = (
@@ -48,53 +42,8 @@ COMMON_SETTINGS = (
 )
 
 
-def setup_multidistillation(args: Any, strict_cfg: bool = True) -> DictConfig:
-    """Divide the processes among the students, and set up that of this process.
-
-    Its log, configuration and results go to `<output directory>/<name of the student>`. The process is seeded with
-    `train.seed` plus its rank.
-
-    Args:
-        args: a `DinoV3SetupArgs` whose file has the sections `multidistillation` and `distillation`, and an output
-            directory.
-        strict_cfg: unknown keys are errors instead of warnings.
-
-    Returns:
-        The configuration of this process's student, its learning rate scaled.
-
-    Raises:
-        FileNotFoundError: the shared file or a student's is not there.
-        ConfigError: the file describes no students, they need another number of processes, or a student's configuration
-            cannot be trained.
-        RuntimeError: the output directory cannot be written.
-    """
-    layers = layers_of(args)
-    shared = merge_layers(get_default_config(), layers, strict=strict_cfg)
-    _check_students(shared, distributed.get_world_size())
-    if problems := [*disagreements(merge_students(shared, layers, strict=strict_cfg))]:
-        raise ConfigError(joined(problems))
-    section = shared.multidistillation
-    distributed.new_subgroups([range(*student.ranks_range) for student in section.students])
-    rank = distributed.get_rank()
-    student = next(student for student in section.students if rank in range(*student.ranks_range))
-
-    output_dir = str(Path(shared.train.output_dir) / student.name)
-    follows = {
-        "train": {
-            "output_dir": output_dir,
-            "batch_size_per_gpu": section.global_batch_size // distributed.get_world_size(),
-        }
-    }
-    cfg = merge_student(student, [*layers, Layer("the students", OmegaConf.create(follows))], strict=strict_cfg)
-    cleanup_logging()
-    setup_logging(output=output_dir, level=logging.INFO)
-    fix_random_seeds(cfg.train.seed + rank)
-    logger.info("student %s: processes %d to %d, %s", student.name, *_first_and_last(student), output_dir)
-    return check_and_write(cfg)
-
-
 def merge_student(student: Any, layers: Sequence[Layer], *, strict: bool = True) -> DictConfig:
-    """The configuration of a student.
+    """Return the configuration of a student.
 
     Args:
         student: an entry of `multidistillation.students`.
@@ -110,14 +59,76 @@ def merge_student(student: Any, layers: Sequence[Layer], *, strict: bool = True)
 
 
 def merge_students(shared: Any, layers: Sequence[Layer], *, strict: bool = True) -> dict[str, DictConfig]:
-    """The configuration of every student by name; see `merge_student`."""
+    """Return the configuration of every student by name; see `merge_student`."""
     return {
         student.name: merge_student(student, layers, strict=strict) for student in shared.multidistillation.students
     }
 
 
+def student_list_problems(cfg: Any) -> Iterator[str]:
+    """Yield what is wrong with the form of `multidistillation.students`, one sentence for each problem."""
+    for index, student in enumerate(cfg.multidistillation.get("students") or []):
+        where = f"multidistillation.students[{index}]"
+        if not isinstance(student, dict | DictConfig):
+            yield f"{where}: expected name, config_path and ranks_range"
+            continue
+        for key in sorted(set(student) - set(STUDENT_KEYS)):
+            hint = did_you_mean(str(key), STUDENT_KEYS) or f"; expected {', '.join(STUDENT_KEYS)}"
+            yield f"{where}: unknown key {key!r}{hint}"
+        for key in ("name", "config_path"):
+            if not (isinstance(student.get(key), str) and student[key]):
+                yield f"{where}.{key}={student.get(key)}: expected text"
+        ranks = as_list(student.get("ranks_range"))
+        if len(ranks) != 2 or not all(type(rank) is int for rank in ranks) or not 0 <= ranks[0] < ranks[1]:
+            yield f"{where}.ranks_range={student.get('ranks_range')}: expected [first process, process after the last]"
+
+
+def problems(cfg: Any, world_size: int) -> Iterator[str]:
+    """Yield the reasons why the students cannot share the processes and the batch; a rule of `validation`."""
+    section = cfg.multidistillation
+    if not section.enabled:
+        return
+    if cfg.MODEL.META_ARCHITECTURE != MULTI_DISTILLATION:
+        yield f"multidistillation.enabled=true needs MODEL.META_ARCHITECTURE={MULTI_DISTILLATION}"
+    if not cfg.distillation.enabled:
+        yield "multidistillation.enabled=true needs distillation.enabled=true"
+    students, total = section.get("students"), section.get("global_batch_size")
+    if not students:
+        yield "multidistillation.students is not set: give a list of {name, config_path, ranks_range}"
+        return
+    if total is None:
+        yield "multidistillation.global_batch_size is not set: give the number of images per step"
+        return
+    names = [student.name for student in students]
+    if len(set(names)) < len(names):
+        yield f"multidistillation.students: the names {', '.join(names)} are not all different"
+    next_rank = 0
+    for student in students:
+        if is_placeholder(student.config_path):
+            yield f"multidistillation.students: {student.name} has the placeholder {student.config_path}, give its file"
+        first, end = student.ranks_range
+        if first != next_rank:
+            yield (
+                f"multidistillation.students: {student.name} has processes from {first}, expected from {next_rank}; "
+                "the ranges must follow each other without gaps"
+            )
+        if total % (end - first):
+            yield (
+                f"multidistillation.global_batch_size={total}: not divisible by the {end - first} processes of "
+                f"{student.name}"
+            )
+        next_rank = end
+    if total < next_rank:
+        yield f"multidistillation.global_batch_size={total}: fewer images than the {next_rank} processes"
+
+
+def shared_problems(shared: Any, world_size: int) -> list[str]:
+    """Return what is wrong with the shared file itself, before its students are merged."""
+    return [*student_list_problems(shared)] or [*problems(shared, world_size)]
+
+
 def disagreements(students: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that differ among students although they share the images, the teacher and every step.
+    """Yield settings that differ among students although they share the images, the teacher and every step.
 
     Args:
         students: their configurations by name.
@@ -130,21 +141,3 @@ def disagreements(students: Mapping[str, Any]) -> Iterator[str]:
         if len(names) > 1:
             found = ", ".join(f"{value} for {name}" for value, name in reversed(names.items()))
             yield f"{key}={found}: all students must have the same, give it in the shared file"
-
-
-def _check_students(shared: DictConfig, world_size: int) -> None:
-    if not shared.multidistillation.enabled:
-        raise ConfigError("--multi-distillation needs a configuration with multidistillation.enabled=true")
-    problems = [*rules_teachers.student_list(shared)] or [*rules_teachers.multidistillation(shared, world_size)]
-    if problems:
-        raise ConfigError(joined(problems))
-    n_needed = shared.multidistillation.students[-1].ranks_range[1]
-    if n_needed != world_size:
-        raise ConfigError(
-            f"multidistillation.students: their ranks_range name {n_needed} processes, but this job has {world_size}: "
-            f"start it with {n_needed}, or change the ranges"
-        )
-
-
-def _first_and_last(student: Any) -> tuple[int, int]:
-    return student.ranks_range[0], student.ranks_range[1] - 1

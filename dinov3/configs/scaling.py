@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from dinov3 import distributed
-from dinov3.configs.schema import CHOICES, ConfigError, choice_problem
+from dinov3.configs.settings import ConfigError
+from dinov3.configs.training_config import SETTINGS
 
 logger = logging.getLogger("dinov3")
 
@@ -29,7 +30,7 @@ def learning_rate_scale(cfg: Any, world_size: int | None = None) -> float:
     n_processes = distributed.get_world_size() if world_size is None else world_size
     batch_size = cfg.train.batch_size_per_gpu * n_processes * cfg.train.grad_accumulation_steps
     rule = cfg.optim.scaling_rule
-    if problem := choice_problem("optim.scaling_rule", rule, CHOICES["optim.scaling_rule"]):
+    if problem := SETTINGS["optim.scaling_rule"].value_problem(rule):
         raise ConfigError(problem)
     if rule == "linear_wrt_256":
         return batch_size / 256

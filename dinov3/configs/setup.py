@@ -13,11 +13,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinov3 import distributed
-from dinov3.configs.merging import get_cfg_from_args
+from dinov3.configs.merging import Layer, get_cfg_from_args, get_default_config, joined, layers_of, merge_layers
+from dinov3.configs.multidistillation import disagreements, merge_student, merge_students, shared_problems
 from dinov3.configs.scaling import apply_scaling_rules_to_cfg
+from dinov3.configs.settings import ConfigError
 from dinov3.configs.validation import find_notes, validate
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.utils import fix_random_seeds, get_conda_env, get_sha
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
@@ -38,11 +41,61 @@ def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
         ConfigError: the configuration cannot be trained; names every problem.
         RuntimeError: the output directory cannot be written.
     """
-    return check_and_write(get_cfg_from_args(args, strict=strict_cfg))
+    return _check_and_write(get_cfg_from_args(args, strict=strict_cfg))
 
 
-def check_and_write(cfg: DictConfig) -> DictConfig:
-    """What `setup_config` does with a merged configuration."""
+def setup_multidistillation(args: Any, strict_cfg: bool = True) -> DictConfig:
+    """Divide the processes among the students, and set up the student of this process.
+
+    Its log, configuration and results go to `<output directory>/<name of the student>`. The process is seeded with
+    `train.seed` plus its rank.
+
+    Args:
+        args: a `DinoV3SetupArgs` whose file has the sections `multidistillation` and `distillation`, and an output
+            directory.
+        strict_cfg: unknown keys are errors instead of warnings.
+
+    Returns:
+        The configuration of this process's student, its learning rate scaled.
+
+    Raises:
+        FileNotFoundError: the shared file or a student's is not there.
+        ConfigError: the file describes no students, they need another number of processes, or a student's configuration
+            cannot be trained.
+        RuntimeError: the output directory cannot be written.
+    """
+    layers = layers_of(args)
+    shared = merge_layers(get_default_config(), layers, strict=strict_cfg)
+    section, world_size = shared.multidistillation, distributed.get_world_size()
+    if not section.enabled:
+        raise ConfigError("--multi-distillation needs a configuration with multidistillation.enabled=true")
+    if problems := shared_problems(shared, world_size):
+        raise ConfigError(joined(problems))
+    n_needed = section.students[-1].ranks_range[1]
+    if n_needed != world_size:
+        raise ConfigError(
+            f"multidistillation.students: their ranks_range name {n_needed} processes, but this job has {world_size}: "
+            f"start it with {n_needed}, or change the ranges"
+        )
+    if problems := [*disagreements(merge_students(shared, layers, strict=strict_cfg))]:
+        raise ConfigError(joined(problems))
+    distributed.new_subgroups([range(*student.ranks_range) for student in section.students])
+    rank = distributed.get_rank()
+    student = next(student for student in section.students if rank in range(*student.ranks_range))
+
+    output_dir = str(Path(shared.train.output_dir) / student.name)
+    batch_size = section.global_batch_size // world_size
+    follows = OmegaConf.create({"train": {"output_dir": output_dir, "batch_size_per_gpu": batch_size}})
+    cfg = merge_student(student, [*layers, Layer("the students", follows)], strict=strict_cfg)
+    cleanup_logging()
+    setup_logging(output=output_dir, level=logging.INFO)
+    fix_random_seeds(cfg.train.seed + rank)
+    first, end = student.ranks_range
+    logger.info("student %s: processes %d to %d, %s", student.name, first, end - 1, output_dir)
+    return _check_and_write(cfg)
+
+
+def _check_and_write(cfg: DictConfig) -> DictConfig:
     validate(cfg)
     for note in find_notes(cfg):
         logger.warning("%s", note)
@@ -65,18 +118,11 @@ def write_config(cfg: Any, output_dir: str | os.PathLike[str], name: str = "conf
     """
     path = Path(output_dir) / name
     if distributed.is_subgroup_main_process():
-        directory = make_output_dir(output_dir)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+        make_output_dir(output_dir)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with atomic_write(path, "w") as file:
                 file.write(OmegaConf.to_yaml(cfg))
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files that only their owner may read.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
             raise RuntimeError(f"cannot write {path}: {error.strerror}") from error
     return str(path)
 
@@ -162,9 +208,3 @@ def exit_job(distributed_enabled: bool = True, logging_enabled: bool = True) -> 
     _made_process_group = False
     if logging_enabled:
         cleanup_logging()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

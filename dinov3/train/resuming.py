@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from dinov3 import distributed
 from dinov3.checkpointer import CheckpointError, latest_valid_checkpoint, read_manifest
-from dinov3.configs.schema import flatten
+from dinov3.configs.merging import plain
+from dinov3.configs.settings import flatten
 
 logger = logging.getLogger("dinov3")
 
@@ -91,7 +92,7 @@ def report_changes(directory: Path, cfg: Any) -> list[str]:
 def _config_changes(before: Any, cfg: Any) -> list[str]:
     if before is None:
         return []
-    old, new = dict(flatten(before)), dict(flatten(OmegaConf.to_container(cfg, resolve=True)))
+    old, new = dict(flatten(before)), dict(flatten(plain(cfg)))
     # The order of a stream of shards is one per worker.
     harmful = ("train.num_workers",) if "mode=stream" in str(new.get("train.dataset_path")) else ()
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dinov3.configs import get_default_config
 from dinov3.configs.__main__ import main
+from dinov3.configs.training_config import SETTINGS
 
 RECIPES = "dinov3/configs/train"
 
@@ -101,8 +103,11 @@ def test_students_of_a_multidistillation_are_checked_each(capsys: pytest.Capture
     assert "student vits_mlp4_4: train.dataset_path=<TRAIN/DATASET>: this is a placeholder" in capsys.readouterr().err
 
 
-def test_module_runs() -> None:
+def test_help_lists_every_key_with_default_and_meaning() -> None:
     command = [sys.executable, "-m", "dinov3.configs", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "key=value" in done.stdout
+    lines = [line.split(maxsplit=1)[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert set(lines) >= set(SETTINGS)
+    assert re.search(r"optim\.clip_grad +3\.0 +largest gradient norm .*; at least 0\n", done.stdout)

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinov3.configs import ConfigError, DinoV3SetupArgs, get_cfg_from_args, merging, resolve_config_path
-from dinov3.configs.schema import DEFAULT_CONFIG_PATH
+from dinov3.configs.merging import PACKAGE
 
 L_RECIPE = "dinov3/configs/train/vitl_im1k_lin834.yaml"
 
@@ -90,13 +90,13 @@ def test_not_strict_warns_of_unknown_keys_and_keeps_them(caplog: pytest.LogCaptu
         ("train.fsdp=true", "expected one of auto, always, never"),
         ("train.on_bad_image=ignore", "expected one of raise, skip"),
         ("train.centering=softmax", "expected sinkhorn_knopp"),
-        ("compute_precision.param_dtype=bfloat16", "did you mean bf16"),
+        ("compute_precision.param_dtype=bfloat16", "did you mean 'bf16'"),
         ("compute_precision.sharding_strategy=FULL_SHARD", "expected SHARD_GRAD_OP"),
-        ("student.arch=vit_smal", "did you mean vit_small"),
+        ("student.arch=vit_smal", "did you mean 'vit_small'"),
         ("student.norm_layer=batchnorm", "expected one of layernorm"),
         ("student.ffn_layer=gelu", "expected one of mlp"),
-        ("optim.scaling_rule=linear", "did you mean linear_wrt_256"),
-        ("MODEL.META_ARCHITECTURE=SSLArch", "did you mean SSLMetaArch"),
+        ("optim.scaling_rule=linear", "did you mean 'linear_wrt_256'"),
+        ("MODEL.META_ARCHITECTURE=SSLArch", "did you mean 'SSLMetaArch'"),
         ("checkpointing.verify=yes please", "expected one of true, false, auto"),
     ],
 )
@@ -186,7 +186,7 @@ def test_missing_file_names_the_places_and_the_nearest_recipe() -> None:
 def test_files_are_found_here_then_in_the_repository_then_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shipped = DEFAULT_CONFIG_PATH.parent / "train" / "vitl_im1k_lin834.yaml"
+    shipped = PACKAGE / "configs" / "train" / "vitl_im1k_lin834.yaml"
     monkeypatch.chdir(tmp_path)
     assert resolve_config_path(L_RECIPE) == shipped
     assert resolve_config_path("train/vitl_im1k_lin834.yaml") == shipped

@@ -8,13 +8,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinov3.configs import get_default_config, load_teacher_config, schema, validate
-from dinov3.configs.merging import DinoV3SetupArgs, Layer, layers_of, load_yaml, merge_layers, resolve_config_path
+from dinov3.configs import get_default_config, load_teacher_config, validate
+from dinov3.configs.merging import (
+    PACKAGE,
+    DinoV3SetupArgs,
+    Layer,
+    layers_of,
+    load_yaml,
+    merge_layers,
+    resolve_config_path,
+)
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import count_parameters
 
-ROOT = schema.DEFAULT_CONFIG_PATH.parent / "train"
+ROOT = PACKAGE / "configs" / "train"
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))
 #: Files of single students, which another recipe names.
 STUDENT_DIRECTORIES = ("multidist_tests/", "lvd1689m_students/", "distillation_convnext/convnext_")

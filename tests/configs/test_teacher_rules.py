@@ -156,7 +156,7 @@ class TestMultidistillation:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"config_pth": "s.yaml"}, "did you mean config_path"),
+            ({"config_pth": "s.yaml"}, "did you mean 'config_path'"),
             ({"name": 3}, r"students\[0\].name=3"),
             ({"config_path": None}, r"students\[0\].config_path"),
             ({"config_path": "<PATH>"}, "placeholder <PATH>"),

@@ -120,7 +120,7 @@ class TestRope:
         low, high = "student.pos_embed_rope_min_period=1", "student.pos_embed_rope_max_period=100"
         no_base = "student.pos_embed_rope_base=null"
         for options in ([low], [low, high], [no_base], [no_base, low]):
-            refused("pos_embed_rope_base alone", config(*options))
+            refused("only pos_embed_rope_base", config(*options))
         validate(config(no_base, low, high))
         refused("must be less than", config(no_base, low.replace("1", "200"), high))
 
@@ -218,7 +218,7 @@ def test_switches_without_what_they_refine_are_remarked(switch: str, needed: str
     validate(cfg)
     assert f"train.{switch} has no effect with train.{needed}=false" in validation.find_notes(cfg)
     cfg.train[needed] = True
-    assert validation.find_notes(cfg) == []
+    assert list(validation.find_notes(cfg)) == []
 
 
 RECIPES = {

@@ -127,7 +127,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "negative budget": ({"features__memory_budget_mb": "-1"}, "features.memory_budget_mb=-1"),
     "few-shot without a number": ({"few_shot__enable": "true"}, "few_shot.k_or_percent"),
     "wrong type": ({"train__batch_size": "many"}, "train.batch_size"),
-    "unknown key": ({"train__batchsize": "3"}, "unknown key train.batchsize.*did you mean train.batch_size"),
+    "unknown key": ({"train__batchsize": "3"}, "unknown key 'train.batchsize'.*did you mean 'train.batch_size'"),
 }
 
 

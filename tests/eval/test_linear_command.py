@@ -97,7 +97,7 @@ def test_grids_and_metrics_are_given_by_name_or_value() -> None:
 @pytest.mark.parametrize(
     "token, message",
     [
-        ("train.nope=1", r"unknown key train\.nope"),
+        ("train.nope=1", r"unknown key 'train\.nope'"),
         ("train.learning_rates=0.1", r"train\.learning_rates"),
         ("eval.test_metric_types=[NOT_A_METRIC]", r"eval\.test_metric_types=NOT_A_METRIC"),
         ("train.loss_type=L2", r"train\.loss_type=L2"),

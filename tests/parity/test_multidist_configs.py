@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov3 import distributed
-from dinov3.configs import DinoV3SetupArgs, get_default_config, multidistillation, setup_multidistillation
-from dinov3.configs.schema import flatten
+from dinov3.configs import DinoV3SetupArgs, get_default_config, setup, setup_multidistillation
+from dinov3.configs.settings import flatten
 from dinov3.logging import cleanup_logging
 
 from . import golden
@@ -31,7 +31,7 @@ class Job:
         monkeypatch.setattr(distributed, "get_rank", lambda: rank)
         monkeypatch.setattr(distributed, "get_world_size", lambda: world_size)
         monkeypatch.setattr(distributed, "new_subgroups", self.divide)
-        monkeypatch.setattr(multidistillation, "fix_random_seeds", lambda seed: setattr(self, "seed", seed))
+        monkeypatch.setattr(setup, "fix_random_seeds", lambda seed: setattr(self, "seed", seed))
 
     def divide(self, subgroups: Any) -> None:
         self.subgroups = [list(ranks) for ranks in subgroups]

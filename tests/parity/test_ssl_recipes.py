@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinov3.configs import ConfigError, get_default_config, validate
-from dinov3.configs.schema import flatten
+from dinov3.configs.settings import flatten
 
 from . import golden
 

@@ -16,7 +16,8 @@ from dinov3.configs import (
     get_default_config,
     learning_rate_scale,
 )
-from dinov3.configs.schema import RETIRED, WITHOUT_EFFECT, default_values, flatten
+from dinov3.configs.settings import flatten
+from dinov3.configs.training_config import RETIRED, SETTINGS, default_values
 
 from . import golden
 from .test_ssl_recipes import NEW_KEYS
@@ -55,7 +56,8 @@ def test_recipe_changes_what_the_published_one_changes(recipe: str) -> None:
 def test_retired_keys_are_exactly_those_that_published_recipes_carry_in_vain() -> None:
     assert set(RETIRED) == set(DIFFERENCES["ignored_keys"])
     # ropenew is another name of rope, and both are accepted.
-    assert set(WITHOUT_EFFECT) >= set(DIFFERENCES["unused_default_keys"]) - {"student.pos_embed_type"}
+    unused = {key for key, setting in SETTINGS.items() if setting.unused}
+    assert unused >= set(DIFFERENCES["unused_default_keys"]) - {"student.pos_embed_type"}
 
 
 @pytest.mark.parametrize("case", golden.cases("trainer", "lr-scaling-"), ids=lambda case: case["id"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -31,9 +31,7 @@ class SchedulerConfig:
 
     type: str = key("WarmupOneCycleLR", "WarmupOneCycleLR, WarmupMultiStepLR, or a scheduler of torch")
     total_iter: int = key(38400, "number of steps")
-    constructor_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "further arguments of the scheduler, e.g. warmup_iters"}
-    )
+    constructor_kwargs: dict[str, Any] = key({}, "further arguments of the scheduler, e.g. warmup_iters")
 
 
 @dataclass
