@@ -40,11 +40,7 @@ class CropByCrop(SSLMetaArch):
             patch_logits = self.teacher["ibot_head"](patches[kwargs["mask_indices_list"]])
             temperature = kwargs["teacher_temp"]
             targets = self.dino_loss.sinkhorn_knopp_teacher(torch.cat(logits), teacher_temp=temperature)
-            patch_targets = self.ibot_patch_loss.sinkhorn_knopp_teacher(
-                patch_logits,
-                teacher_temp=temperature,
-                n_masked_patches_tensor=kwargs["n_masked_patches_tensor"],
-            )
+            patch_targets = self.ibot_patch_loss.sinkhorn_knopp_teacher(patch_logits, teacher_temp=temperature)
         return stacked(features) | {
             "cls_after_head": torch.stack(logits),
             "cls_centered": targets.unflatten(0, (len(images), -1)),

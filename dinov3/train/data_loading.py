@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dinov3 import distributed
+from dinov3.configs.settings import as_list
 from dinov3.data import (
     CombinedDataLoader,
     DataAugmentationDINO,
@@ -22,7 +22,6 @@ from dinov3.data import (
 )
 from dinov3.data.loaders import SamplerType, make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
-from dinov3.train.ssl_meta_arch import SSLMetaArch, needs_gram_crops
 from dinov3.utils import as_torch_dtype
 
 COMBINED_SEED = 65537
@@ -71,12 +70,11 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
 def crop_resolutions(cfg: Any) -> list[Resolution]:
     """One entry per crop resolution; a scalar setting counts as a list of one."""
     crops = cfg.crops
-    global_sizes = _as_list(crops.global_crops_size)
-    gram_sizes: list[Any] = [None] * len(global_sizes)
-    if needs_gram_crops(cfg):
-        gram_sizes = _as_list(crops.gram_teacher_crops_size)
-    columns = (_as_list(crops.local_crops_size), gram_sizes, _as_list(crops.global_local_crop_pairs_ratios))
-    return [Resolution(*entry) for entry in zip(global_sizes, *columns, strict=True)]
+    global_sizes, local_sizes = as_list(crops.global_crops_size), as_list(crops.local_crops_size)
+    has_gram_crops = cfg.gram.use_loss and not cfg.gram.ema_teacher
+    gram_sizes = as_list(crops.gram_teacher_crops_size) if has_gram_crops else [None] * len(global_sizes)
+    ratios = as_list(crops.global_local_crop_pairs_ratios)
+    return [Resolution(*entry) for entry in zip(global_sizes, local_sizes, gram_sizes, ratios, strict=True)]
 
 
 def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
@@ -92,11 +90,22 @@ def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
 
 def build_augmentation(cfg: Any, resolution: Resolution) -> DataAugmentationDINO:
     """The multi-crop augmentation of one loader; its crops are uint8."""
-    return SSLMetaArch.build_data_augmentation_dino(
-        cfg,
+    crops = cfg.crops
+    return DataAugmentationDINO(
+        global_crops_scale=tuple(crops.global_crops_scale),
+        local_crops_scale=tuple(crops.local_crops_scale),
+        local_crops_number=crops.local_crops_number,
         global_crops_size=resolution.global_size,
         local_crops_size=resolution.local_size,
         gram_teacher_crops_size=resolution.gram_size,
+        gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
+        local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
+        patch_size=cfg.student.patch_size,
+        share_color_jitter=crops.share_color_jitter,
+        horizontal_flips=crops.horizontal_flips,
+        blur_probabilities=tuple(crops.blur_probabilities),
+        mean=tuple(crops.rgb_mean),
+        std=tuple(crops.rgb_std),
         output_uint8=True,
     )
 
@@ -159,17 +168,6 @@ def _batches_delivered(resolutions: list[Resolution], n_batches: int) -> list[in
     if len(resolutions) == 1:
         return [n_batches]
     return count_draws([resolution.ratio for resolution in resolutions], COMBINED_SEED, n_batches)
-
-
-def take(loader: Any, n_batches: int) -> Iterator[Any]:
-    """The first `n_batches` of `loader`, without fetching one more."""
-    iterator = iter(loader)
-    for _ in range(n_batches):
-        yield next(iterator)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, int | float) else list(value)
 
 
 def _no_target(_target: Any) -> tuple[()]:

@@ -1,8 +1,4 @@
-"""Gram anchoring (arXiv 2508.10104, section 4): which patches are compared, how much they weigh, when the teacher ages.
-
-Notable: the calendar depends on the iteration alone, so a run that is resumed refreshes its Gram teacher exactly when
-an uninterrupted one does. Its iterations are absolute, counted from the beginning of the first stage.
-"""
+"""Gram anchoring (arXiv 2508.10104, section 4): which patches are compared, and when the Gram teacher is replaced."""
 
 from __future__ import annotations
 
@@ -15,21 +11,22 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.loss import GramLoss
-
 logger = logging.getLogger("dinov3")
 
 
 @dataclass(frozen=True)
 class GramCalendar:
-    """When the Gram teacher is replaced by the EMA teacher.
+    """When the EMA teacher is copied into the Gram teacher: once before an iteration, and in refreshes.
+
+    Iterations are absolute, counted from the beginning of the first stage. Nothing else decides, so that a run that is
+    resumed refreshes its Gram teacher exactly when an uninterrupted one does.
 
     Args:
-        load_before: iteration before which it is, once; negative: never.
-        repeats: whether it is replaced again and again, as the other arguments say.
-        first: number of finished iterations from which on it is.
-        frequency: only after multiples of this many finished iterations.
-        maximum: how many times at most; None: without end.
+        load_before: the iteration of the single copy; negative: never.
+        repeats: whether there are refreshes, which the other arguments describe.
+        first: no refresh before this many finished iterations.
+        frequency: refreshes come after multiples of this many finished iterations.
+        maximum: how many refreshes at most. Default: no limit.
     """
 
     load_before: int = -1
@@ -40,7 +37,7 @@ class GramCalendar:
 
     @classmethod
     def from_config(cls, cfg: Any) -> GramCalendar:
-        """The calendar of the section `gram`; nothing ever happens without a Gram teacher of its own."""
+        """Make the calendar of the section `gram`; it is empty where the EMA itself is the Gram teacher."""
         gram = cfg.gram
         if not gram.use_loss or gram.ema_teacher:
             return cls()
@@ -49,25 +46,28 @@ class GramCalendar:
         )
 
     def loads_before(self, iteration: int) -> bool:
-        """Whether the EMA becomes the Gram teacher before `iteration` runs."""
+        """Return whether the EMA is copied before `iteration` runs."""
         return iteration == self.load_before
 
     def refreshes_after(self, iteration: int) -> bool:
-        """Whether the EMA becomes the Gram teacher once `iteration` has been run."""
+        """Return whether the EMA is copied once `iteration` has been run."""
         return self.repeats and self.n_refreshes(iteration + 1) > self.n_refreshes(iteration)
 
     def n_refreshes(self, n_iterations: int) -> int:
-        """How many of the repeated replacements lie within the first `n_iterations` iterations."""
+        """Return how many refreshes lie within the first `n_iterations` iterations."""
         before_first = (max(self.first, 1) - 1) // self.frequency
         count = max(n_iterations // self.frequency - before_first, 0)
         return count if self.maximum is None else min(count, self.maximum)
 
 
-def warn_of_idle_gram(schedule: Any, n_iterations: int) -> None:
-    """Warn of a run that begins anew although its Gram loss has no weight for most of it."""
-    if schedule is None:
-        return
-    n_idle = int(np.argmax(np.asarray(schedule) != 0))
+def warn_of_idle_gram(weights: Any, n_iterations: int) -> None:
+    """Warn of a run that starts from iteration 0 although its Gram loss has weight 0 for most of it.
+
+    Args:
+        weights: the weight of each iteration; the last one holds for all that follow.
+        n_iterations: length of the run.
+    """
+    n_idle = int(np.argmax(np.asarray(weights) != 0))
     if n_idle > n_iterations / 2:
         logger.warning(
             "this run starts at iteration 0, but its Gram loss has weight 0 until iteration %d: to continue an earlier "
@@ -76,23 +76,12 @@ def warn_of_idle_gram(schedule: Any, n_iterations: int) -> None:
         )
 
 
-def make_gram_loss(cfg: Any) -> GramLoss:
-    """The loss of the section `gram`."""
-    gram = cfg.gram
-    return GramLoss(
-        apply_norm=gram.normalized,
-        img_level=gram.img_level,
-        remove_neg=gram.remove_neg,
-        remove_only_teacher_neg=gram.remove_only_teacher_neg,
-    )
-
-
 def resize_patches(patches: Tensor, n_patches: int, *, mode: str, antialias: bool) -> Tensor:
-    """Patch tokens of a square grid, interpolated to another square grid.
+    """Interpolate patch tokens of a square grid to another square grid.
 
     Args:
         patches: [B, P, D].
-        n_patches: of the other grid.
+        n_patches: number of patches of the other grid.
         mode: `bicubic` or `bilinear`.
         antialias: smooth before shrinking.
 
@@ -104,14 +93,17 @@ def resize_patches(patches: Tensor, n_patches: int, *, mode: str, antialias: boo
     """
     if patches.shape[1] == n_patches:
         return patches
-    before, after = _side(patches.shape[1]), _side(n_patches)
+    before, after = math.isqrt(patches.shape[1]), math.isqrt(n_patches)
+    for n, side in ((patches.shape[1], before), (n_patches, after)):
+        if n != side**2:
+            raise ValueError(f"the Gram loss needs square crops, but {n} patches are not a square")
     grid = patches.mT.unflatten(-1, (before, before))  # [B, D, H, W]
     grid = F.interpolate(grid, size=(after, after), mode=mode, align_corners=False, antialias=antialias)
     return grid.flatten(2).mT
 
 
 def select_patches(patches: Tensor, masks: Tensor, tokens_used: str) -> Tensor:
-    """The patches that the Gram loss sees.
+    """Return the patches that the Gram loss compares.
 
     Args:
         patches: [B, P, D].
@@ -124,10 +116,3 @@ def select_patches(patches: Tensor, masks: Tensor, tokens_used: str) -> Tensor:
     if tokens_used == "all":
         return patches
     return patches[masks if tokens_used == "masked" else ~masks]
-
-
-def _side(n_patches: int) -> int:
-    side = math.isqrt(n_patches)
-    if side * side != n_patches:
-        raise ValueError(f"the Gram loss needs square crops, but one has {n_patches} patches, which is no square")
-    return side

@@ -12,30 +12,22 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinov3 import distributed
-from dinov3.checkpointer import (
-    RngState,
-    checkpoint_holds,
-    find_latest_checkpoint,
-    load_checkpoint,
-)
+from dinov3.checkpointer import RngState, checkpoint_holds, find_latest_checkpoint, load_checkpoint
 from dinov3.distributed import runtime
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, TEACHER_FILE
 from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
 from dinov3.train.data_loading import build_train_loader, global_batch_size
-from dinov3.train.export import export_path, export_teacher
 from dinov3.train.gram import warn_of_idle_gram
 from dinov3.train.plot import METRICS_FILE, plot_losses
 from dinov3.train.preemption import Preemption
-from dinov3.train.profiling import StepProfiler
 from dinov3.train.resuming import newest_common_checkpoint, report_changes
-from dinov3.train.saving import Saver
+from dinov3.train.saving import Saver, export_path, export_teacher
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.step import NonFiniteLossError, StepResult, train_step
@@ -43,9 +35,9 @@ from dinov3.train.step import NonFiniteLossError, StepResult, train_step
 logger = logging.getLogger("dinov3")
 
 GARBAGE_COLLECTION_PERIOD = 150
-#: What a rank asks of all of them: to leave, to save, and to leave a save in the background alone.
+#: What a rank can ask of all of them: to stop, to save, and to wait for its save in the background.
 STOP, SAVE, SAVING = "stop", "save", "saving"
-#: Checkpoints of a stage without Gram anchoring lack it.
+#: Prefix in checkpoints; those of a stage without Gram anchoring have no such weights.
 GRAM_TEACHER = "gram_teacher."
 
 
@@ -56,7 +48,7 @@ def do_train(
     resume: bool = True,
     data_loader: Any = None,
     preemption: Preemption | None = None,
-    profiler: StepProfiler | None = None,
+    profiler: torch.profiler.profile | None = None,
 ) -> dict[str, float]:
     """Train `model` as `cfg` says, from the newest checkpoint in `train.output_dir` if there is one.
 
@@ -66,8 +58,8 @@ def do_train(
         resume: continue from the newest valid checkpoint.
         data_loader: batches to train on instead of those of `train.dataset_path`, from the first iteration of this
             call on; `train.grad_accumulation_steps` of them per iteration.
-        preemption: says when to stop early, with a checkpoint; None: never.
-        profiler: is told of every step.
+        preemption: when to stop early, with a checkpoint. Default: never.
+        profiler: its `step` is called after every training step.
 
     Returns:
         The global average of every metric.
@@ -86,8 +78,8 @@ class Trainer:
     Args:
         cfg: the training configuration.
         model: the meta-architecture.
-        preemption: says when to stop early; None: never.
-        profiler: is told of every step.
+        preemption: when to stop early. Default: never.
+        profiler: its `step` is called after every training step.
     """
 
     def __init__(
@@ -96,7 +88,7 @@ class Trainer:
         model: SSLMetaArch,
         *,
         preemption: Preemption | None = None,
-        profiler: StepProfiler | None = None,
+        profiler: torch.profiler.profile | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model.train()
@@ -132,79 +124,89 @@ class Trainer:
         """Train to the end; see `do_train`."""
         self.model.init_weights()
         start = self._resume() if resume else 0
-        if start >= self.n_iterations:
+        last = self.n_iterations - 1
+        if start > last:
             logger.info("nothing to do: %d of %d iterations are done", start, self.n_iterations)
-            self._export_if_missing(start - 1)
+            wanted = (
+                export_path(self.output_dir, start - 1, sharded=self.cfg.train.sharded_eval_checkpoint),
+                self.output_dir / TEACHER_FILE,
+            )
+            # A run may have been killed between its last checkpoint and the export.
+            if not distributed.broadcast_object(all(path.exists() for path in wanted)):
+                self.export(start - 1)
             return {}
-        loader = data_loader
-        if loader is None:
-            loader = build_train_loader(self.cfg, start_iteration=start * self.batches_per_step)
-        iteration = start
-        with _manual_garbage_collection():
-            for iteration, batches in enumerate(self._steps(loader, start), start=start):
-                self._iterate(batches, iteration)
-        if self.must_stop and iteration + 1 < self.n_iterations:
-            self._leave(iteration)
-        return self._finish()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the trainer itself."""
-        return {
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            "n_bad_images": self.n_bad_images,
-            "meters": self.metric_logger.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the trainer's own state from a checkpoint."""
-        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        self.n_bad_images = state["n_bad_images"]
-        self.metric_logger.load_state_dict(state["meters"])
-
-    def save(self, iteration: int) -> None:
-        """Write `ckpt/<iteration>`, with `checkpointing.async_save` in the background; see `Saver`."""
-        self.saver.save(iteration, model=self.model, optimizer=self.optimizer, rng=self.rng_state, trainer=self)
-
-    def load(self, directory: Path) -> int:
-        """Load a checkpoint; returns the iteration that it was saved after."""
-        done = load_checkpoint(
-            directory,
-            model=self.model,
-            optimizer=self.optimizer,
-            process_group=distributed.get_process_subgroup(),
-            verify=False,  # Its finder did.
-            may_lack=[GRAM_TEACHER],
-            rng=self.rng_state,
-            trainer=self,
-        )
-        self.model.continue_gram(done, is_loaded=checkpoint_holds(directory, f"model.{GRAM_TEACHER}"))
-        return done
-
-    def _resume(self) -> int:
-        settings = self.cfg.checkpointing
-        directory = newest_common_checkpoint(self.checkpoint_root, verify=settings.verify, period=settings.period)
-        if directory is not None:
-            report_changes(directory, self.cfg)
-        start = 0 if directory is None else self.load(directory) + 1
-        if start == 0:
-            warn_of_idle_gram(self.model.gram_loss_schedule, self.n_iterations)
+        if data_loader is None:
+            data_loader = build_train_loader(self.cfg, start_iteration=start * self.batches_per_step)
+        # Collections at different times on different ranks would make all of them wait for each other.
+        gc.disable()
+        try:
+            done = self._iterate(data_loader, start)
+        finally:
+            gc.enable()
+            gc.collect()
+        stops_early = self.must_stop and done < last
+        if not stops_early:
+            done = last
+        self.saver.finish()
+        if self.saver.newest != done:
+            self.save(done)
+            self.saver.finish()
+        if stops_early:
+            assert self.preemption is not None
+            newest = find_latest_checkpoint(self.checkpoint_root)
+            logger.warning("stopped after iteration %d; newest checkpoint: %s", done, newest)
+            self.preemption.leave()
+        if self.exported != last:
+            self.export(last)
+        self.metric_logger.synchronize_between_processes()
         if distributed.is_subgroup_main_process():
-            # Iterations after the checkpoint come again.
-            truncate_metrics_file(self.output_dir / METRICS_FILE, start)
-        if directory is None:
-            return start
-        logger.info("resumed from %s: %d of %d iterations are done", directory, start, self.n_iterations)
-        return start
+            logger.info("loss curves: %s", plot_losses(self.output_dir))
+        return {name: meter.global_avg for name, meter in self.metric_logger.meters.items()}
 
-    def _steps(self, loader: Any, start: int) -> Iterator[list[dict[str, Any]]]:
-        return self.metric_logger.log_every(
+    def _iterate(self, loader: Any, start: int) -> int:
+        # The loop. Returns the last iteration.
+        cfg, iteration = self.cfg, start
+        steps = self.metric_logger.log_every(
             self._batches_of_steps(loader),
-            self.cfg.train.print_freq,
+            cfg.train.print_freq,
             header="Training",
             n_iterations=self.n_iterations,
             start_iteration=start,
-            progress=self.cfg.train.progress,
+            progress=cfg.train.progress,
         )
+        for iteration, batches in enumerate(steps, start=start):
+            done = iteration + 1
+            if iteration % GARBAGE_COLLECTION_PERIOD == 0:
+                gc.collect()
+            started = time.perf_counter()
+            result = self.step(batches, iteration)
+            seconds = time.perf_counter() - started
+            self._handle_nonfinite(result)
+            settings = settings_at(self.schedules, iteration)
+            self.metric_logger.update(
+                lr=settings.lr,
+                wd=settings.weight_decay,
+                mom=settings.momentum,
+                last_layer_lr=settings.last_layer_lr,
+                **result.metrics,
+                teacher_temp=settings.teacher_temp,
+                images_per_second=self.global_batch_size / seconds,
+                data_wait_share=self.seconds_for_data / (self.seconds_for_data + seconds),
+                max_memory_mib=runtime.max_memory_mib(),
+            )
+            if self.profiler is not None:
+                self.profiler.step()
+            # A save in the background is complete when no rank writes any more, which all learn at the same step.
+            if SAVING not in result.requests:
+                self.saver.finish()
+            export_period = cfg.evaluation.eval_period_iterations
+            if export_period > 0 and done % export_period == 0:
+                self.export(iteration)
+            # Weights after a dropped step are those before it, and the next checkpoint will have them.
+            if result.problem is None and (done % cfg.checkpointing.period == 0 or SAVE in result.requests):
+                self.save(iteration)
+            self.must_stop = STOP in result.requests
+        return iteration
 
     def _batches_of_steps(self, loader: Any) -> Iterator[list[dict[str, Any]]]:
         batches = iter(loader)
@@ -216,31 +218,13 @@ class Trainer:
                 return
             yield of_step
 
-    def _iterate(self, batches: list[dict[str, Any]], iteration: int) -> None:
-        if iteration % GARBAGE_COLLECTION_PERIOD == 0:
-            gc.collect()
-        started = time.perf_counter()
-        settings = settings_at(self.schedules, iteration)
-        result = self.step(batches, iteration)
-        seconds = time.perf_counter() - started
-        self._handle_nonfinite(result)
-        self.metric_logger.update(
-            lr=settings.lr,
-            wd=settings.weight_decay,
-            mom=settings.momentum,
-            last_layer_lr=settings.last_layer_lr,
-            **result.metrics,
-            teacher_temp=settings.teacher_temp,
-            images_per_second=self.global_batch_size / seconds,
-            data_wait_share=self.seconds_for_data / (self.seconds_for_data + seconds),
-            max_memory_mib=runtime.max_memory_mib(),
-        )
-        self._after_step(iteration, result)
-
     def step(self, batches: list[dict[str, Any]], iteration: int) -> StepResult:
         """Train on the batches of one iteration; see `train_step`."""
         for data in batches:
-            self._count_bad_images(data.pop("n_bad_images", None))
+            n_bad_images = data.pop("n_bad_images", None)
+            if n_bad_images is not None:  # only with `train.on_bad_image=skip`
+                self.n_bad_images += int(distributed.all_reduce(torch.tensor(n_bad_images, device=runtime.device())))
+                self.metric_logger.update(bad_images=self.n_bad_images)
         return train_step(
             self.model,
             self.optimizer,
@@ -255,26 +239,6 @@ class Trainer:
                 SAVING: self.saver.is_running,
             },
         )
-
-    def _count_bad_images(self, count: int | None) -> None:
-        if count is None:  # `train.on_bad_image=raise`
-            return
-        total = distributed.all_reduce(torch.tensor(count, device=runtime.device()))
-        self.n_bad_images += int(total)
-        self.metric_logger.update(bad_images=self.n_bad_images)
-
-    def _after_step(self, iteration: int, result: StepResult) -> None:
-        done = iteration + 1
-        if self.profiler is not None:
-            self.profiler.step()
-        if SAVING not in result.requests:
-            self.saver.finish()
-        export_period = self.cfg.evaluation.eval_period_iterations
-        if export_period > 0 and done % export_period == 0:
-            self.export(iteration)
-        if result.problem is None and (done % self.cfg.checkpointing.period == 0 or SAVE in result.requests):
-            self.save(iteration)
-        self.must_stop = STOP in result.requests
 
     def _handle_nonfinite(self, result: StepResult) -> None:
         if result.problem is None:
@@ -293,49 +257,57 @@ class Trainer:
             "train.max_nonfinite_steps=N drop up to N such steps in a row."
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the trainer itself."""
+        return {
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "n_bad_images": self.n_bad_images,
+            "meters": self.metric_logger.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the trainer's own state from a checkpoint."""
+        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.n_bad_images = state["n_bad_images"]
+        self.metric_logger.load_state_dict(state["meters"])
+
+    def save(self, iteration: int) -> None:
+        """Write `ckpt/<iteration>`, with `checkpointing.async_save` in the background; see `Saver`."""
+        self.saver.save(iteration, model=self.model, optimizer=self.optimizer, rng=self.rng_state, trainer=self)
+
+    def load(self, directory: Path) -> int:
+        """Load a checkpoint; return the iteration that it was saved after."""
+        done = load_checkpoint(
+            directory,
+            model=self.model,
+            optimizer=self.optimizer,
+            process_group=distributed.get_process_subgroup(),
+            verify=False,  # whoever found it has verified it
+            may_lack=[GRAM_TEACHER],
+            rng=self.rng_state,
+            trainer=self,
+        )
+        self.model.continue_gram(done, is_loaded=checkpoint_holds(directory, f"model.{GRAM_TEACHER}"))
+        return done
+
     def export(self, iteration: int) -> None:
         """Write the EMA teacher after `iteration` to `eval/training_<iteration>`."""
         path = export_teacher(self.model, self.output_dir, iteration, sharded=self.cfg.train.sharded_eval_checkpoint)
         self.exported = iteration
         logger.info("teacher after iteration %d: %s", iteration, path)
 
-    def _leave(self, iteration: int) -> None:
-        assert self.preemption is not None
-        self.saver.finish()
-        if self.saver.newest != iteration:
-            self.save(iteration)
-            self.saver.finish()
-        newest = find_latest_checkpoint(self.checkpoint_root)
-        logger.warning("stopped after iteration %d; newest checkpoint: %s", iteration, newest)
-        self.preemption.leave()
-
-    def _finish(self) -> dict[str, float]:
-        last = self.n_iterations - 1
-        self.saver.finish()
-        if self.saver.newest != last:
-            self.save(last)
-            self.saver.finish()
-        if self.exported != last:
-            self.export(last)
-        self.metric_logger.synchronize_between_processes()
+    def _resume(self) -> int:
+        # Returns the first iteration to run.
+        settings = self.cfg.checkpointing
+        directory = newest_common_checkpoint(self.checkpoint_root, verify=settings.verify, period=settings.period)
+        start = 0
+        if directory is None:
+            warn_of_idle_gram(self.model.gram_loss_weight.values, self.n_iterations)
+        else:
+            report_changes(directory, self.cfg)
+            start = self.load(directory) + 1
+            logger.info("resumed from %s: %d of %d iterations are done", directory, start, self.n_iterations)
         if distributed.is_subgroup_main_process():
-            logger.info("loss curves: %s", plot_losses(self.output_dir))
-        return {name: meter.global_avg for name, meter in self.metric_logger.meters.items()}
-
-    def _export_if_missing(self, iteration: int) -> None:
-        sharded = self.cfg.train.sharded_eval_checkpoint
-        wanted = [export_path(self.output_dir, iteration, sharded=sharded), self.output_dir / TEACHER_FILE]
-        # Killed between the last checkpoint and here.
-        if not distributed.broadcast_object(all(path.exists() for path in wanted)):
-            self.export(iteration)
-
-
-@contextmanager
-def _manual_garbage_collection() -> Iterator[None]:
-    # Collections at different times on different ranks make all of them wait for each other.
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.collect()
+            # Iterations after the checkpoint are run again.
+            truncate_metrics_file(self.output_dir / METRICS_FILE, start)
+        return start

@@ -22,6 +22,23 @@ _BEFORE_THE_BLOCKS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "st
 _UNDECAYED = ("norm", "gamma", "fourier_w")
 
 
+def params_groups_of_networks(networks: nn.ModuleDict, optim: Any) -> list[dict[str, Any]]:
+    """Return the optimizer's groups for a student's backbone and heads, as the section `optim` says."""
+    groups: list[dict[str, Any]] = []
+    for name, network in networks.items():
+        of_network = get_params_groups_with_decay_fsdp(
+            network,
+            lr_decay_rate=optim.layerwise_decay,
+            patch_embed_lr_mult=optim.patch_embed_lr_mult,
+            dino_head_wd_multiplier=optim.dino_head_wd_multiplier,
+            is_dino_head=name == "dino_head",
+        )
+        groups += fuse_params_groups(of_network) if optim.multi_tensor_optim else of_network
+    if not optim.multi_tensor_optim:
+        return groups
+    return [group | {"foreach": True, "fused": True} for group in groups]
+
+
 def get_params_groups_with_decay_fsdp(
     model: nn.Module,
     lr_decay_rate: float = 1.0,
@@ -31,7 +48,7 @@ def get_params_groups_with_decay_fsdp(
     is_dino_head: bool = False,
     norms_by_type: bool = False,
 ) -> list[dict[str, Any]]:
-    """One group per trainable parameter of one network, wrapped or not.
+    """Return one group per trainable parameter of one network, wrapped or not.
 
     Args:
         model: a backbone or a head.
@@ -39,8 +56,8 @@ def get_params_groups_with_decay_fsdp(
         patch_embed_lr_mult: additional factor of the patch embedding's learning rate.
         dino_head_wd_multiplier: weight-decay multiplier of the decayed parameters when `is_dino_head`.
         is_dino_head: `model` is the DINO head.
-        norms_by_type: also spare parameters of norm layers that are not called so, like those in ConvNeXt's
-            `downsample_layers`, which the published training decays.
+        norms_by_type: also spare norm layers without "norm" in their names, as ConvNeXt has in `downsample_layers`; the
+            published training decays them.
 
     Returns:
         Dictionaries `name`, `params` (the parameter), `is_last_layer`, `lr_multiplier`, `wd_multiplier`, in the order
@@ -48,7 +65,12 @@ def get_params_groups_with_decay_fsdp(
     """
     blocks = getattr(model, "blocks", None)
     n_blocks = len(blocks) if isinstance(blocks, nn.ModuleList) else 0
-    in_norm_layers = _names_in_norm_layers(model) if norms_by_type else set()
+    in_norm_layers = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        if norms_by_type and "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
     groups = []
     for raw_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -80,7 +102,7 @@ def get_vit_lr_decay_rate(
     force_is_backbone: bool = False,
     chunked_blocks: bool = False,
 ) -> float:
-    """The learning-rate multiplier of a parameter under layer-wise decay.
+    """Return the learning-rate multiplier of a parameter under layer-wise decay.
 
     Args:
         name: its name; in a backbone if it starts with `backbone` or with `force_is_backbone`, else the result is 1.
@@ -103,7 +125,7 @@ def get_vit_lr_decay_rate(
 
 
 def remove_fsdp_compile_names(name: str) -> str:
-    """A parameter's own name, without what FSDP, activation checkpointing, parametrisation or compile put into it."""
+    """Return a parameter's name without what FSDP, activation checkpointing, parametrisation or compile put into it."""
     for infix in _WRAPPER_INFIXES:
         name = name.replace(infix, "")
     name = name.removesuffix(".original")
@@ -118,7 +140,7 @@ def fuse_params_groups(
     """Merge the groups that agree in `keys`, so that the optimizer handles few large groups.
 
     Args:
-        groups: of `get_params_groups_with_decay_fsdp`, maybe of several networks.
+        groups: from `get_params_groups_with_decay_fsdp`, perhaps of several networks.
         keys: what has to agree; everything else but the parameters is dropped.
 
     Returns:
@@ -130,12 +152,3 @@ def fuse_params_groups(
         merged = fused.setdefault(values, {"params": []} | dict(zip(keys, values, strict=True)))
         merged["params"].append(group["params"])
     return list(fused.values())
-
-
-def _names_in_norm_layers(model: nn.Module) -> set[str]:
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        for name, _ in module.named_parameters(recurse=False)
-    }

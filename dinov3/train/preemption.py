@@ -1,8 +1,8 @@
-"""Leaving a training in time when the cluster wants the machine back: finish the step, save, go.
+"""Leaving a training in time when the cluster wants the machine back: finish the step, save, exit.
 
 Notable: a signal only sets a flag. The flags of all processes travel with the step's all-reduce, so that all of them
-stop after the same iteration. Who handled the signal before (submitit, which sends the job back to the queue) is called
-when the checkpoint is on the disk; without such a handler the exit status says "saved, run me again".
+stop after the same iteration. The previous handler of the signal (submitit's, which sends the job back to the queue) is
+called when the checkpoint is on the disk; without such a handler the exit status says "saved, run me again".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Preemption:
     Outside the main thread, where Python handles no signals, it changes nothing.
 
     Attributes:
-        received: the first signal that came; None before.
+        received: the first signal that came, if any.
     """
 
     def __init__(self) -> None:
@@ -58,13 +58,13 @@ class Preemption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # None: a handler that was not installed from Python, which cannot be put back from there.
+            # None stands for a handler that was not installed from Python, which cannot be restored from there.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def leave(self) -> NoReturn:
-        """End this process because the training was saved; all ranks call it.
+        """End this process, whose training was saved; all ranks call it.
 
-        Rank 0 hands the signal on to its previous handler, which may requeue the job and does not return then.
+        Rank 0 passes the signal on to its previous handler, which may requeue the job and then does not return.
 
         Raises:
             SystemExit: with status 75, unless the handler exits differently.
@@ -73,9 +73,9 @@ class Preemption:
         name = "a signal" if received is None else received.name
         handler = None if received is None else self._previous.get(received)
         if not callable(handler) or handler is signal.default_int_handler:
-            logger.warning("%s: leaving with exit status %d; the same command goes on from here", name, EXIT_STATUS)
+            logger.warning("%s: leaving with exit status %d; the same command continues from here", name, EXIT_STATUS)
             sys.exit(EXIT_STATUS)
-        logger.warning("%s: rank 0 hands it on to the launcher, which may requeue this job", name)
+        logger.warning("%s: rank 0 passes it on to the launcher, which may requeue this job", name)
         distributed.barrier(_everybody())
         if distributed.is_main_process():
             handler(received, None)
@@ -101,7 +101,7 @@ def _everybody() -> Any:
 
 
 def _wait_for_rank_0() -> None:
-    """Until rank 0 comes here too, is gone, or the time is over."""
+    # Returns when rank 0 comes here too, is gone, or the time is over.
     if distributed.get_world_size() == 1:
         return
     work = dist.all_reduce(torch.zeros(1), group=_everybody(), async_op=True)

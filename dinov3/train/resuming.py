@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its run, and what is different when the run is resumed."""
+"""Finding the checkpoint to resume from, and reporting what has changed since it was saved."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ HARMLESS_SECTIONS = ("checkpointing.", "evaluation.")
 
 
 def run_metadata(cfg: Any) -> dict[str, Any]:
-    """The configuration and its SHA-256, for the manifest of a checkpoint."""
+    """Return the configuration and its SHA-256, for the manifest of a checkpoint."""
     config = OmegaConf.to_container(cfg, resolve=True)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     return {"config": config, "config_sha256": digest}
 
 
 def newest_common_checkpoint(root: Path, *, verify: Any, period: int) -> Path | None:
-    """The newest undamaged checkpoint of this student whose iteration the other students have, too.
+    """Find this student's newest undamaged checkpoint of an iteration that the other students have, too.
 
-    They save one after the other, so a job that is killed may leave them at different iterations.
+    They save one after the other, so that a job that is killed may leave them at different iterations.
 
     Args:
         root: this student's directory of checkpoints.
-        verify: as for `latest_valid_checkpoint`.
+        verify: see `latest_valid_checkpoint`.
         period: iterations between checkpoints.
 
     Returns:
@@ -57,15 +57,15 @@ def newest_common_checkpoint(root: Path, *, verify: Any, period: int) -> Path | 
         if limit < 0 and max(iterations) >= period:
             raise CheckpointError(
                 f"the students' newest iterations are {sorted(set(iterations))}, -1 for no checkpoint at all ({own} in "
-                f"{root}): restore what is missing, or start anew with --no-resume"
+                f"{root}): restore what is missing, or start over with --no-resume"
             )
 
 
 def report_changes(directory: Path, cfg: Any) -> list[str]:
-    """Log a warning that lists what is not as it was when a checkpoint was saved.
+    """Log a warning that lists what has changed since a checkpoint was saved.
 
     Args:
-        directory: the checkpoint. One without a manifest, as the official release writes them, tells nothing.
+        directory: the checkpoint; one without a manifest, as the official release writes them, cannot be compared.
         cfg: the configuration of the resumed run.
 
     Returns:
@@ -78,12 +78,12 @@ def report_changes(directory: Path, cfg: Any) -> list[str]:
         return []
     changes = _config_changes(manifest["metadata"].get("config"), cfg)
     if changes:
-        logger.warning("the run goes on with other settings than before: %s", "; ".join(changes))
+        logger.warning("the run continues with other settings than before: %s", "; ".join(changes))
     before, now = manifest["world_size"], distributed.get_subgroup_size()
     if before != now:
         changes.append(f"{before} processes before, {now} now")
         logger.warning(
-            "%s: data are split, and sums are taken, in another order; the run is not bit for bit what it was",
+            "%s: data are split and sums are taken in another order, so that the run is not bit for bit what it was",
             changes[-1],
         )
     return changes
@@ -93,7 +93,7 @@ def _config_changes(before: Any, cfg: Any) -> list[str]:
     if before is None:
         return []
     old, new = dict(flatten(before)), dict(flatten(plain(cfg)))
-    # The order of a stream of shards is one per worker.
+    # Each worker reads a stream of shards in an order of its own.
     harmful = ("train.num_workers",) if "mode=stream" in str(new.get("train.dataset_path")) else ()
     return [
         f"{key}: {old.get(key)} before, {new.get(key)} now"

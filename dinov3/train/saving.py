@@ -1,16 +1,18 @@
-"""When and how a run saves itself: by iterations and by the clock, at once or in the background.
+"""When and how a run saves itself: checkpoints by iterations and by the clock, and exports of the teacher.
 
-Notable: one failure (a full disk, say) is logged and the run goes on with the checkpoints that it has; a second one in
-a row ends it. With `checkpointing.async_save` a failure is noticed at a later step, at the same one on all ranks.
+Notable: one failed checkpoint (a full disk, say) is logged and the run continues with those that it has; a second one
+in a row ends it. With `checkpointing.async_save` a failure is noticed at a later step, at the same one on all ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,13 +24,17 @@ from dinov3.checkpointer import (
     keep_last_n_checkpoints,
     save_checkpoint,
 )
+from dinov3.fsdp import full_state_dict
+from dinov3.hub.runs import EVALUATION_DIRECTORY, SHARDED_TEACHER_DIRECTORY, TEACHER_FILE
 from dinov3.train.resuming import run_metadata
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils.files import atomic_write, temporary_beside
 
 logger = logging.getLogger("dinov3")
 
 
 class Saver:
-    """Writes the checkpoints of a run into `root` and deletes old ones; all ranks make the same calls.
+    """Write the checkpoints of a run into `root` and delete old ones; all ranks make the same calls.
 
     Args:
         cfg: the training configuration, of which `checkpointing` is used.
@@ -67,12 +73,9 @@ class Saver:
         self.finish()
         self._last_time = time.monotonic()
         contents = {"iteration": iteration, "model": model, "optimizer": optimizer, **others}
-        metadata = run_metadata(self.cfg)
+        write = save_checkpoint if self._in_background is None else self._in_background.start
         try:
-            if self._in_background is not None:
-                self._in_background.start(self.root / str(iteration), metadata=metadata, **contents)
-            else:
-                save_checkpoint(self.root / str(iteration), metadata=metadata, **contents)
+            write(self.root / str(iteration), metadata=run_metadata(self.cfg), **contents)
         except CheckpointError as error:
             self._tolerate(error)
             return
@@ -106,4 +109,42 @@ class Saver:
         if self._failed_before:
             raise error
         self._failed_before = True
-        logger.error("%s; training goes on and tries again at the next checkpoint", error)
+        logger.error("%s; training continues and tries again at the next checkpoint", error)
+
+
+def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
+    """Write the EMA teacher after `iteration` for evaluations and the hub: `<output_dir>/eval/training_<iteration>/`.
+
+    A file holds `{"teacher": {...}}` with full float32 tensors under `backbone.*`, `dino_head.*`, `ibot_head.*`.
+    `<output_dir>/teacher_checkpoint.pth` links to the newest file or directory. Nothing appears under its final name
+    before it is complete.
+
+    Args:
+        model: the meta-architecture.
+        output_dir: the run's directory.
+        iteration: the iteration that was just finished.
+        sharded: write a distributed-checkpoint directory instead; every process writes its shards.
+
+    Returns:
+        The file or directory.
+    """
+    path = export_path(output_dir, iteration, sharded=sharded)
+    # Every process takes part, though only one writes the file.
+    state = None if sharded else full_state_dict(model.model_ema)
+    if sharded:
+        save_checkpoint(path, iteration=iteration, model=model.model_ema)
+    if distributed.is_subgroup_main_process():
+        if not sharded:
+            with atomic_write(path) as file:
+                torch.save({"teacher": state}, file)
+        link = output_dir / TEACHER_FILE
+        temporary = temporary_beside(link)
+        temporary.symlink_to(os.path.relpath(path, output_dir))
+        temporary.replace(link)
+    return path
+
+
+def export_path(output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:
+    """Return where `export_teacher` writes the teacher after `iteration`."""
+    directory = output_dir / EVALUATION_DIRECTORY / f"training_{iteration}"
+    return directory / (SHARDED_TEACHER_DIRECTORY if sharded else TEACHER_FILE)

@@ -1,8 +1,8 @@
 """One training iteration: schedules, forward and backward, clipping, and a step that is taken only if all is finite.
 
-Notable: a non-finite loss or gradient never reaches the weights. All ranks decide alike from one reduced vector, which
-also carries the metrics and what single ranks ask for, so that an iteration has one small all-reduce and one host
-synchronisation.
+Notable: a non-finite loss or gradient never reaches the weights. All ranks take the same decision from one reduced
+vector, which also carries the metrics and what single ranks ask for, so that an iteration has one small all-reduce and
+one host synchronisation.
 
 With several batches per step (`train.grad_accumulation_steps`) the gradients are those of the mean loss. A term that
 looks at one image at a time is what it would be for all images at once; Sinkhorn-Knopp, KoLeo and a Gram loss over the
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.fsdp import clip_grad_norm_, set_gradient_sync
+from dinov3.train.networks import local_part
 from dinov3.train.schedules import StepSettings, apply_optim_scheduler
 from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils.messages import list_names
 
 
 class NonFiniteLossError(RuntimeError):
@@ -30,7 +32,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass
 class StepResult:
-    """What a step measured and what all ranks now know.
+    """What a step measured, and what all ranks learned in it.
 
     Attributes:
         metrics: averages over the ranks and micro-batches, on the device.
@@ -63,8 +65,8 @@ def train_step(
         settings: this iteration's scheduled values.
         iteration: absolute iteration.
         clip_grad: largest gradient norm of each of backbone, dino_head and ibot_head; None or 0 only measures it.
-        freeze_backbone: train the heads alone.
-        requests: what this rank asks for, by name; the same names on all ranks.
+        freeze_backbone: train only the heads.
+        requests: whether this rank asks for something, by name; the same names on all ranks.
 
     Returns:
         The metrics, a description of what was not finite, if anything, and what any rank asked for.
@@ -84,7 +86,7 @@ def train_step(
         problem = _describe_problem(model, metrics, iteration, n_bad_ranks)
         optimizer.zero_grad(set_to_none=True)
         return StepResult(metrics, problem, granted)
-    if freeze_backbone:  # without gradients AdamW leaves weights and moments alone
+    if freeze_backbone:  # AdamW skips parameters without gradients, their moments included
         model.student["backbone"].zero_grad(set_to_none=True)
     optimizer.step()
     model.update_ema(settings.momentum)
@@ -105,7 +107,7 @@ def _accumulate_gradients(
         measured.append({"total_loss": total_loss, **terms})
     if len(batches) == 1:
         return measured[0]
-    gradients = [_local(p.grad) for p in model.student.parameters() if p.grad is not None]
+    gradients = [local_part(p.grad) for p in model.student.parameters() if p.grad is not None]
     torch._foreach_div_(gradients, len(batches))
     return {name: _mean([terms[name] for terms in measured]) for name in measured[0]}
 
@@ -140,13 +142,8 @@ def _describe_problem(model: SSLMetaArch, metrics: dict[str, Tensor | float], it
     gradients = [
         name
         for name, parameter in model.student.named_parameters()
-        if parameter.grad is not None and not bool(_local(parameter.grad).isfinite().all())
+        if parameter.grad is not None and not bool(local_part(parameter.grad).isfinite().all())
     ]
-    named = f"; gradients not finite in {', '.join(gradients[:5])}" if gradients else ""
-    more = f" and {len(gradients) - 5} more" if len(gradients) > 5 else ""
+    named = f"; gradients not finite in {list_names(gradients)}" if gradients else ""
     where = f" on {n_bad_ranks} of {distributed.get_subgroup_size()} ranks" if distributed.is_enabled() else ""
-    return f"step {iteration}: {', '.join(bad)} not finite{where} ({terms}){named}{more}"
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return f"step {iteration}: {', '.join(bad)} not finite{where} ({terms}){named}"

@@ -32,15 +32,13 @@ from dinov3.models.summary import summarize
 from dinov3.run.init import job_context
 from dinov3.train.data_loading import crop_resolutions
 from dinov3.train.loop import Trainer, do_train
-from dinov3.train.lost_ranks import ending_together
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
 from dinov3.train.plot import METRICS_FILE
 from dinov3.train.preemption import Preemption
-from dinov3.train.preflight import check_dataset, check_disk
-from dinov3.train.profiling import StepProfiler
+from dinov3.train.preflight import benchmark, check_dataset, check_disk, dry_run, step_profiler
+from dinov3.train.rank_failure import ending_together
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
-from dinov3.train.trials import benchmark, dry_run
 from dinov3.utils import did_you_mean, fix_random_seeds
 from dinov3.utils.command_line import run_command_line
 
@@ -60,30 +58,26 @@ META_ARCHITECTURES = {"SSLMetaArch": SSLMetaArch, "MultiDistillationMetaArch": M
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of a training: flags, and `key=value` options that override the configuration file."""
+    """Return the parser of a training's flags, and of `key=value` options that override the configuration file."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a DINOv3 backbone. Runs on one CPU process, on one GPU, or under torchrun.",
         epilog="Example: train.py --config-file dinov3/configs/train/demo_cpu.yaml --output-dir outputs/run "
-        "train.dataset_path=ImageFolder:root=photos optim.epochs=10",
+        "train.dataset_path=ImageFolder:root=photos optim.epochs=10. `python -m dinov3.configs --help` lists all keys.",
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the defaults")
     parser.add_argument("--output-dir", default="./local_dino", type=str, metavar="DIR", help="where the run writes")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...; wins over DINOV3_DEVICE")
-    parser.add_argument("--no-resume", action="store_true", help="start anew instead of from the newest checkpoint")
+    parser.add_argument("--no-resume", action="store_true", help="start over instead of from the newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only export the teacher of the newest checkpoint")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="the same as train.seed=N")
     parser.add_argument("--multi-distillation", action="store_true", help="several students of one teacher")
     parser.add_argument("--profiling", action="store_true", help="record a few steps into DIR/profile")
     parser.add_argument("--benchmark-codebase", action="store_true", help="only time 20 steps on synthetic images")
     parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, write nothing")
-    for flag, default in (
-        ("--eval", ""),
-        ("--eval_pretrained_weights", ""),
-        ("--ref_losses_path", ""),
-    ):
-        parser.add_argument(flag, default=default, type=str, help=argparse.SUPPRESS)
+    for flag in ("--eval", "--eval_pretrained_weights", "--ref_losses_path"):
+        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
     for flag in ("--test-ibot", "--dump-fsdp-weights", "--record_ref_losses"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -128,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run a training.
 
     Args:
-        argv: the arguments after the program's name; None takes them from the command line.
+        argv: the arguments after the program's name. Default: those of the command line.
 
     Returns:
         The global average of every metric (empty if there was nothing left to do).
@@ -149,7 +143,7 @@ def _main(args: argparse.Namespace) -> dict[str, float]:
         job_context(output_dir=args.output_dir),
         RunLock(output_dir),
         ending_together(output_dir),
-        # What trains nothing has nothing to save: a signal ends it at once.
+        # Without training there is nothing to save, so that a signal may end it at once.
         nullcontext() if args.eval_only or args.dry_run or args.benchmark_codebase else Preemption() as preemption,
     ):
         for flag in RETIRED_FLAGS:
@@ -179,12 +173,12 @@ def _run(cfg: Any, args: argparse.Namespace, preemption: Preemption | None) -> d
         _set_old_run_aside(Path(cfg.train.output_dir))
     if args.eval_only:
         return _export_newest(cfg, model, checkpoint_root)
-    with StepProfiler(Path(cfg.train.output_dir)) if args.profiling else nullcontext() as profiler:
+    with step_profiler(Path(cfg.train.output_dir)) if args.profiling else nullcontext() as profiler:
         return do_train(cfg, model, resume=not args.no_resume, preemption=preemption, profiler=profiler)
 
 
 def build_model(cfg: Any) -> SSLMetaArch:
-    """The meta-architecture of `cfg`, sharded and on the runtime device, its weights not yet initialised.
+    """Build the meta-architecture of `cfg`, sharded and on the runtime device, its weights not yet initialised.
 
     Raises:
         ValueError: unknown `MODEL.META_ARCHITECTURE`.

@@ -55,6 +55,9 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.metrics.MeanAveragePrecisionVOC2007": METRICS + ".curves.MeanAveragePrecisionVOC2007",
     "dinov3.eval.metrics.classification.AnyMatchAccuracy": METRICS + ".counting.AnyMatchAccuracy",
     "dinov3.eval.metrics.classification.GroupByAnyMatchAccuracy": METRICS + ".counting.GroupByAnyMatchAccuracy",
+    # Training.
+    "dinov3.train.cosine_lr_scheduler": "dinov3.train.schedules",
+    "dinov3.train.ssl_meta_arch.SSLMetaArch.broadcast_to_subgroups": "dinov3.distributed.distribute_to_subgroups",
     # Depth: models are heads, what evaluations share lies in eval/dense.
     "dinov3.eval.depth.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.depth.models.encoder.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

@@ -9,9 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinov3.distributed import new_subgroups
+from dinov3.distributed import distribute_to_subgroups, new_subgroups
 from dinov3.train.multidist_meta_arch import MultiDistillationMetaArch
-from dinov3.train.ssl_meta_arch import SSLMetaArch
 from tests.multiprocess import run_ranks
 
 from . import arch as builder
@@ -23,7 +22,7 @@ def _exchange(rank: int, world_size: int, case_id: str) -> torch.Tensor:
     new_subgroups(case["subgroups"])
     given = case["inputs"][rank]
     part = deterministic.tensor(given["name"], tuple(given["shape"]), given["seed"])
-    return SSLMetaArch.broadcast_to_subgroups(part, case["over_dim"], **case["kwargs"])
+    return distribute_to_subgroups(part, case["over_dim"], case["kwargs"].get("global_batch_size"))
 
 
 @pytest.mark.distributed

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from dinov3.checkpointer import load_checkpoint, read_tensors, save_checkpoint
 from dinov3.configs import get_default_config
 from dinov3.distributed import runtime
-from dinov3.train.export import export_teacher
+from dinov3.train.saving import export_teacher
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.train import build_model
 

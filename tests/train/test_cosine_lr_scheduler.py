@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
+from dinov3.train.schedules import CosineScheduler, linear_warmup_cosine_decay
 
 
 def test_cosine_scheduler_entry_by_entry() -> None:

@@ -61,7 +61,7 @@ def test_patches_of_another_grid_are_interpolated() -> None:
 
 
 def test_grids_that_are_not_square_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 patches, which is no square"):
+    with pytest.raises(ValueError, match="6 patches are not a square"):
         resize_patches(torch.zeros(1, 6, 2), 4, mode="bicubic", antialias=False)
 
 

@@ -91,7 +91,7 @@ def test_norms_that_are_not_called_so_are_decayed_unless_chosen_by_type() -> Non
     assert chosen_by_type["stages.0.weight"]["wd_multiplier"] == 1
 
 
-def test_weight_decay_multiplier_of_the_dino_head_acts_on_that_head_alone() -> None:
+def test_weight_decay_multiplier_of_the_dino_head_acts_on_only_that_head() -> None:
     dino_head = by_name(Head(), dino_head_wd_multiplier=3.0, is_dino_head=True)
     assert dino_head["mlp.weight"]["wd_multiplier"] == dino_head["last_layer.weight"]["wd_multiplier"] == 3
     assert dino_head["mlp.bias"]["wd_multiplier"] == 0

@@ -109,7 +109,7 @@ def test_changed_settings_are_named_when_a_run_goes_on(config: Path, tmp_path: P
     main(arguments(config, output, *short))
     main(arguments(config, output, *short, "optim.epochs=3", "optim.clip_grad=0.5", "train.num_workers=1"))
     log = (output / "logs" / "log.txt").read_text()
-    (warning,) = [line for line in log.splitlines() if "the run goes on with other settings than before" in line]
+    (warning,) = [line for line in log.splitlines() if "the run continues with other settings than before" in line]
     assert "optim.clip_grad: 3.0 before, 0.5 now; optim.epochs: 2 before, 3 now" in warning
     assert "num_workers" not in warning
 

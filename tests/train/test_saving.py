@@ -78,7 +78,7 @@ def test_one_failure_is_tolerated_and_a_second_in_a_row_is_not(
             patch.setattr(saving, "write_manifest", fail)
             save(saver, iteration)
             saver.finish()
-        assert "No space left on device; training goes on" in caplog.text
+        assert "No space left on device; training continues" in caplog.text
         caplog.clear()
         assert names(tmp_path) == ["1"] if iteration == 3 else ["1", "5"]
         if iteration == 3:

@@ -38,7 +38,7 @@ def test_dry_run_finds_missing_data(config: Path, tmp_path: Path) -> None:
 def test_benchmark_needs_no_data(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov3.train.trials.N_WARM_UP_STEPS", 1)
+    monkeypatch.setattr("dinov3.train.preflight.N_WARM_UP_STEPS", 1)
     before = sorted(tmp_path.rglob("*"))
     figures = main(
         [

@@ -1,7 +1,7 @@
-"""When one process of a training dies, the others end too, within a minute, and say why.
+"""When one process of a training dies, the others end too, within a minute, and report why.
 
 Notable: a dead process closes its connections. A thread of each rank listens to its neighbour's, over a process group
-of its own, so that it notices also while the main thread waits for something that will never come (NCCL does, for ten
+of its own, so that it notices even while the main thread waits for something that will never come (NCCL does, for ten
 minutes). The error of the rank that failed is in `<output_dir>/logs/error.rank<r>.txt`, where the others find it.
 """
 
@@ -24,15 +24,15 @@ from dinov3 import distributed
 
 logger = logging.getLogger("dinov3")
 
-#: How long a rank may go on by itself after its neighbour has gone: to raise, or to finish as the neighbour did.
+#: How long a rank may continue after its neighbour has gone: to raise, or to finish as the neighbour did.
 GRACE_SECONDS = 30.0
-#: The error file of the rank that failed may become visible later than its end, on network file systems.
+#: On network file systems the error file of the rank that failed may become visible after its end.
 FILE_DELAY_SECONDS = 3.0
 LISTENING_TIMEOUT = timedelta(days=365)
 EXIT_STATUS = 1
 GOODBYE, ALARM = 0.0, 1.0
 
-_SIGNS_OF_A_LOST_RANK = (
+_LOST_CONNECTION = (
     "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
@@ -48,13 +48,13 @@ class LostRankError(RuntimeError):
 
 @contextmanager
 def ending_together(output_dir: Path) -> Iterator[None]:
-    """In the body, the end of another rank ends this one; all ranks enter and leave it together.
+    """End this rank when another rank ends within the body; all ranks enter and leave the body together.
 
     Args:
         output_dir: where `job_context` leaves the tracebacks of failed ranks.
 
     Raises:
-        LostRankError: another rank failed or was killed while this one worked with it; says what is known.
+        LostRankError: another rank failed or was killed; the message says what is known.
     """
     logs = output_dir / "logs"
     if distributed.get_world_size() == 1:
@@ -69,7 +69,7 @@ def ending_together(output_dir: Path) -> Iterator[None]:
     except Exception as error:
         neighbour.stop_listening()
         logger.exception("rank %d failed", distributed.get_rank())
-        if _tells_of_a_lost_rank(error):
+        if _is_lost_connection(error):
             raise LostRankError(_explain(logs)) from error
         raise
     except BaseException:
@@ -90,7 +90,7 @@ class _Neighbour:
         self.next_rank, self.previous_rank = (rank + 1) % size, (rank - 1) % size
         self.is_over = threading.Event()
         # A daemon: it must not keep a process alive.
-        self.thread = threading.Thread(target=self._listen, daemon=True, name="lost-ranks")
+        self.thread = threading.Thread(target=self._listen, daemon=True, name="rank-failure")
         self.thread.start()
 
     def _listen(self) -> None:
@@ -102,9 +102,9 @@ class _Neighbour:
         if message.item() != ALARM:
             return
         with suppress(Exception):
-            # At once around the ring; each rank has connections to its neighbours alone.
+            # Pass the alarm around the ring: each rank has connections only to its neighbours.
             dist.send(message, dst=self.previous_rank, group=self.group)
-        # Usually the main thread finds out as well, and ends with the better message.
+        # Usually the main thread notices as well, and ends with the better message.
         if not self.is_over.wait(GRACE_SECONDS):
             logger.error("a rank is gone. %s", _explain(self.logs))
             logging.shutdown()
@@ -118,12 +118,12 @@ class _Neighbour:
         self.thread.join()
 
     def stop_listening(self) -> None:
-        """From now on this rank ends by itself."""
+        """Let this rank end by itself from now on."""
         self.is_over.set()
 
 
-def _tells_of_a_lost_rank(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK)
+def _is_lost_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_CONNECTION)
 
 
 def _explain(logs: Path) -> str:
@@ -141,7 +141,7 @@ def _explain(logs: Path) -> str:
 
 
 def _errors_of_others(logs: Path) -> list[Path]:
-    """Where ranks left an error that is not the loss of another rank, the earliest first."""
+    # Files with an error that is not the loss of another rank, the earliest first.
     found = [path for path in logs.glob("error.rank*.txt") if LostRankError.__name__ not in path.read_text("utf-8")]
     return sorted(found, key=lambda path: path.stat().st_mtime)
 

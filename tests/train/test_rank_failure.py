@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dinov3.train import lost_ranks
+from dinov3.train import rank_failure
 
 from . import tiny
 
@@ -22,12 +22,12 @@ GRACE_SECONDS = 2.0
 # One interpreter, which forks both ranks of each case, because torch takes seconds to import.
 DRIVER = """
     import json, os, signal, sys, time
-    from dinov3.train import lost_ranks, main
+    from dinov3.train import main, rank_failure
     from dinov3.train import loop
     from dinov3.utils.command_line import run_command_line
 
     root, config, ports, grace = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4])
-    lost_ranks.GRACE_SECONDS = grace
+    rank_failure.GRACE_SECONDS = grace
     train_step = loop.train_step
 
     def fail(kind, rank):
@@ -117,13 +117,13 @@ def test_other_rank_ends_with_the_error_of_the_one_that_died(ends: tuple[Path, d
 
 
 def test_first_error_that_is_not_the_loss_of_another_counts(tmp_path: Path) -> None:
-    (tmp_path / "error.rank0.txt").write_text("Traceback\ndinov3.train.lost_ranks.LostRankError: rank 2 failed\n")
+    (tmp_path / "error.rank0.txt").write_text("Traceback\ndinov3.train.rank_failure.LostRankError: rank 2 failed\n")
     (tmp_path / "error.rank2.txt").write_text("Traceback\nValueError: bad crop\n")
-    assert "rank 2 failed: ValueError: bad crop" in lost_ranks._explain(tmp_path)
+    assert "rank 2 failed: ValueError: bad crop" in rank_failure._explain(tmp_path)
 
 
 def test_old_errors_go_when_a_run_starts(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "error.rank0.txt").touch()
-    with lost_ranks.ending_together(tmp_path):
+    with rank_failure.ending_together(tmp_path):
         assert list((tmp_path / "logs").iterdir()) == []
