@@ -1,16 +1,14 @@
-"""What the command lines of the hub share: which model is meant, image sizes, files that are never half-written."""
+"""What the command lines of the hub share: which model is meant, options, image sizes, checks of the output."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +30,7 @@ WEIGHTS_HELP = (
 )
 
 NORMALIZATIONS = ("auto", "lvd", "sat")
-#: First digits of the published files that were trained on satellite images.
+#: First digits of the published files that were trained on satellite images, and the name of these images.
 SAT_MARKS = ("sat493m", "eadcf0ff", "a6675841")
 
 
@@ -42,7 +40,7 @@ class ModelChoice:
 
     Attributes:
         name: a published backbone, or the output directory of a training run.
-        weights: as `weights=` of the hub; None: the published ones. A training run has its own.
+        weights: as `weights=` of the hub. Default: the published ones. A training run has its own.
     """
 
     name: str
@@ -54,11 +52,11 @@ class ModelChoice:
         return self.name not in ENTRIES
 
     def check(self) -> None:
-        """Refuse what cannot be, before anything is loaded.
+        """Refuse what cannot be loaded, before anything is.
 
         Raises:
             ValueError: there is no such model, or weights are given for a training run.
-            FileNotFoundError: a path of no directory.
+            FileNotFoundError: a path that is not a directory.
         """
         if not self.is_run:
             return
@@ -75,33 +73,37 @@ class ModelChoice:
             )
 
     def load(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The backbone with its weights, in evaluation mode.
+        """Load the backbone with its weights, in evaluation mode.
 
         Args:
             device: where it goes.
-            dtype: of its parameters.
+            dtype: of its parameters; buffers keep theirs.
 
         Raises:
             ValueError, OSError: see `check` and the entries of the hub.
         """
         self.check()
-        if self.is_run:
-            return _cast_parameters(dinov3_from_run(self.name), dtype).to(device)
-        options = {} if self.weights is None else {"weights": self.weights}
-        model: nn.Module = getattr(backbones, self.name)(device=device, dtype=dtype, **options)
-        return model
+        if not self.is_run:
+            return self._call_entry(device=device, dtype=dtype)
+        model = dinov3_from_run(self.name)
+        for parameter in model.parameters():  # Not buffers: the periods of positions need their precision.
+            parameter.data = parameter.data.to(dtype)
+        return model.to(device)
 
     def build(self) -> nn.Module:
-        """The backbone on the meta device: its structure, without weights and without memory.
+        """Build the backbone on the meta device: its structure, without weights and without memory.
 
         Raises:
             ValueError, OSError: see `check`, and `dinov3_from_run` for training runs.
         """
         self.check()
-        if self.is_run:
-            return dinov3_from_run(self.name).to("meta")
-        options = {} if self.weights is None else {"weights": self.weights}
-        model: nn.Module = getattr(backbones, self.name)(pretrained=False, device="meta", **options)
+        return (
+            dinov3_from_run(self.name).to("meta") if self.is_run else self._call_entry(pretrained=False, device="meta")
+        )
+
+    def _call_entry(self, **options: Any) -> nn.Module:
+        weights = {} if self.weights is None else {"weights": self.weights}
+        model: nn.Module = getattr(backbones, self.name)(**weights, **options)
         return model
 
     def __str__(self) -> str:
@@ -109,12 +111,12 @@ class ModelChoice:
 
 
 def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "auto") -> tuple[str, Normalization]:
-    """The normalisation of pixels that belongs to some weights.
+    """Find the normalisation of pixels that belongs to some weights.
 
     Args:
-        choice: the model and its weights; satellite weights are known by the name of their file, a training run by its
-            configuration.
-        model: the backbone, in which the satellite weights of ViT-L/16 are known by their additional norm.
+        choice: the model and its weights. Satellite weights are recognised by the name of their file, a training run
+            has a configuration.
+        model: the backbone; the satellite weights of ViT-L/16 are recognised by its additional norm.
         wanted: `auto`, or `lvd` or `sat` to decide it.
 
     Returns:
@@ -123,23 +125,26 @@ def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "aut
     if wanted == "auto" and choice.is_run:
         crops = read_run_config(Path(choice.name).expanduser()).crops
         return "of the training run", Normalization(tuple(crops.rgb_mean), tuple(crops.rgb_std))
-    lvd, sat = Weights.LVD1689M, Weights.SAT493M
-    named = (choice.weights or lvd.name).lower()
+    name, note = (choice.weights or Weights.LVD1689M.name).lower(), ""
     if wanted != "auto":
-        data, how = {"lvd": lvd, "sat": sat}[wanted], ""
-    elif any(mark in named for mark in SAT_MARKS):
-        data, how = sat, ""
+        is_satellite = wanted == "sat"
     elif choice.name == "dinov3_vitl16":
-        # Of this one the satellite weights have a norm more.
-        data, how = lvd if getattr(model, "local_cls_norm", None) is None else sat, ""
+        is_satellite = names_satellite_weights(name) or getattr(model, "local_cls_norm", None) is not None
     else:
-        told = lvd.name.lower() in named or choice.name != "dinov3_vit7b16"
-        data, how = lvd, "" if told else " (assumed: the name of the weights does not say)"
-    return data.name + how, normalization_of(data)
+        is_satellite = names_satellite_weights(name)
+        if choice.name == "dinov3_vit7b16" and not is_satellite and "lvd1689m" not in name:
+            note = " (assumed: the name of the weights does not say)"
+    data = Weights.SAT493M if is_satellite else Weights.LVD1689M
+    return data.name + note, normalization_of(data)
+
+
+def names_satellite_weights(name: str) -> bool:
+    """Return whether the name of a weights file says that they were trained on satellite images."""
+    return any(mark in name.lower() for mark in SAT_MARKS)
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m dinov3.hub.<module>`."""
+    """Make the parser of `python -m dinov3.hub.<module>`."""
     return argparse.ArgumentParser(
         prog=f"python -m dinov3.hub.{module}",
         description=description,
@@ -149,8 +154,28 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
     )
 
 
+def option(help: str, default: Any = dataclasses.MISSING, **argument: Any) -> Any:
+    """Declare a field of a dataclass that `add_options` makes an option of the command line.
+
+    Args:
+        help: what the option means.
+        default: of the field. Without one the option is required.
+        **argument: more arguments of `ArgumentParser.add_argument`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **argument})
+
+
+def add_options(parser: argparse.ArgumentParser, options_class: type[Any]) -> None:
+    """Add an option `--some-name` to a parser for each field `some_name` that was declared with `option`."""
+    for field in dataclasses.fields(options_class):
+        if field.metadata:
+            is_required = field.default is dataclasses.MISSING
+            rest = {"required": True} if is_required else {"default": field.default}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata, **rest)
+
+
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from `S` or `HxW`, in pixels; for argparse."""
+    """Parse (height, width) from `S` or `HxW`, in pixels; for argparse."""
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text)
     if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a side such as 224, or HEIGHTxWIDTH such as 480x640")
@@ -158,27 +183,25 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_dtype(text: str) -> torch.dtype:
-    """A floating-point dtype by name; for argparse."""
-    known = {"float32", "bfloat16", "float16"}
+    """Parse a floating-point dtype by its name; for argparse."""
     try:
         dtype = as_torch_dtype(text)
     except KeyError:
         dtype = None
-    if str(dtype).removeprefix("torch.") not in known:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(sorted(known))}")
-    assert dtype is not None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of bfloat16, float16, float32")
     return dtype
 
 
 def positive(text: str) -> int:
-    """A whole number from 1; for argparse."""
+    """Parse a whole number from 1; for argparse."""
     if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
     return int(text)
 
 
 def check_image_size(model: nn.Module, size: tuple[int, int]) -> Tokens:
-    """The tokens of images of this size, with a note on stderr if some of the pixels are in none of them.
+    """Count the tokens of images of this size, with a note on stderr if some of the pixels are in none of them.
 
     Args:
         model: a backbone.
@@ -198,13 +221,14 @@ def check_image_size(model: nn.Module, size: tuple[int, int]) -> Tokens:
 
 
 def describe_tokens(tokens: Tokens) -> str:
-    """Such as `201 (1 class, 4 storage, 14 x 14 patch tokens) of 384 channels`."""
-    parts = [f"{tokens.n_class} class", f"{tokens.n_storage} storage", f"{tokens.grid[0]} x {tokens.grid[1]} patch"]
-    return f"{tokens.total} ({', '.join(parts)} tokens) of {tokens.channels} channels"
+    """Write `201 (1 class, 4 storage, 14 x 14 patch tokens) of 384 channels` and the like."""
+    rows, columns = tokens.grid
+    parts = f"{tokens.n_class} class, {tokens.n_storage} storage, {rows} x {columns} patch tokens"
+    return f"{tokens.total} ({parts}) of {tokens.channels} channels"
 
 
 def describe_bytes(n_bytes: int) -> str:
-    """Such as `82.5 MiB`."""
+    """Write `82.5 MiB` and the like."""
     for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
         if n_bytes >= size:
             return f"{n_bytes / size:.{digits}f} {unit}"
@@ -215,8 +239,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     """Refuse a file that cannot be written, before the work begins.
 
     Raises:
-        FileExistsError: the file is there, and `overwrite` is not set.
-        FileNotFoundError: its directory is not there.
+        FileExistsError: the file exists, and `overwrite` is not set.
+        FileNotFoundError: its directory does not exist.
         IsADirectoryError: it is a directory.
     """
     if path.is_dir():
@@ -225,34 +249,3 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists already: choose another --out, or replace it with --overwrite")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {path}: there is no directory {path.parent}")
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: its file takes the name `path` if the body ends well, and goes if it does not."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require(package: str, purpose: str, pip_name: str) -> None:
-    """Say what to install if a package is missing.
-
-    Raises:
-        ModuleNotFoundError: it is.
-    """
-    try:
-        __import__(package)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{purpose} needs {package}: pip install {pip_name}") from error
-
-
-def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model  # Buffers stay: the periods of positions need their precision.

@@ -3,9 +3,9 @@
     python -m dinov3.hub.convert SRC DST --to {release,huggingface,timm}
 
 Notable:
-- The output appears under its name when it is complete, and not before.
+- The output only appears under its name when it is complete.
 - Converting there and back changes no bit: what the other library has no place for is kept in the metadata of its
-  safetensors file, which that library does not look at.
+  safetensors file, which that library ignores.
 - Tensors pass through one after the other, from a mapped file to the output.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import build_from_shapes, published_name
-from dinov3.hub.command_line import SAT_MARKS, describe_bytes, make_parser, written_whole
+from dinov3.hub.command_line import describe_bytes, make_parser, names_satellite_weights
 from dinov3.hub.formats.conversion import Converted, Foreign, from_release
 from dinov3.hub.formats.huggingface import huggingface_config, preprocessor_config
 from dinov3.hub.formats.layouts import LAYER_NORM_EPS, Library
@@ -33,10 +33,13 @@ from dinov3.hub.formats.timm import timm_config
 from dinov3.hub.runs import CONFIG_FILE as RUN_CONFIG_FILE
 from dinov3.hub.runs import find_teacher, read_run_config
 from dinov3.hub.sources import locate
-from dinov3.hub.transforms import Normalization, normalization_of
+from dinov3.hub.transforms import normalization_of
 from dinov3.hub.weights import check_complete, read_state_dict
+from dinov3.models import build_model_from_cfg
 from dinov3.models.convnext import ConvNeXt
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.files import atomic_write, publish_directory, temporary_beside
+from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError, write_safetensors
 
 Target = Literal["release", "huggingface", "timm"]
@@ -49,7 +52,7 @@ WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 #: Hugging Face's own limit for one file of the larger published models.
 MAX_SHARD_BYTES = 5 * 10**9
-#: What an earlier conversion may have left in a directory that is written anew.
+#: Files of an earlier conversion, or a download, that may be replaced with their directory.
 REPLACEABLE = (CONFIG_FILE, PREPROCESSOR_FILE, "README.md", "LICENSE.md", ".gitattributes")
 
 
@@ -58,7 +61,7 @@ class Written:
     """What `convert` wrote.
 
     Attributes:
-        model: the hub entry that the weights are of; None: of another size.
+        model: the hub entry that the weights are of; None for another size.
         n_tensors: number of tensors.
         n_bytes: of all tensors together.
         files: all that was written.
@@ -87,10 +90,10 @@ def convert(
             training run, for its newest teacher.
         destination: for `release`, a file ending in .pth, .pt or .safetensors; for the others a directory, which
             `AutoModel.from_pretrained(DIRECTORY)` and `timm.create_model("local-dir:DIRECTORY", pretrained=True)` load,
-            or a file ending in .safetensors for the weights alone.
+            or a file ending in .safetensors for only the weights.
         to: the format.
-        data: what the weights were trained on, which decides on the normalisation of images that is written beside
-            them; None: told by the names of files and by their entries, `lvd1689m` if they do not tell.
+        data: what the weights were trained on, which decides the normalisation of images that is written beside them.
+            Default: recognised by the names of files and entries, otherwise `lvd1689m`.
         overwrite: replace what is there.
         progress: show a bar.
         max_shard_bytes: Hugging Face directories hold files of at most this size.
@@ -98,38 +101,41 @@ def convert(
     Raises:
         FileNotFoundError: there is nothing at the source, or no directory for the destination.
         FileExistsError: the destination exists.
-        ValueError: the source holds no complete backbone, its model cannot be had in that library, or the destination
-            has a name that does not suit.
+        ValueError: the source does not hold a complete backbone, that library has no such model, or the destination
+            has an unsuitable name.
         OSError: the disk is full, and the like.
     """
+    if data not in (None, *DATA):
+        raise ValueError(f"unknown data {data!r}: expected one of {', '.join(DATA)}")
     destination = Path(destination).expanduser()
     _check_destination(destination, to, overwrite=overwrite)
     path = locate(source, progress=progress)
     if destination.exists() and destination.resolve() in (path.resolve(), *path.resolve().parents):
-        raise ValueError(f"{destination} is what is read: choose another destination")
+        raise ValueError(f"the source would be overwritten: {destination} is or holds it; choose another destination")
     weights = _read(path)
-    name, size = published_name(weights.state), sum(tensor.nbytes for tensor in weights.state.values())
+    tensors, metadata = weights.state, {"format": "pt"}
+    if to != "release":
+        foreign = _convert(weights, to, source=path)
+        tensors, metadata = foreign.state, metadata | foreign.metadata
+    name, size = published_name(weights.state), sum(tensor.nbytes for tensor in tensors.values())
     _check_space(destination, size)
-    if to == "release":
-        with _Progress(size, progress) as bar:
-            file = _write_release(destination, weights.state, bar)
-        return Written(name, len(weights.state), size, (file,))
-    foreign = _convert(weights, to, source=path)
-    metadata = {"format": "pt"} | foreign.metadata
-    size = sum(tensor.nbytes for tensor in foreign.state.values())
+    files: tuple[Path, ...] = (destination,)
     with _Progress(size, progress) as bar:
         if destination.suffix == ".safetensors":
-            files: tuple[Path, ...] = (_write_file(destination, foreign.state, metadata, bar),)
+            _write_safetensors(destination, tensors, metadata, bar)
+        elif to == "release":
+            with atomic_write(destination) as file:
+                torch.save(_without_shared_storage(tensors), _Counted(file, bar))  # type: ignore[arg-type]
         else:
-            normalization = _normalization(data or _data_of(path, weights.state, name))
+            mean, std = normalization_of(data or _recognise_data(path, weights.state, name))
             if to == "huggingface":
-                config = huggingface_config(weights.state, foreign.state, layer_norm_eps=weights.layer_norm_eps)
-                texts = {CONFIG_FILE: config, PREPROCESSOR_FILE: preprocessor_config(*normalization)}
+                config = huggingface_config(weights.state, tensors, layer_norm_eps=weights.layer_norm_eps)
+                texts = {CONFIG_FILE: config, PREPROCESSOR_FILE: preprocessor_config(mean, std)}
             else:
-                texts = {CONFIG_FILE: timm_config(weights.state, foreign.state, name, normalization)}
-                max_shard_bytes = size
-            files = _write_directory(destination, foreign.state, metadata, texts, max_shard_bytes, bar)
-    return Written(name, len(foreign.state), size, files)
+                texts = {CONFIG_FILE: timm_config(weights.state, tensors, name, (mean, std))}
+                max_shard_bytes = size  # timm reads one file.
+            files = _write_directory(destination, tensors, metadata, texts, max_shard_bytes, bar)
+    return Written(name, len(tensors), size, files)
 
 
 @dataclass(frozen=True)
@@ -140,38 +146,32 @@ class _Weights:
 
 
 def _read(path: Path) -> _Weights:
-    if (path / RUN_CONFIG_FILE).is_file():
-        return _read_run(path)
-    state = read_state_dict(path)
-    model = build_from_shapes(state)
-    check_complete(state, model, source=str(path))
-    eps = LAYER_NORM_EPS["convnext" if isinstance(model, ConvNeXt) else "vit"]
-    return _Weights(state, float(state.config.get("layer_norm_eps", eps)) if isinstance(state, Converted) else eps)
-
-
-def _read_run(path: Path) -> _Weights:
-    from dinov3.models import build_model_from_cfg
-
-    teacher = find_teacher(path)
-    state = read_state_dict(teacher)
-    check_complete(state, build_from_shapes(state), source=str(teacher))
+    is_run = (path / RUN_CONFIG_FILE).is_file()
+    source = find_teacher(path) if is_run else path
+    state = read_state_dict(source)
+    shape = build_from_shapes(state)
+    check_complete(state, shape, source=str(source))
+    eps = LAYER_NORM_EPS["convnext" if isinstance(shape, ConvNeXt) else "vit"]
+    if not is_run:
+        config = state.config if isinstance(state, Converted) else {}
+        return _Weights(state, float(config.get("layer_norm_eps", eps)))
     model, _ = build_model_from_cfg(read_run_config(path), only_teacher=True, fp8=False)
     rope = getattr(model, "rope_embed", None)
-    eps = getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])
-    return _Weights(state, float(eps), "separate" if rope is None else rope.normalize_coords)
+    normalize_coords = "separate" if rope is None else rope.normalize_coords
+    return _Weights(state, float(getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])), normalize_coords)
 
 
 def _convert(weights: _Weights, to: Library, *, source: Path) -> Foreign:
     if weights.normalize_coords != "separate":
         raise WeightsError(
             f"{source}: the model was trained with positions normalised by {weights.normalize_coords!r}; the DINOv3 "
-            f"models of {to} know only 'separate'"
+            f"models of {to} only support 'separate'"
         )
     if to == "timm" and "cls_token" in weights.state and weights.layer_norm_eps != LAYER_NORM_EPS["vit"]:
         raise WeightsError(
             f"{source}: the layer norms of the model add {weights.layer_norm_eps} to the variance, those of timm's "
-            f"DINOv3 models {LAYER_NORM_EPS['vit']} (norm_layer=layernormbf16): convert it --to huggingface, which can "
-            "have both"
+            f"DINOv3 models {LAYER_NORM_EPS['vit']} (norm_layer=layernormbf16): convert it --to huggingface, which "
+            "supports both"
         )
     try:
         return from_release(weights.state, to)
@@ -185,7 +185,7 @@ def _check_destination(path: Path, to: Target, *, overwrite: bool) -> None:
     if to == "release" and path.suffix not in RELEASE_SUFFIXES:
         raise ValueError(f"{path}: the release's format is one file, ending in {', '.join(RELEASE_SUFFIXES)}")
     if to != "release" and path.suffix in (".pth", ".pt", ".bin"):
-        raise ValueError(f"{path}: {to} takes a directory, or a file ending in .safetensors for the weights alone")
+        raise ValueError(f"{path}: {to} takes a directory, or a file ending in .safetensors for only the weights")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no directory {path.absolute().parent}")
     if not path.exists():
@@ -193,15 +193,16 @@ def _check_destination(path: Path, to: Target, *, overwrite: bool) -> None:
     is_file = to == "release" or path.suffix == ".safetensors"
     if path.is_dir() == is_file:
         raise FileExistsError(f"{path} exists and is {'a directory' if is_file else 'a file'}: choose another name")
-    others = [] if is_file else [entry.name for entry in path.iterdir() if not _is_replaceable(entry)]
+    there = [] if is_file else sorted(path.iterdir())
+    others = [
+        entry.name
+        for entry in there
+        if not (entry.is_file() and (entry.name in REPLACEABLE or ".safetensors" in entry.suffixes))
+    ]
     if others:
-        raise FileExistsError(f"{path} holds files of something else ({', '.join(sorted(others)[:5])}): choose another")
-    if not overwrite and (is_file or any(path.iterdir())):
+        raise FileExistsError(f"{path} holds files of something else ({list_names(others)}): choose another")
+    if not overwrite and (is_file or there):
         raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite")
-
-
-def _is_replaceable(path: Path) -> bool:
-    return path.is_file() and (path.name in REPLACEABLE or ".safetensors" in path.suffixes)
 
 
 def _check_space(path: Path, needed: int) -> None:
@@ -210,19 +211,13 @@ def _check_space(path: Path, needed: int) -> None:
         raise OSError(f"{path} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk")
 
 
-def _data_of(path: Path, state: Mapping[str, Tensor], name: str | None) -> Data:
-    is_named = any(mark in part.lower() for mark in SAT_MARKS for part in (path.name, path.resolve().parent.name))
+def _recognise_data(path: Path, state: Mapping[str, Tensor], name: str | None) -> Data:
+    is_named = names_satellite_weights(path.name) or names_satellite_weights(path.resolve().parent.name)
     return "sat493m" if is_named or (name == "dinov3_vitl16" and "local_cls_norm.weight" in state) else "lvd1689m"
 
 
-def _normalization(data: str) -> Normalization:
-    if data not in DATA:
-        raise ValueError(f"unknown data {data!r}: expected one of {', '.join(DATA)}")
-    return normalization_of(data)
-
-
 class _Progress:
-    """A bar of bytes, shown or not; it begins with the first of them."""
+    """A bar of bytes, shown or not; it starts with the first of them."""
 
     def __init__(self, total: int, is_shown: bool) -> None:
         self.total, self.is_shown = total, is_shown
@@ -245,22 +240,6 @@ class _Progress:
         self.bar.update(min(n_bytes, self.total - self.bar.n))
 
 
-def _write_release(path: Path, state: Mapping[str, Tensor], bar: _Progress) -> Path:
-    if path.suffix == ".safetensors":
-        return _write_file(path, state, {"format": "pt"}, bar)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        torch.save(_without_needless_bytes(state), _Counted(file, bar))  # type: ignore[arg-type]
-    return path
-
-
-def _without_needless_bytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # torch.save writes the whole storage that a tensor is a part of.
-    return {
-        name: tensor.detach() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.detach().clone()
-        for name, tensor in state.items()
-    }
-
-
 class _Counted:
     """A file that reports what is written to it."""
 
@@ -275,57 +254,55 @@ class _Counted:
         self.file.flush()
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], bar: _Progress) -> Path:
-    with written_whole(path) as temporary:
-        write_safetensors(temporary, tensors, metadata, on_written=bar)
-    return path
+def _without_shared_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # torch.save writes the whole storage that a tensor is a part of.
+    return {
+        name: tensor.detach() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.detach().clone()
+        for name, tensor in state.items()
+    }
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], bar: _Progress) -> None:
+    with atomic_write(path) as file:
+        write_safetensors(Path(file.name), tensors, metadata, on_written=bar)
 
 
 def _write_directory(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    texts: Mapping[str, Mapping[str, Any]],
+    texts: dict[str, dict[str, Any]],
     max_shard_bytes: int,
     bar: _Progress,
 ) -> tuple[Path, ...]:
-    from dinov3.utils.files import publish_directory, temporary_beside
-
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS_FILE]
+    else:
+        texts[f"{WEIGHTS_FILE}.index.json"] = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
     temporary = temporary_beside(path)
     temporary.mkdir()
     try:
         for name, content in texts.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _write_shards(temporary, tensors, metadata, max_shard_bytes, bar)
+        for name, shard in zip(names, shards, strict=True):
+            _write_safetensors(temporary / name, shard, metadata if name == names[0] else {"format": "pt"}, bar)
         publish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tuple(sorted(path.iterdir()))
 
 
-def _write_shards(
-    directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_shard_bytes: int, bar: _Progress
-) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        _write_file(directory / WEIGHTS_FILE, tensors, metadata, bar)
-        return
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, metadata if name == names[0] else {"format": "pt"}, bar)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-    }
-    (directory / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def make_arguments() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Make the parser of the command line."""
     parser = make_parser(
         "convert",
         "Write the weights of a backbone in another format.",
@@ -341,16 +318,16 @@ def make_arguments() -> argparse.ArgumentParser:
         "destination",
         type=Path,
         metavar="DST",
-        help="release: a .pth or .safetensors file; huggingface, timm: a directory, or a .safetensors file for the "
-        "weights alone",
+        help="release: a .pth or .safetensors file; huggingface, timm: a directory, or a .safetensors file for "
+        "only the weights",
     )
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format to write")
     parser.add_argument(
         "--data",
         type=str.lower,
         choices=DATA,
-        help="what the weights were trained on, for the normalisation that is written beside them (default: told by "
-        "the name of the file)",
+        help="what the weights were trained on, for the normalisation that is written beside them (default: recognised "
+        "by the name of the file)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--no-progress", action="store_true", help="show no bar")
@@ -358,7 +335,7 @@ def make_arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` is what follows the program's name."""
+    """Run the command line, given what follows the program's name."""
     args = make_arguments().parse_args(argv)
     written = convert(
         args.source,

@@ -4,7 +4,7 @@
 
 Notable:
 - One exported file takes any batch size, height and width: the grid of positions is part of the graph.
-- A file gets its name only after it was read again, run on two sizes that it was not traced with, and found to give
+- A file only gets its name after it was read back, run on two sizes that it was not traced with, and found to give
   what the model gives.
 - Everything is float32, the positions too.
 """
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -33,14 +35,15 @@ from dinov3.hub.command_line import (
     MODEL_HELP,
     WEIGHTS_HELP,
     ModelChoice,
+    add_options,
     check_image_size,
     check_output,
     describe_bytes,
     find_normalization,
     make_parser,
+    option,
     parse_size,
     positive,
-    require,
 )
 from dinov3.models.summary import patch_stride
 from dinov3.utils.command_line import run_command_line
@@ -55,7 +58,7 @@ INFO_FILE = "dinov3.json"
 EPILOG = """\
 Input:
   images          float32 [batch, 3, height, width], normalised; height and width of at least two patches (32 pixels;
-                  ConvNeXt: 64), of which the pixels that fill no patch are not seen
+                  ConvNeXt: 64); rows and columns beyond the last whole patch are ignored
 Outputs, float32, after the final norm, with D channels:
   cls_token       [batch, D]
   storage_tokens  [batch, R, D]  (registers; not of a ConvNeXt, which has none)
@@ -76,28 +79,28 @@ examples:
 
 
 class WrongExportError(RuntimeError):
-    """An exported file does not give what its model gives."""
+    """An exported file does not compute what its model computes."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export; also the arguments of the command line.
+    """What to export; also the options of the command line.
 
     Attributes:
         model: which backbone.
-        format: `onnx` or `torch-export`.
-        out: the file to write, ending in `.onnx` or `.pt2`.
-        size: (height, width) in pixels of the images that the model is traced with; the file takes any.
-        opset: of ONNX.
-        overwrite: replace `out`.
     """
 
     model: ModelChoice
-    format: str
-    out: Path
-    size: tuple[int, int] = (224, 224)
-    opset: int = DEFAULT_OPSET
-    overwrite: bool = False
+    format: str = option("what to write", choices=tuple(ENDINGS))
+    out: Path = option("the .onnx or .pt2 file to write", type=Path, metavar="FILE")
+    size: tuple[int, int] = option(
+        "of the image that the model is traced with, in pixels; the file takes any (default: 224)",
+        default=(224, 224),
+        type=parse_size,
+        metavar="S | HxW",
+    )
+    opset: int = option(f"of ONNX (default: {DEFAULT_OPSET})", default=DEFAULT_OPSET, type=positive, metavar="N")
+    overwrite: bool = option("replace FILE", default=False, action="store_true")
 
 
 class Difference(NamedTuple):
@@ -115,14 +118,14 @@ class Difference(NamedTuple):
 
 
 class Features(nn.Module):
-    """A backbone whose forward returns a dict of `cls_token`, `storage_tokens` (if it has any) and `patch_tokens`."""
+    """A backbone that returns a dict of `cls_token`, `storage_tokens` (if it has any) and `patch_tokens`."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone: Any = backbone
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] to the tokens."""
+        """Map images [B, 3, H, W] to their tokens."""
         features = self.backbone.forward_features(images)
         storage = {"storage_tokens": features["x_storage_tokens"]} if self.backbone.n_storage_tokens > 0 else {}
         return {"cls_token": features["x_norm_clstoken"], **storage, "patch_tokens": features["x_norm_patchtokens"]}
@@ -136,20 +139,21 @@ def export(options: ExportOptions) -> list[Difference]:
 
     Raises:
         ModuleNotFoundError: a package for ONNX is missing.
-        FileExistsError: `out` is there already.
+        FileExistsError: `out` exists already.
         ValueError: an option is out of its range.
-        WrongExportError: the file differs from the model, or takes no other size; nothing is left behind.
+        WrongExportError: the file differs from the model or takes no other size; nothing is left behind.
     """
     _check(options)
     model = Features(options.model.load()).requires_grad_(False)
-    backbone = model.backbone
-    check_image_size(backbone, options.size)
-    data, normalization = find_normalization(options.model, backbone)
-    if options.format == "onnx":
+    stride = patch_stride(model.backbone)
+    check_image_size(model.backbone, options.size)
+    data, normalization = find_normalization(options.model, model.backbone)
+    is_onnx = options.format == "onnx"
+    if is_onnx:
         _compute_positions_in_float32_(model)
     info = {
         "model": Path(options.model.name).name,
-        "patch_size": patch_stride(backbone),
+        "patch_size": stride,
         "mean": list(normalization.mean),
         "std": list(normalization.std),
     }
@@ -160,16 +164,21 @@ def export(options: ExportOptions) -> list[Difference]:
     with tempfile.TemporaryDirectory(prefix=f".{options.out.name}.", dir=options.out.absolute().parent) as directory:
         file = Path(directory) / options.out.name
         with _quiet():
-            {"onnx": _write_onnx, "torch-export": _write_program}[options.format](program, file, info, options)
-        run = {"onnx": _open_onnx, "torch-export": _open_program}[options.format](file)
+            if is_onnx:
+                _write_onnx(program, file, info, options.opset)
+            else:
+                torch.export.save(program, file, extra_files={INFO_FILE: json.dumps(info)})
+        run = _open_onnx(file) if is_onnx else torch.export.load(file).module()
         differences = [compare(model, run, shape) for shape in _other_shapes(model, options.size)]
-        del run
+        del run  # Windows cannot move a file that is open.
         for difference in differences:
             print(_describe(difference))
         _refuse_wrong(differences, options)
         for written in sorted(Path(directory).iterdir(), key=lambda path: path == file):  # The model after its weights.
             written.replace(options.out.with_name(written.name))
-    print(f"{options.out}: {_describe_size(options.out)}, normalisation {data}")
+    weights = _data_file(options.out)
+    more = f" and {describe_bytes(weights.stat().st_size)} in {weights.name}" if weights.exists() else ""
+    print(f"{options.out}: {describe_bytes(options.out.stat().st_size)}{more}, normalisation {data}")
     return differences
 
 
@@ -189,7 +198,7 @@ def compare(model: nn.Module, run: Callable[[Tensor], dict[str, Tensor]], shape:
         expected = model(images)
         try:
             found = run(images)
-        except Exception as error:  # Whatever a runtime throws, the file is of no use.
+        except Exception as error:  # Whatever a runtime raises, the file is useless.
             reason = str(error).partition("\n")[0]
             raise WrongExportError(
                 f"the exported model does not take images of shape {list(shape)}: {reason}"
@@ -197,9 +206,9 @@ def compare(model: nn.Module, run: Callable[[Tensor], dict[str, Tensor]], shape:
     assert list(expected) == list(found), f"{list(found)} instead of {list(expected)}"
     largest, relative = {}, 0.0
     for name, want in expected.items():
-        same_shape = want.shape == found[name].shape
-        largest[name] = (want - found[name]).abs().max().item() if same_shape else float("inf")
-        largest[name] = float("inf") if largest[name] != largest[name] else largest[name]  # not a number
+        is_same_shape = want.shape == found[name].shape
+        difference = (want - found[name]).abs().max().item() if is_same_shape else math.inf
+        largest[name] = math.inf if math.isnan(difference) else difference
         relative = max(relative, largest[name] / want.abs().max().item())
     return Difference(shape, largest, relative)
 
@@ -213,8 +222,14 @@ def _check(options: ExportOptions) -> None:
     if options.format != "onnx":
         return
     check_output(_data_file(options.out), overwrite=options.overwrite)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, "exporting to ONNX", "onnx onnxscript onnxruntime")
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"exporting to ONNX needs {package}: pip install {' '.join(packages)}", name=package
+            ) from error
     from onnx.defs import onnx_opset_version
 
     if not DEFAULT_OPSET <= options.opset <= onnx_opset_version():
@@ -224,7 +239,7 @@ def _check(options: ExportOptions) -> None:
 
 
 def _compute_positions_in_float32_(model: Features) -> None:
-    # Runtimes of ONNX have no sines in bfloat16. The published models need none, trainings of one's own may.
+    # ONNX runtimes cannot compute sines in bfloat16. The published models do not, but a user's own training may.
     rope = getattr(model.backbone, "rope_embed", None)
     if rope is None or rope.dtype == torch.float32:
         return
@@ -232,8 +247,8 @@ def _compute_positions_in_float32_(model: Features) -> None:
     dtype, rope.dtype, rope.periods = rope.dtype, torch.float32, rope.periods.float()
     difference = compare(trained, model, _other_shapes(model, (0, 0))[0])
     print(
-        f"note: this model computes positions in {str(dtype).removeprefix('torch.')}, which ONNX cannot; the file does "
-        f"so in float32, which changes its features by up to {difference.relative:.1e} of the largest value",
+        f"note: this model computes positions in {str(dtype).removeprefix('torch.')}, which ONNX cannot; the file uses "
+        f"float32 instead, which changes its features by up to {difference.relative:.1e} of the largest value",
         file=sys.stderr,
     )
 
@@ -241,7 +256,7 @@ def _compute_positions_in_float32_(model: Features) -> None:
 def _trace(model: Features, size: tuple[int, int]) -> Any:
     from torch.export import Dim
 
-    # PyTorch takes a side of one patch for another program.
+    # For a side of one patch PyTorch would trace another program.
     smallest = 2 * patch_stride(model.backbone)
     height, width = (max(side, smallest) for side in size)
     dynamic = {0: Dim("batch", min=1), 2: Dim("height", min=smallest), 3: Dim("width", min=smallest)}
@@ -258,40 +273,29 @@ def _other_shapes(model: Features, size: tuple[int, int]) -> list[tuple[int, ...
     return [shape for shape in shapes if shape[2:] != size][:2]
 
 
-def _write_onnx(program: Any, file: Path, info: dict[str, Any], options: ExportOptions) -> None:
-    outputs = list(program.call_spec.out_spec.context)
-    exported = torch.onnx.export(
+def _write_onnx(program: Any, file: Path, info: dict[str, Any], opset: int) -> None:
+    import onnx_ir
+
+    exported: Any = torch.onnx.export(
         program,
         (),
         dynamo=True,
-        opset_version=options.opset,
+        opset_version=opset,
         input_names=["images"],
-        output_names=outputs,
+        output_names=list(program.call_spec.out_spec.context),
         verbose=False,
     )
-    assert exported is not None
-    _name_dimensions(exported.model.graph)
-    for key, value in info.items():
-        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    exported.save(file)
-
-
-def _name_dimensions(graph: Any) -> None:
-    # The exporter calls them s34 and the like.
-    import onnx_ir
-
-    images = graph.inputs[0]
+    # The exporter calls the dimensions s34 and the like.
+    images = exported.model.graph.inputs[0]
     names = {str(images.shape[axis]): name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
-    for value in (images, *graph.outputs):
-        renamed = [
+    for value in (images, *exported.model.graph.outputs):
+        value.shape = onnx_ir.Shape(
             dim if isinstance(dim, int) else re.sub(r"\w+", lambda match: names.get(match[0], match[0]), str(dim))
             for dim in value.shape
-        ]
-        value.shape = onnx_ir.Shape(renamed)
-
-
-def _write_program(program: Any, file: Path, info: dict[str, Any], options: ExportOptions) -> None:
-    torch.export.save(program, file, extra_files={INFO_FILE: json.dumps(info)})
+        )
+    for key, entry in info.items():
+        exported.model.metadata_props[key] = entry if isinstance(entry, str) else json.dumps(entry)
+    exported.save(file)
 
 
 def _open_onnx(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -304,11 +308,6 @@ def _open_onnx(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
         arrays = session.run(None, {"images": images.numpy()})
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
-    return run
-
-
-def _open_program(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
-    run: Callable[[Tensor], dict[str, Tensor]] = torch.export.load(file).module()
     return run
 
 
@@ -328,14 +327,8 @@ def _describe(difference: Difference) -> str:
     return f"images {shape}: largest difference {largest} (relative {difference.relative:.1e})"
 
 
-def _describe_size(out: Path) -> str:
-    data = _data_file(out)
-    text = describe_bytes(out.stat().st_size)
-    return f"{text} and {describe_bytes(data.stat().st_size)} in {data.name}" if data.exists() else text
-
-
 def _data_file(out: Path) -> Path:
-    # Where the exporter puts weights that do not fit into the 2 GB of an ONNX file.
+    # The exporter puts weights there that do not fit into the 2 GB of an ONNX file.
     return out.with_name(f"{out.name}.data")
 
 
@@ -348,7 +341,7 @@ def _version(package: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # The exporters report their progress and their own deprecations, which no user can act upon.
+    # The exporters report their progress and their own deprecations, which users cannot act upon.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -361,32 +354,19 @@ def _quiet() -> Iterator[None]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m dinov3.hub.export`."""
+    """Make the parser of `python -m dinov3.hub.export`."""
     description = "Export a backbone to ONNX or torch.export, for any batch size, height and width, and check the file."
     parser = make_parser("export", description, EPILOG)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    parser.add_argument("--format", required=True, choices=tuple(ENDINGS), help="what to write")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .onnx or .pt2 file to write")
-    parser.add_argument(
-        "--size",
-        type=parse_size,
-        default=(224, 224),
-        metavar="S | HxW",
-        help="of the image that the model is traced with, in pixels; the file takes any (default: 224)",
-    )
-    parser.add_argument(
-        "--opset", type=positive, default=DEFAULT_OPSET, metavar="N", help=f"of ONNX (default: {DEFAULT_OPSET})"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    add_options(parser, ExportOptions)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` is what follows the program's name."""
-    args = get_args_parser().parse_args(argv)
-    given = {key: value for key, value in vars(args).items() if key not in ("model", "weights")}
-    export(ExportOptions(model=ModelChoice(args.model, args.weights), **given))
+    """Run the command line, given what follows the program's name."""
+    given = vars(get_args_parser().parse_args(argv))
+    export(ExportOptions(ModelChoice(given.pop("model"), given.pop("weights")), **given))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m dinov3.hub.extract --model dinov3_vits16 --weights FILE --images DIR --out features.safetensors
 
 Notable:
-- The features of any number of images pass through little memory: they are kept in shards beside the output, a few
-  batches each, and joined when all are there. A killed command goes on from its shards when it is started again.
-- A shard always holds the same batches of the same images, so that a resumed extraction gives the same bytes as one
-  that was never interrupted.
+- Any number of images needs little memory: features are kept in shards beside the output, a few batches each, and
+  joined when all are there. A killed command continues from its shards when it is started again.
+- A shard always holds the same batches of the same images, so that a resumed extraction gives the same bytes as an
+  uninterrupted one.
 - Every image is resized to the same height and width, so that all have the same number of patches.
 """
 
@@ -34,20 +34,22 @@ from dinov3.hub.command_line import (
     NORMALIZATIONS,
     WEIGHTS_HELP,
     ModelChoice,
+    add_options,
     check_image_size,
     check_output,
     describe_bytes,
     describe_tokens,
     find_normalization,
     make_parser,
+    option,
     parse_dtype,
     parse_size,
     positive,
-    written_whole,
 )
 from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.files import atomic_write
 from dinov3.utils.weight_files import make_safetensors_header, read_file, write_safetensors
 
 TOKENS = ("cls", "avg", "patch", "storage")
@@ -66,14 +68,14 @@ The output is a safetensors file of n images in the order of their paths, with D
   patch    [n, h, w, D]   patch tokens after the final norm
   storage  [n, R, D]      storage tokens (registers)
   names    [bytes]        the paths of the images, relative to DIR, each ended by a zero byte
-  skipped  [bytes]        likewise, the images that cannot be read
-and its metadata are the settings. In Python:
+  skipped  [bytes]        the same for the images that cannot be read
+Its metadata are the settings. In Python:
 
   from dinov3.hub.extract import read_features
   names, features = read_features("features.safetensors")    # features["cls"][i] belongs to names[i]
 
-While it works, OUT.parts/ holds what is done. Started again with the same options after a kill, it goes on from
-there, and gives the same file.
+While it works, OUT.parts/ holds what is done. If it is killed and started again with the same options, it resumes from
+there and gives the same file.
 
 examples:
   python -m dinov3.hub.extract --model dinov3_vits16 --weights dinov3_vits16.pth --images photos --out cls.safetensors
@@ -83,37 +85,57 @@ examples:
 """
 
 
+def _parse_tokens(text: str) -> tuple[str, ...]:
+    return tuple(token.strip() for token in text.split(","))
+
+
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract; also the arguments of the command line.
+    """What to extract; also the options of the command line.
 
     Attributes:
         model: which backbone.
-        images: the folder, searched at any depth.
-        out: the safetensors file to write.
-        tokens: of `cls`, `avg`, `patch`, `storage`.
-        size: (height, width) in pixels to which each image is resized.
-        batch_size: images that go through the model together.
-        dtype: of the weights, the arithmetic and the stored features.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        num_workers: processes that read images; 0: this one.
-        normalization: `lvd` or `sat`, of the pixels; `auto`: the one that belongs to the weights.
-        on_bad_image: `skip` and list images that cannot be read, or `raise`.
-        overwrite: replace `out`, and parts of it that were made with other settings.
     """
 
     model: ModelChoice
-    images: Path
-    out: Path
-    tokens: tuple[str, ...] = ("cls",)
-    size: tuple[int, int] = (256, 256)
-    batch_size: int = 16
-    dtype: torch.dtype = torch.float32
-    device: str = "auto"
-    num_workers: int = 4
-    normalization: str = "auto"
-    on_bad_image: str = "skip"
-    overwrite: bool = False
+    images: Path = option("folder, searched at any depth", type=Path, metavar="DIR")
+    out: Path = option("the safetensors file to write", type=Path, metavar="FILE")
+    tokens: tuple[str, ...] = option(
+        f"some of {','.join(TOKENS)}, see below (default: cls)", default=("cls",), type=_parse_tokens
+    )
+    size: tuple[int, int] = option(
+        "pixels to which every image is resized, a multiple of the patch (16; ConvNeXt: 32); default: 256",
+        default=(256, 256),
+        type=parse_size,
+        metavar="S | HxW",
+    )
+    batch_size: int = option("default: 16", default=16, type=positive, metavar="N")
+    dtype: torch.dtype = option(
+        "float32, bfloat16 or float16: of weights, arithmetic and stored features (default: float32)",
+        default=torch.float32,
+        type=parse_dtype,
+        metavar="DTYPE",
+    )
+    device: str = option("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", default="auto")
+    num_workers: int = option(
+        "processes that read images (default: 4); 0: the main process", default=4, type=_not_negative, metavar="N"
+    )
+    normalization: str = option(
+        "mean and deviation of the pixels that the weights were trained with: web images (lvd), satellite images "
+        "(sat), or decided by the weights (auto, the default: satellite images for SAT493M, or a file of that name)",
+        default="auto",
+        choices=NORMALIZATIONS,
+    )
+    on_bad_image: str = option(
+        "skip and list images that cannot be read (default), or stop at the first", default="skip", choices=ON_BAD_IMAGE
+    )
+    overwrite: bool = option(
+        "replace FILE, and parts of it that were made with other settings", default=False, action="store_true"
+    )
 
 
 class Features(NamedTuple):
@@ -129,18 +151,20 @@ class Features(NamedTuple):
 
 
 def read_features(path: str | os.PathLike[str]) -> Features:
-    """Read what this command wrote.
+    """Read a file that this command wrote.
 
     Args:
         path: the file; it is mapped into memory, and must stay in place while its tensors are in use.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of features.
+        ValueError: it is not a file of features.
     """
-    tensors = _load(path)
+    tensors = dict(read_file(Path(path)))
     if NAMES not in tensors:
-        raise ValueError(f"{path} holds no features of images: it has no entry {NAMES!r}, only {', '.join(tensors)}")
+        raise ValueError(
+            f"{path} does not hold features of images: it has no entry {NAMES!r}, only {', '.join(tensors)}"
+        )
     names = _decode_names(tensors.pop(NAMES))
     tensors.pop(SKIPPED, None)
     return Features(names, tensors)
@@ -153,13 +177,12 @@ def extract(options: ExtractOptions) -> Features:
         The features, mapped from the file.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
-        FileExistsError: `out` is there already, or parts of it that were made with other settings.
+        FileNotFoundError: there is no such folder, or no images in it.
+        FileExistsError: `out` exists already, or parts of it that were made with other settings.
         BadImageError: an image cannot be read, with `on_bad_image="raise"`.
-        ValueError: another option is out of its range, no image can be read, or the model gives no finite numbers.
+        ValueError: another option is out of its range, no image can be read, or the model returns NaN or infinity.
     """
-    _check(options)
-    dataset = _list_images(options.images)
+    dataset = _check(options)
     device = runtime.set_device(options.device)
     model = options.model.load(device=device, dtype=options.dtype)
     tokens = check_image_size(model, options.size)
@@ -167,13 +190,35 @@ def extract(options: ExtractOptions) -> Features:
     print(f"{len(dataset)} images in {options.images}; {options.model} on {device}", file=sys.stderr)
     print(f"{options.size[0]} x {options.size[1]} pixels, normalisation {data}", file=sys.stderr)
     print(f"tokens of an image: {describe_tokens(tokens)}", file=sys.stderr)
+    settings = _settings(options, dataset, model, normalization)
     parts = _Parts(options.out, len(dataset), _images_per_shard(options, tokens))
-    parts.open(_settings(options, dataset, model, normalization), anew=options.overwrite)
+    parts.open(settings, overwrite=options.overwrite)
     loader = _make_loader(_ReadableImages(dataset, parts.left(), _make_transform(options, normalization)), options)
     _fill(parts, loader, model, tokens.grid, options)
-    _join(parts, dataset, options)
-    _report(options.out)
-    return read_features(options.out)
+    good, bad = _join(parts, dataset, settings, options)
+    if bad:
+        listed = "".join(f"\n  {dataset.get_image_relpath(index)}" for index in bad[:N_LISTED])
+        listed += "\n  ..." if len(bad) > N_LISTED else ""
+        n_all = len(good) + len(bad)
+        print(f"skipped, because they cannot be read: {len(bad)} of {n_all} images{listed}", file=sys.stderr)
+    features = read_features(options.out)
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in features.tensors.items())
+    print(f"{options.out}: {shapes}, {describe_bytes(options.out.stat().st_size)}")
+    return features
+
+
+def _check(options: ExtractOptions) -> Any:
+    from dinov3.data.datasets import ImageFolder
+
+    unknown = [token for token in options.tokens if token not in TOKENS]
+    if unknown or not options.tokens or len(set(options.tokens)) != len(options.tokens):
+        raise ValueError(f"--tokens {','.join(options.tokens)}: expected some of {','.join(TOKENS)}, each once")
+    options.model.check()
+    check_output(options.out, overwrite=options.overwrite)
+    if not options.images.is_dir():
+        kind = "it is a file" if options.images.exists() else "there is no such directory"
+        raise FileNotFoundError(f"--images {options.images}: {kind}; expected a folder of images")
+    return ImageFolder(root=str(options.images), labels="none")
 
 
 class _Parts:
@@ -185,25 +230,25 @@ class _Parts:
         self.size = images_per_shard
         self.n_shards = -(-n_images // images_per_shard)
 
-    def open(self, settings: dict[str, Any], *, anew: bool) -> None:
+    def open(self, settings: dict[str, Any], *, overwrite: bool) -> None:
+        """Resume from shards that were made with these settings, or make an empty directory."""
         path = self.directory / SETTINGS_FILE
         settings = {**settings, "images_per_shard": self.size}
         if self.directory.exists() and any(self.directory.glob("*.safetensors")):
             there = json.loads(path.read_text())
-            different = [key for key in settings if there.get(key) != settings[key]]
-            if not different:
-                print(f"going on: {self.n_images - len(self.left())} images are done already", file=sys.stderr)
+            changed = [key for key in settings if there.get(key) != settings[key]]
+            if not changed:
+                print(f"resuming: {self.n_images - len(self.left())} images are already done", file=sys.stderr)
                 return
-            if not anew:
-                changes = "; ".join(f"{key} was {there.get(key)}, now {settings[key]}" for key in different)
+            if not overwrite:
+                changes = "; ".join(f"{key} was {there.get(key)}, now {settings[key]}" for key in changed)
                 raise FileExistsError(
-                    f"{self.directory} holds part of an extraction with other settings ({changes}): go on with those, "
-                    "or begin anew with --overwrite"
+                    f"{self.directory} holds part of an extraction with other settings ({changes}): use those to "
+                    "resume it, or start again with --overwrite"
                 )
         shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir()
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
+        with atomic_write(path, "w") as file:
+            json.dump(settings, file, indent=1)
 
     def path(self, shard: int) -> Path:
         return self.directory / f"{shard:06d}.safetensors"
@@ -215,11 +260,14 @@ class _Parts:
         return [shard for shard in range(self.n_shards) if not self.path(shard).exists()]
 
     def left(self) -> list[int]:
-        """The images of the missing shards."""
+        """Return the images of the missing shards."""
         return list(chain.from_iterable(self.indices(shard) for shard in self.missing()))
 
 
-class _ReadableImages(torch.utils.data.Dataset[tuple[int, Tensor | None, str]]):
+Sample = tuple[int, Tensor | None, str]
+
+
+class _ReadableImages(torch.utils.data.Dataset[Sample]):
     """(index, transformed image, ""), or (index, None, what is wrong with it)."""
 
     def __init__(self, dataset: Any, indices: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
@@ -228,7 +276,7 @@ class _ReadableImages(torch.utils.data.Dataset[tuple[int, Tensor | None, str]]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
+    def __getitem__(self, position: int) -> Sample:
         from dinov3.data.datasets import BadImageError
 
         index = self._indices[position]
@@ -238,34 +286,12 @@ class _ReadableImages(torch.utils.data.Dataset[tuple[int, Tensor | None, str]]):
             return index, None, str(error)
 
 
-class _Batch(NamedTuple):
-    images: Tensor | None
-    good: list[int]
-    bad: list[tuple[int, str]]
-
-    @classmethod
-    def of(cls, samples: list[tuple[int, Tensor | None, str]]) -> _Batch:
-        images = [image for _, image, _ in samples if image is not None]
-        good = [index for index, image, _ in samples if image is not None]
-        bad = [(index, reason) for index, image, reason in samples if image is None]
-        return cls(torch.stack(images) if images else None, good, bad)
-
-
-def _check(options: ExtractOptions) -> None:
-    unknown = [token for token in options.tokens if token not in TOKENS]
-    if unknown or not options.tokens or len(set(options.tokens)) != len(options.tokens):
-        raise ValueError(f"--tokens {','.join(options.tokens)}: expected some of {','.join(TOKENS)}, each once")
-    options.model.check()
-    check_output(options.out, overwrite=options.overwrite)
-
-
-def _list_images(directory: Path) -> Any:
-    from dinov3.data.datasets import ImageFolder
-
-    if not directory.is_dir():
-        kind = "it is a file" if directory.exists() else "there is no such directory"
-        raise FileNotFoundError(f"--images {directory}: {kind}; expected a folder of images")
-    return ImageFolder(root=str(directory), labels="none")
+def _collate(samples: list[Sample]) -> tuple[Tensor | None, list[int], list[tuple[int, str]]]:
+    """Return the images [B, 3, H, W] that can be read, their indices, and the others with what is wrong with them."""
+    images = [image for _, image, _ in samples if image is not None]
+    good = [index for index, image, _ in samples if image is not None]
+    bad = [(index, reason) for index, image, reason in samples if image is None]
+    return torch.stack(images) if images else None, good, bad
 
 
 def _make_transform(options: ExtractOptions, normalization: Normalization) -> Any:
@@ -277,6 +303,21 @@ def _make_transform(options: ExtractOptions, normalization: Normalization) -> An
     return v2.Compose([v2.ToImage(), resize, make_base_transform(normalization.mean, normalization.std)])
 
 
+def _make_loader(images: _ReadableImages, options: ExtractOptions) -> Any:
+    from dinov3.data.loaders import make_data_loader
+
+    return make_data_loader(
+        dataset=images,
+        # All shards but the last are whole batches, so that no batch has images of two.
+        batch_size=options.batch_size,
+        num_workers=min(options.num_workers, -(-len(images) // options.batch_size)),
+        shuffle=False,
+        sampler_type=None,
+        drop_last=False,
+        collate_fn=_collate,
+    )
+
+
 def _images_per_shard(options: ExtractOptions, tokens: Tokens) -> int:
     n_tokens = {"cls": 1, "avg": 1, "patch": tokens.grid[0] * tokens.grid[1], "storage": tokens.n_storage}
     image_bytes = sum(n_tokens[token] for token in options.tokens) * tokens.channels * options.dtype.itemsize
@@ -285,12 +326,12 @@ def _images_per_shard(options: ExtractOptions, tokens: Tokens) -> int:
 
 
 def _settings(options: ExtractOptions, dataset: Any, model: nn.Module, normalization: Normalization) -> dict[str, Any]:
-    # Everything that the bits of the features depend on, but for the machine.
-    names = b"".join(os.fsencode(dataset.get_image_relpath(index)) + b"\0" for index in range(len(dataset)))
+    # Everything that the bits of the features depend on, except the machine.
+    names = hashlib.sha256(_encode_names(dataset, range(len(dataset)))).hexdigest()[:16]
     return {
         "model": options.model.name,
         "weights": _fingerprint(model),
-        "images": f"{len(dataset)} images in {options.images.resolve()}, {hashlib.sha256(names).hexdigest()[:16]}",
+        "images": f"{len(dataset)} images in {options.images.resolve()}, {names}",
         "tokens": ",".join(options.tokens),
         "size": f"{options.size[0]}x{options.size[1]}",
         "batch_size": options.batch_size,
@@ -302,7 +343,7 @@ def _settings(options: ExtractOptions, dataset: Any, model: nn.Module, normaliza
 
 
 def _fingerprint(model: nn.Module) -> str:
-    # The beginning of each tensor tells weights apart, and does not read 27 GB from the disk.
+    # The beginning of each tensor distinguishes weights, and does not read 27 GB from the disk.
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -320,36 +361,21 @@ def _fill(parts: _Parts, loader: Any, model: nn.Module, grid: tuple[int, int], o
             good: list[int] = []
             bad: list[int] = []
             for _ in range(0, len(parts.indices(shard)), options.batch_size):
-                batch = next(batches)
-                good += batch.good
-                bad += [index for index, _ in batch.bad]
-                for _, reason in batch.bad:
+                images, readable, unreadable = next(batches)
+                for index, reason in unreadable:
                     if options.on_bad_image == "raise":
                         raise BadImageError(reason)
                     bar.write(f"skipped: {reason}", file=sys.stderr)
-                if batch.images is not None:
-                    rows.append(_tokens_of(model, batch.images.to(options.dtype), grid, options.tokens))
-                bar.update(len(batch.good) + len(batch.bad))
+                    bad.append(index)
+                good += readable
+                if images is not None:
+                    rows.append(_compute_tokens(model, images.to(options.dtype), grid, options.tokens))
+                bar.update(len(readable) + len(unreadable))
             _save_shard(parts.path(shard), rows, good, bad)
 
 
-def _make_loader(images: _ReadableImages, options: ExtractOptions) -> Any:
-    from dinov3.data.loaders import make_data_loader
-
-    return make_data_loader(
-        dataset=images,
-        # All shards but the last are whole batches, so that no batch has images of two.
-        batch_size=options.batch_size,
-        num_workers=min(options.num_workers, -(-len(images) // options.batch_size)),
-        shuffle=False,
-        sampler_type=None,
-        drop_last=False,
-        collate_fn=_Batch.of,
-    )
-
-
 @torch.inference_mode()
-def _tokens_of(model: Any, images: Tensor, grid: tuple[int, int], wanted: Sequence[str]) -> dict[str, Tensor]:
+def _compute_tokens(model: Any, images: Tensor, grid: tuple[int, int], wanted: Sequence[str]) -> dict[str, Tensor]:
     features = model.forward_features(images.to(runtime.device(), non_blocking=True))
     patches = features["x_norm_patchtokens"]
     rows = {
@@ -361,7 +387,7 @@ def _tokens_of(model: Any, images: Tensor, grid: tuple[int, int], wanted: Sequen
     found = {token: rows[token]().cpu().contiguous() for token in wanted}
     if not all(tensor.isfinite().all() for tensor in found.values()):
         raise ValueError(
-            f"the model gives NaN or infinity in {images.dtype}: its weights are not usable"
+            f"the model returns NaN or infinity in {images.dtype}: its weights are not usable"
             + (", or their numbers are too large for it; try --dtype bfloat16" if images.dtype == torch.float16 else "")
         )
     return found
@@ -370,47 +396,41 @@ def _tokens_of(model: Any, images: Tensor, grid: tuple[int, int], wanted: Sequen
 def _save_shard(path: Path, rows: list[dict[str, Tensor]], good: list[int], bad: list[int]) -> None:
     tensors = {token: torch.cat([row[token] for row in rows]) for token in (rows[0] if rows else ())}
     tensors |= {"good": torch.tensor(good, dtype=torch.int64), "bad": torch.tensor(bad, dtype=torch.int64)}
-    with written_whole(path) as temporary:
-        write_safetensors(temporary, tensors, {})
+    with atomic_write(path) as file:
+        write_safetensors(Path(file.name), tensors, {})
 
 
-def _join(parts: _Parts, dataset: Any, options: ExtractOptions) -> None:
-    good, bad, shapes = _index_of(parts)
-    if not good:
-        raise ValueError(
-            f"none of the {len(bad)} images in {options.images} can be read; remove {parts.directory} before a new try"
-        )
-    settings = json.loads((parts.directory / SETTINGS_FILE).read_text())
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    del metadata["images_per_shard"]
-    texts = {NAMES: _encode_names(dataset, good), SKIPPED: _encode_names(dataset, bad)}
-    layout = {token: (options.dtype, [len(good), *shapes[token]]) for token in options.tokens}
-    layout |= {name: (torch.uint8, [len(text)]) for name, text in texts.items()}
-    with written_whole(options.out) as temporary, temporary.open("wb") as file:
-        file.write(make_safetensors_header(layout, metadata))
-        for token in options.tokens:
-            for shard in range(parts.n_shards):
-                if (rows := _load(parts.path(shard)).get(token)) is not None:
-                    file.write(rows.flatten().view(torch.uint8).numpy().data)
-        for text in texts.values():
-            file.write(text)
-    shutil.rmtree(parts.directory)
-
-
-def _index_of(parts: _Parts) -> tuple[list[int], list[int], dict[str, list[int]]]:
+def _join(
+    parts: _Parts, dataset: Any, settings: dict[str, Any], options: ExtractOptions
+) -> tuple[list[int], list[int]]:
+    """Write the output, and return the indices of the images that can be read and of those that cannot."""
     good: list[int] = []
     bad: list[int] = []
     shapes: dict[str, list[int]] = {}
     for shard in range(parts.n_shards):
-        tensors = _load(parts.path(shard))
+        tensors = dict(read_file(parts.path(shard)))
         good += tensors.pop("good").tolist()
         bad += tensors.pop("bad").tolist()
         shapes |= {token: list(rows.shape[1:]) for token, rows in tensors.items()}
-    return good, bad, shapes
-
-
-def _load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    return dict(read_file(Path(path)))
+    if not good:
+        raise ValueError(
+            f"none of the {len(bad)} images in {options.images} can be read; remove {parts.directory} before you retry"
+        )
+    texts = {NAMES: _encode_names(dataset, good), SKIPPED: _encode_names(dataset, bad)}
+    layout: dict[str, tuple[torch.dtype, list[int]]]
+    layout = {token: (options.dtype, [len(good), *shapes[token]]) for token in options.tokens}
+    layout |= {name: (torch.uint8, [len(text)]) for name, text in texts.items()}
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    with atomic_write(options.out) as file:
+        file.write(make_safetensors_header(layout, metadata))
+        for token in options.tokens:
+            for shard in range(parts.n_shards):
+                if (rows := read_file(parts.path(shard)).get(token)) is not None:
+                    file.write(rows.flatten().view(torch.uint8).numpy().data)
+        for text in texts.values():
+            file.write(text)
+    shutil.rmtree(parts.directory)
+    return good, bad
 
 
 def _encode_names(dataset: Any, indices: Sequence[int]) -> bytes:
@@ -421,79 +441,19 @@ def _decode_names(encoded: Tensor) -> list[str]:
     return [os.fsdecode(name) for name in encoded.numpy().tobytes().split(b"\0")[:-1]]
 
 
-def _report(out: Path) -> None:
-    tensors = _load(out)
-    skipped, n_read = _decode_names(tensors.pop(SKIPPED)), len(_decode_names(tensors.pop(NAMES)))
-    if skipped:
-        listed = "".join(f"\n  {name}" for name in skipped[:N_LISTED]) + ("\n  ..." if len(skipped) > N_LISTED else "")
-        n_all = n_read + len(skipped)
-        print(f"skipped, because they cannot be read: {len(skipped)} of {n_all} images{listed}", file=sys.stderr)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-    print(f"{out}: {shapes}, {describe_bytes(out.stat().st_size)}")
-
-
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m dinov3.hub.extract`."""
+    """Make the parser of `python -m dinov3.hub.extract`."""
     parser = make_parser("extract", "Write the features of every image in a folder into one file.", EPILOG)
     parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder, searched at any depth")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the safetensors file to write")
-    parser.add_argument(
-        "--tokens", type=_parse_tokens, default=("cls",), help=f"some of {','.join(TOKENS)}, see below (default: cls)"
-    )
-    parser.add_argument(
-        "--size",
-        type=parse_size,
-        default=(256, 256),
-        metavar="S | HxW",
-        help="pixels to which every image is resized, a multiple of the patch (16; ConvNeXt: 32); default: 256",
-    )
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: 16")
-    parser.add_argument(
-        "--dtype",
-        type=parse_dtype,
-        default=torch.float32,
-        metavar="DTYPE",
-        help="float32, bfloat16 or float16: of weights, arithmetic and stored features (default: float32)",
-    )
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num-workers", type=_not_negative, default=4, metavar="N", help="processes that read images (default: 4)"
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=NORMALIZATIONS,
-        default="auto",
-        help="mean and deviation of the pixels that the weights were trained with: web images (lvd), satellite images "
-        "(sat), or told by the weights (auto, the default: SAT493M, or a file of that name)",
-    )
-    parser.add_argument(
-        "--on-bad-image",
-        choices=ON_BAD_IMAGE,
-        default="skip",
-        help="skip and list them (default), or stop at the first",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace FILE, and parts of it that were made with other settings"
-    )
+    add_options(parser, ExtractOptions)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` is what follows the program's name."""
-    args = get_args_parser().parse_args(argv)
-    choice = ModelChoice(args.model, args.weights)
-    given = {key: value for key, value in vars(args).items() if key not in ("model", "weights")}
-    extract(ExtractOptions(model=choice, **given))
-
-
-def _parse_tokens(text: str) -> tuple[str, ...]:
-    return tuple(token.strip() for token in text.split(","))
-
-
-def _not_negative(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    """Run the command line, given what follows the program's name."""
+    given = vars(get_args_parser().parse_args(argv))
+    extract(ExtractOptions(ModelChoice(given.pop("model"), given.pop("weights")), **given))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_teacher_of_a_training_run(norm_layer: str, tmp_path: Path) -> None:
 
 def test_positions_that_others_do_not_know(tmp_path: Path) -> None:
     run = training_run(tmp_path, pos_embed_rope_normalize_coords="max")
-    with pytest.raises(WeightsError, match="positions normalised by 'max'; .* huggingface know only 'separate'"):
+    with pytest.raises(WeightsError, match="positions normalised by 'max'; .* huggingface only support 'separate'"):
         convert(run, tmp_path / "theirs", to="huggingface")
     convert(run, tmp_path / "release.pth", to="release")
     assert "cls_token" in torch.load(tmp_path / "release.pth", weights_only=True)
@@ -266,11 +266,11 @@ def test_destinations_that_are_refused(
 
 
 def test_source_is_not_replaced(release: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is what is read: choose another destination"):
+    with pytest.raises(ValueError, match="the source would be overwritten: .* choose another destination"):
         convert(release, release, to="release", overwrite=True)
     convert(release, tmp_path / "theirs", to="huggingface")
     for source in (tmp_path / "theirs", tmp_path / "theirs" / "model.safetensors"):
-        with pytest.raises(ValueError, match="is what is read"):
+        with pytest.raises(ValueError, match="the source would be overwritten"):
             convert(source, tmp_path / "theirs", to="timm", overwrite=True)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -81,47 +83,35 @@ def assert_gives_the_features_of(model: Any, path: Path, names: list[str]) -> No
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
 
 
-OTHER_LAYERS = {"ffn_layer": "swiglu64", "norm_layer": "rmsnorm", "untie_cls_and_patch_norms": True}
+# Of a square image, whose sides could be taken for one and the same; with the layers that the defaults do not have.
+OPTIONS = {"ffn_layer": "swiglu64", "norm_layer": "rmsnorm", "untie_cls_and_patch_norms": True}
 
 
-@pytest.mark.parametrize(
-    ("ending", "layers"),
-    [
-        (".onnx", {"ffn_layer": "mlp"}),
-        (".pt2", {"ffn_layer": "mlp"}),
-        (".onnx", OTHER_LAYERS),
-        pytest.param(".pt2", OTHER_LAYERS, marks=pytest.mark.slow),
-    ],
-    ids=["onnx", "torch", "onnx-swiglu", "torch-swiglu"],
-)
-def test_a_vit_takes_any_size(tmp_path: Path, ending: str, layers: dict[str, Any]) -> None:
-    model = vit(**layers)
-    out = tmp_path / f"model{ending}"
-    export.export(options_for(model, out))
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert_gives_the_features_of(model, out, ["cls_token", "storage_tokens", "patch_tokens"])
-
-
-@pytest.mark.parametrize("ending", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
-def test_a_convnext_takes_any_size_and_has_no_storage_tokens(tmp_path: Path, ending: str) -> None:
-    model = convnext()
-    out = tmp_path / f"model{ending}"
-    export.export(options_for(model, out))
-    assert_gives_the_features_of(model, out, ["cls_token", "patch_tokens"])
+def square_vit() -> DinoVisionTransformer:
+    return vit(**OPTIONS, pos_embed_rope_dtype="bf16")
 
 
 @pytest.fixture(scope="module")
-def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An ONNX file of `square_vit`, and what was printed to stderr while it was made."""
     out = tmp_path_factory.mktemp("onnx") / "square.onnx"
-    # Of a square image, whose sides could be taken for one and the same.
-    export.export(options_for(vit(), out, size=(64, 64), opset=20))
-    return out
+    notes = StringIO()
+    with redirect_stderr(notes):
+        export.export(options_for(square_vit(), out, size=(64, 64), opset=20))
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    return out, notes.getvalue()
 
 
-def test_an_onnx_file_names_its_sizes_and_its_normalisation(onnx_file: Path) -> None:
+def test_an_onnx_file_of_a_vit_takes_any_size(onnx_file: tuple[Path, str]) -> None:
+    model = square_vit()
+    model.rope_embed.dtype, model.rope_embed.periods = torch.float32, model.rope_embed.periods.float()
+    assert_gives_the_features_of(model, onnx_file[0], ["cls_token", "storage_tokens", "patch_tokens"])
+
+
+def test_an_onnx_file_names_its_sizes_and_its_normalisation(onnx_file: tuple[Path, str]) -> None:
     import onnx
 
-    model = onnx.load(onnx_file)
+    model = onnx.load(onnx_file[0])
     onnx.checker.check_model(model)
     (images,) = model.graph.input
     dims = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
@@ -133,36 +123,52 @@ def test_an_onnx_file_names_its_sizes_and_its_normalisation(onnx_file: Path) -> 
     assert model.opset_import[0].version == 20
 
 
-def test_an_onnx_file_of_a_square_image_takes_others(onnx_file: Path) -> None:
-    assert_gives_the_features_of(vit(), onnx_file, ["cls_token", "storage_tokens", "patch_tokens"])
+def test_positions_in_low_precision_become_float32_in_onnx(onnx_file: tuple[Path, str]) -> None:
+    assert "computes positions in bfloat16, which ONNX cannot; the file uses float32" in onnx_file[1]
 
 
-def test_differences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    differences = export.export(options_for(vit(), tmp_path / "x.pt2", size=(48, 80)))
+def test_a_convnext_in_onnx_has_no_storage_tokens(tmp_path: Path) -> None:
+    model = convnext()
+    export.export(options_for(model, tmp_path / "model.onnx"))
+    assert_gives_the_features_of(model, tmp_path / "model.onnx", ["cls_token", "patch_tokens"])
+
+
+@pytest.mark.slow
+def test_a_convnext_in_torch_export_takes_any_size(tmp_path: Path) -> None:
+    model = convnext()
+    export.export(options_for(model, tmp_path / "model.pt2"))
+    assert_gives_the_features_of(model, tmp_path / "model.pt2", ["cls_token", "patch_tokens"])
+
+
+def test_a_vit_in_torch_export_takes_any_size_and_differences_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = vit()
+    differences = export.export(options_for(model, tmp_path / "x.pt2", size=(48, 80)))
     assert [difference.shape for difference in differences] == [(3, 3, 96, 32), (2, 3, 64, 64)]
     assert all(difference.relative < 1e-5 for difference in differences)
     assert "images 3 x 3 x 96 x 32: largest difference cls_token" in capsys.readouterr().out
     extra = {export.INFO_FILE: ""}
     torch.export.load(tmp_path / "x.pt2", extra_files=extra)
     assert json.loads(extra[export.INFO_FILE])["patch_size"] == 16
-
-
-def test_positions_in_low_precision_become_float32_in_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.export(options_for(vit(pos_embed_rope_dtype="bf16"), tmp_path / "x.onnx"))
-    assert "computes positions in bfloat16, which ONNX cannot" in capsys.readouterr().err
+    assert_gives_the_features_of(model, tmp_path / "x.pt2", ["cls_token", "storage_tokens", "patch_tokens"])
 
 
 def test_a_wrong_file_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = export._trace
+    def run_another(file: Path) -> Any:
+        def run(images: Tensor) -> Any:
+            return {name: tensor + 1 for name, tensor in export.Features(vit().eval())(images).items()}
 
-    def trace_another(model: Any, size: tuple[int, int]) -> Any:
-        other = vit()
-        nn.init.normal_(other.cls_token)
-        return trace(export.Features(other.eval()), size)
+        return run
 
-    monkeypatch.setattr(export, "_trace", trace_another)
+    def write_nothing(program: Any, file: Path, *args: Any) -> None:
+        file.write_bytes(b"")
+
+    monkeypatch.setattr(export, "_trace", lambda *args: None)
+    monkeypatch.setattr(export, "_write_onnx", write_nothing)
+    monkeypatch.setattr(export, "_open_onnx", run_another)
     with pytest.raises(WrongExportError, match="differs from dinov3_vits16 .* was not written. Versions: torch 2"):
-        export.export(options_for(vit(), tmp_path / "x.pt2"))
+        export.export(options_for(vit(), tmp_path / "x.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -145,7 +145,7 @@ def test_an_interrupted_extraction_goes_on_and_gives_the_same_bytes(
     capsys.readouterr()
     extract.extract(parted)
     assert written() == 2  # of the four
-    assert "going on: 4 images are done already" in capsys.readouterr().err
+    assert "resuming: 4 images are already done" in capsys.readouterr().err
     assert parted.out.read_bytes() == whole.out.read_bytes()
 
 
@@ -405,5 +405,5 @@ def test_files_of_other_things_are_no_features(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": Tensor([1])}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="holds no features of images"):
+    with pytest.raises(ValueError, match="does not hold features of images"):
         read_features(tmp_path / "x.safetensors")
