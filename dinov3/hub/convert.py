@@ -122,7 +122,7 @@ def convert(
     files: tuple[Path, ...] = (destination,)
     with _Progress(size, progress) as bar:
         if destination.suffix == ".safetensors":
-            _write_safetensors(destination, tensors, metadata, bar)
+            write_safetensors(destination, tensors, metadata, on_written=bar)
         elif to == "release":
             with atomic_write(destination) as file:
                 torch.save(_without_shared_storage(tensors), _Counted(file, bar))  # type: ignore[arg-type]
@@ -262,11 +262,6 @@ def _without_shared_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], bar: _Progress) -> None:
-    with atomic_write(path) as file:
-        write_safetensors(Path(file.name), tensors, metadata, on_written=bar)
-
-
 def _write_directory(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -294,7 +289,8 @@ def _write_directory(
         for name, content in texts.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards, strict=True):
-            _write_safetensors(temporary / name, shard, metadata if name == names[0] else {"format": "pt"}, bar)
+            of_shard = metadata if name == names[0] else {"format": "pt"}
+            write_safetensors(temporary / name, shard, of_shard, on_written=bar)
         publish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,10 @@
 """Large files from the network: complete, or not there at all.
 
 Notable:
-- What has arrived waits in `<name>.<digits that stand for the server's version of the file>.partial`, beside the file
-  to be. A broken connection, or a later call, continues it; where the server cannot, or has another version by now, the
-  download starts again.
-- Of several processes that want the same file one downloads it, and the others wait for it.
+- What has arrived is kept in `<name>.<digits for the server's version of the file>.partial`, beside the final file.
+  After a broken connection it is continued, by the same or a later call; if the server cannot continue, or has another
+  version by now, the download starts again.
+- If several processes want the same file, one downloads it and the others wait.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows, where two processes would both download.
+except ModuleNotFoundError:  # On Windows, two processes both download.
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT = 60.0  # seconds without a byte
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt, as long as none brings a byte
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt, counted again after each that brings a byte
 CHUNK = 2**20  # bytes
 
 GATED = (
@@ -48,14 +48,13 @@ class _BrokenConnection(Exception):
 
 
 def download(url: str, path: Path, *, progress: bool, check: Callable[[Path], None]) -> None:
-    """Fetch a file, unless it appears at `path` meanwhile.
+    """Download a file, unless it appears at `path` meanwhile.
 
     Args:
         url: http or https. Its query, which may be a signature, is kept out of messages.
         path: where the file goes, once it is complete and checked.
         progress: show a bar.
-        check: is called with the complete file under its temporary name. What it raises goes through, and the file is
-            removed.
+        check: called with the complete file under its temporary name. If it raises, the file is removed.
 
     Raises:
         ConnectionError: the server refuses, cannot be reached, or the connection keeps breaking.
@@ -69,16 +68,23 @@ def download(url: str, path: Path, *, progress: bool, check: Callable[[Path], No
             f"could not download {without_query(url)}: {error}. Check the network, or fetch the file elsewhere and "
             "pass weights=PATH"
         ) from error
-    partial = path.with_name(f"{path.name}.{_version(response)}.partial")
+    validator, length = _validator(response), _length(response)
+    # A server that does not say which version it has cannot continue this one.
+    version = hashlib.sha256(f"{validator} {length}".encode()).hexdigest() if validator else uuid4().hex
+    partial = path.with_name(f"{path.name}.{version[:12]}.partial")
     with response, _locked(partial):
         try:
             if path.exists():  # Another process was faster.
                 return
             _fetch(url, response, partial, progress=progress)
-            _check(partial, check)
+            try:
+                check(partial)
+            except Exception:
+                partial.unlink()
+                raise
             partial.replace(path)
         finally:
-            if partial.exists() and (_validator(response) is None or partial.stat().st_size == 0):
+            if partial.exists() and (validator is None or partial.stat().st_size == 0):
                 partial.unlink()  # It could not be continued.
     for other in path.parent.iterdir():
         if re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]+\.partial", other.name):
@@ -86,21 +92,13 @@ def download(url: str, path: Path, *, progress: bool, check: Callable[[Path], No
 
 
 def without_query(url: str) -> str:
-    """A URL that can be shown: its query may be a signature that gives access."""
+    """Return a URL that can be shown: its query may be a signature that gives access."""
     return url.partition("?")[0]
 
 
-def _check(partial: Path, check: Callable[[Path], None]) -> None:
-    try:
-        check(partial)
-    except Exception:
-        partial.unlink()
-        raise
-
-
-def _fetch(url: str, response: Response | None, partial: Path, *, progress: bool) -> None:
-    assert response is not None
-    length, validator = _length(response), _validator(response)
+def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool) -> None:
+    response: Response | None = first_response
+    length, validator = _length(first_response), _validator(first_response)
     with partial.open("ab") as file:
         if length is not None and file.tell() > length:
             _empty(file)
@@ -109,7 +107,7 @@ def _fetch(url: str, response: Response | None, partial: Path, *, progress: bool
             return
         _check_disk(partial, start, length)
         if start > 0:
-            response.close()
+            first_response.close()
             response = None
         failures = 0
         with _bar(Path(partial.stem).stem, start, length, shown=progress) as bar:
@@ -127,7 +125,12 @@ def _fetch(url: str, response: Response | None, partial: Path, *, progress: bool
                     failures = 1 if file.tell() > most else failures + 1
                     most = max(most, file.tell())
                     if failures > len(WAITS):
-                        raise ConnectionError(_describe_failure(url, partial, error, file.tell(), length)) from error
+                        of_all = "" if length is None else f" of {length / 1e6:.1f}"
+                        raise ConnectionError(
+                            f"could not download {without_query(url)}: {error}; {len(WAITS) + 1} attempts in a row "
+                            f"brought nothing more. {file.tell() / 1e6:.1f}{of_all} MB have arrived; if the server "
+                            f"allows it, the next call continues from there ({partial})"
+                        ) from error
                     time.sleep(WAITS[failures - 1])
 
 
@@ -152,7 +155,9 @@ def _request(url: str, headers: dict[str, str] | None = None) -> Response:
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except http.client.InvalidURL:
-        raise ValueError(f"weights={without_query(url)!r}: the URL holds a space, a line break or a bad port") from None
+        raise ValueError(
+            f"weights={without_query(url)!r}: the URL contains a space, a line break or a bad port"
+        ) from None
     except urllib.error.HTTPError as error:
         reason = f"HTTP {error.code} {error.reason}"
         if error.code >= 500 or error.code in (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS):
@@ -189,13 +194,6 @@ def _validator(response: Response) -> str | None:
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
 
-def _version(response: Response) -> str:
-    validator = _validator(response)
-    if validator is None:
-        return uuid4().hex[:12]
-    return hashlib.sha256(f"{validator} {_length(response)}".encode()).hexdigest()[:12]
-
-
 def _empty(file: BinaryIO) -> None:
     file.seek(0)
     file.truncate()
@@ -206,18 +204,9 @@ def _check_disk(path: Path, start: int, length: int | None) -> None:
     if length is not None and length - start > free:
         raise OSError(
             errno.ENOSPC,
-            f"{(length - start) / 1e9:.1f} GB are still to download into {path.parent}, but only {free / 1e9:.1f} GB "
-            "are free there: make room, or let the environment variable TORCH_HOME name a directory on another disk",
+            f"the download still needs {(length - start) / 1e9:.1f} GB in {path.parent}, but only {free / 1e9:.1f} GB "
+            "are free there: make room, or set the environment variable TORCH_HOME to a directory on another disk",
         )
-
-
-def _describe_failure(url: str, partial: Path, error: Exception, done: int, length: int | None) -> str:
-    of_all = "" if length is None else f" of {length / 1e6:.1f}"
-    return (
-        f"could not download {without_query(url)}: {error}; {len(WAITS) + 1} attempts in a row brought nothing more. "
-        f"{done / 1e6:.1f}{of_all} MB have arrived; if the server allows it, the next call goes on from there "
-        f"({partial})"
-    )
 
 
 @contextlib.contextmanager

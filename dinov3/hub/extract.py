@@ -396,8 +396,7 @@ def _compute_tokens(model: Any, images: Tensor, grid: tuple[int, int], wanted: S
 def _save_shard(path: Path, rows: list[dict[str, Tensor]], good: list[int], bad: list[int]) -> None:
     tensors = {token: torch.cat([row[token] for row in rows]) for token in (rows[0] if rows else ())}
     tensors |= {"good": torch.tensor(good, dtype=torch.int64), "bad": torch.tensor(bad, dtype=torch.int64)}
-    with atomic_write(path) as file:
-        write_safetensors(Path(file.name), tensors, {})
+    write_safetensors(path, tensors, {})
 
 
 def _join(

@@ -1,11 +1,11 @@
 """Backbones prepared for inference, where nothing needs a gradient or another dtype later.
 
 Notable:
-- Under autocast a model of float32 weights casts each of them at each call. For few images this takes longer than all
-  norms and rotations together; `optimize` casts once, and the model computes the same without autocast.
+- Under autocast a model with float32 weights casts each of them at every call. For few images this takes longer than
+  all norms and rotations together; `optimize` casts once, and the model computes the same without autocast.
 - On CPUs the weights of linears are packed once into the blocks in which oneDNN multiplies them, and the GELU is
-  applied to each block of a product while it is in the cache. Without oneDNN the GELU overwrites its input: fresh
-  memory is what it spends most of its time on.
+  applied to each block of a product while it is in the cache. Without oneDNN the GELU overwrites its input, because
+  most of its time would go into fresh memory for its output.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Make a ViT or ConvNeXt faster, for inference alone; its features stay the same but for the rounding of products.
+    """Make a ViT or ConvNeXt faster, for inference only; its features stay the same except for rounding.
 
-    Linears, convolutions and activations are replaced: their weights cannot be trained, loaded, saved or moved to
-    another device any more. The calls stay the same.
+    Linears, convolutions and activations are replaced, so the weights can no longer be trained, loaded, saved or moved
+    to another device. The calls stay the same.
 
     Args:
         model: in evaluation mode, on its device; changed in place.
-        dtype: `torch.bfloat16` or `torch.float16`: compute what autocast of that dtype would, which is not needed then.
-            The products are computed in it, from weights that are cast now and take half the memory; all else stays
-            in the dtype of the model. None: compute in the dtype of the model.
+        dtype: `torch.bfloat16` or `torch.float16` to compute what autocast of that dtype would, without autocast:
+            products are computed in it, from weights that are cast now and take half the memory; everything else stays
+            in the dtype of the model. Default: the dtype of the model.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model is in training mode, or the dtype is another one.
+        ValueError: the model is in training mode, or the dtype is none of these.
     """
     if model.training:
         raise ValueError("optimize prepares models for inference, but this one is in training mode: call eval() first")
@@ -65,7 +65,7 @@ class _Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of the weight."""
+        """Map [..., in_features] to [..., out_features], in the dtype of the weight."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -73,12 +73,12 @@ class _PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.dtype = weight.dtype
-        # No buffers: the packed weight cannot be moved or cast.
+        # Not buffers, because a packed weight cannot be moved or cast.
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
         self.activation = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of the weight, the activation applied."""
+        """Map [..., in_features] to [..., out_features] and apply the activation, in the dtype of the weight."""
         return torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self.weight, self.bias, self.activation, [], "none" if self.activation == "gelu" else ""
         )
@@ -95,13 +95,13 @@ class _Conv2d(nn.Module):
         self.options: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H', W'], in the dtype of the weight."""
+        """Map [B, C, H, W] to [B, C', H', W'], in the dtype of the weight."""
         return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.options)
 
 
 class _OverwritingGELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
-        """The input, overwritten."""
+        """Overwrite the input with its GELU."""
         return torch.ops.aten.gelu_(input, approximate=self.approximate)
 
 
@@ -114,7 +114,7 @@ def _make_linear(linear: nn.Linear, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    # These operators are those that PyTorch's own compiler emits; they are not a part of its public interface.
+    # PyTorch's compiler emits these operators, but they are not part of its public interface, so they may be missing.
     operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
@@ -125,7 +125,7 @@ def _can_be_packed(weight: Tensor) -> bool:
 
 
 def _join_gelu(parent: nn.Module) -> None:
-    """Let the linear before a GELU apply it, in an `Mlp` or a block of ConvNeXt."""
+    """Make the linear before a GELU apply it, in an `Mlp` or a block of a ConvNeXt."""
     act = getattr(parent, "act", None)
     before = getattr(parent, "fc1", getattr(parent, "pwconv1", None))
     if type(act) is not nn.GELU or before is None:

@@ -1,7 +1,7 @@
-"""The backbone of a training run of one's own, and of whatever an evaluation is pointed at.
+"""Backbones of training runs, and of whatever weights an evaluation is given.
 
-Notable: neither needs a process group, a GPU or the code that trained; a checkpoint written by many processes is read
-by one.
+Notable: neither needs a process group, a GPU or the code that trained; one process can read a checkpoint that many
+wrote.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dinov3.distributed import runtime
 from dinov3.hub.sources import locate
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models import build_model_from_cfg
+from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
 
@@ -36,13 +37,13 @@ def dinov3_from_run(
     iteration: int | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The backbone of the newest teacher that a training run has saved.
+    """Load the backbone of the newest teacher that a training run has saved.
 
     Args:
         run_dir: the output directory of the run. It must hold `config.yaml`, and at least one of
             `eval/training_<iteration>/teacher_checkpoint.pth`,
             `eval/training_<iteration>/sharded_teacher_checkpoint/`, `ckpt/<iteration>/` or `teacher_checkpoint.pth`.
-        iteration: take the teacher that was saved after this iteration instead of the newest.
+        iteration: load the teacher that was saved after this iteration instead of the newest.
         device: where the model goes.
 
     Returns:
@@ -50,8 +51,8 @@ def dinov3_from_run(
         mapped into memory: keep it in place while the model lives.
 
     Raises:
-        FileNotFoundError: there is no such run, or it has not saved (this) teacher.
-        ValueError: the configuration is not one of a training, or the teacher does not fit it.
+        FileNotFoundError: there is no such run, or it has not saved a teacher (after this iteration).
+        ValueError: the configuration is not that of a training, or the teacher does not fit it.
         ModuleNotFoundError: the package omegaconf, which reads configurations, is missing.
     """
     run_dir = Path(run_dir).expanduser()
@@ -65,12 +66,12 @@ def dinov3_from_run(
 def build_model_for_eval(
     config: Any, pretrained_weights: str | os.PathLike[str] | None, shard_unsharded_model: bool = False
 ) -> nn.Module:
-    """The backbone that a configuration describes, with given weights, on this process's device.
+    """Build the backbone that a configuration describes, with given weights, on this process's device.
 
     Args:
         config: a training configuration with the sections `student` and `crops`.
         pretrained_weights: a file, a directory of a distributed checkpoint, the directory of a training run (its newest
-            teacher), or a URL; None or "": random initialisation.
+            teacher), or a URL; None or "" initialise at random.
         shard_unsharded_model: shard the model over the processes, as a training does; needs the whole configuration.
 
     Returns:
@@ -98,11 +99,11 @@ def build_model_for_eval(
 
 
 def find_teacher(run_dir: Path, iteration: int | None = None) -> Path:
-    """The newest file or checkpoint directory in which a training run has saved its teacher.
+    """Find the newest file or checkpoint directory in which a training run has saved its teacher.
 
     Args:
         run_dir: the output directory of the run.
-        iteration: the one that it was saved after; None: the last one.
+        iteration: the one that it was saved after. Default: the last one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -119,12 +120,12 @@ def find_teacher(run_dir: Path, iteration: int | None = None) -> Path:
     raise FileNotFoundError(
         f"{run_dir} has not saved a teacher yet: looked for eval/training_*/{TEACHER_FILE}, "
         f"eval/training_*/{SHARDED_TEACHER_DIRECTORY}, ckpt/<iteration> and {TEACHER_FILE}; it holds "
-        f"{', '.join(sorted(p.name for p in run_dir.iterdir())) or 'nothing'}"
+        f"{list_names(sorted(path.name for path in run_dir.iterdir()), most=10)}"
     )
 
 
 def _saved_teachers(run_dir: Path) -> list[tuple[int, int, Path]]:
-    # (iteration, preference, path): of the forms of one iteration, the smallest that needs no assembling comes first.
+    # (iteration, preference, path): of the same iteration, the smaller form that needs less assembling is preferred.
     found = []
     for path in (run_dir / CHECKPOINT_DIRECTORY).glob("*/.metadata"):
         if match := re.fullmatch(r"(0|[1-9][0-9]*)(_keep)?", path.parent.name):
@@ -139,14 +140,14 @@ def _saved_teachers(run_dir: Path) -> list[tuple[int, int, Path]]:
 
 
 def read_run_config(run_dir: Path) -> Any:
-    """The configuration of a training run.
+    """Read the configuration of a training run.
 
     Args:
         run_dir: its output directory.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no configuration.
-        ValueError: the configuration is not one of a training.
+        ValueError: the configuration is not that of a training.
         ModuleNotFoundError: the package omegaconf is missing.
     """
     if not run_dir.is_dir():
@@ -155,7 +156,7 @@ def read_run_config(run_dir: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(
             f"{run_dir} is not the output directory of a training run: it has no {CONFIG_FILE}; it holds "
-            f"{', '.join(sorted(p.name for p in run_dir.iterdir())) or 'nothing'}"
+            f"{list_names(sorted(path.name for path in run_dir.iterdir()), most=10)}"
         )
     try:
         from omegaconf import OmegaConf
@@ -175,17 +176,15 @@ def _load(cfg: Any, path: Path) -> nn.Module:
         # Older configurations name a ratio that building the model ignored.
         from omegaconf import OmegaConf
 
-        without_ratio: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-        without_ratio.student.ffn_ratio = None
+        without_ratio = OmegaConf.merge(cfg, {"student": {"ffn_ratio": None}})
         other, _ = build_model_from_cfg(without_ratio, only_teacher=True, fp8=False)
         if _fits(other, state):
             logger.warning(
                 "%s has the FFN of %s, not student.ffn_ratio=%s", path, cfg.student.arch, cfg.student.ffn_ratio
             )
             model = other
-    return load_backbone_(
-        model, state, source=str(path), target=f"student.arch={cfg.student.arch} of the configuration"
-    )
+    target = f"student.arch={cfg.student.arch} of the configuration"
+    return load_backbone_(model, state, source=str(path), target=target)
 
 
 def _fits(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:

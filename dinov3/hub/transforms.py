@@ -24,7 +24,7 @@ from dinov3.utils.messages import did_you_mean
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
 
-#: Of the canopy height model; its standard deviations are those of the satellite images.
+#: The mean for the canopy height model; its standard deviations are those of the satellite images.
 CHMV2_MEAN = (0.420, 0.411, 0.296)
 ORDERS = ("resize_uint8_then_float", "float_then_resize")
 
@@ -37,7 +37,7 @@ class Normalization(NamedTuple):
 
 
 def normalization_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Normalization:
-    """The statistics that images were normalised with when these weights were trained.
+    """Return the statistics that images were normalised with when these weights were trained.
 
     Args:
         weights: `Weights.LVD1689M` (those of ImageNet) or `Weights.SAT493M` (satellite images), or of a depth model
@@ -45,7 +45,7 @@ def normalization_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -
             or a path or URL whose last part names one of them, as those of the published files do.
 
     Raises:
-        ValueError: none or several are named.
+        ValueError: the name contains none or several of them.
     """
     data = _data_of(weights)
     if data is DepthWeights.CHMV2:
@@ -61,12 +61,12 @@ def make_transform(
     weights: Weights | DepthWeights | str | os.PathLike[str] = Weights.LVD1689M,
     order: str = "resize_uint8_then_float",
 ) -> Callable[[Any], Tensor]:
-    """Turn a picture into what a published backbone takes: resized without a crop (bilinear, antialiased), normalised.
+    """Make a function that resizes a picture without a crop (bilinear, antialiased) and normalises it for a backbone.
 
     Args:
-        resize_size: height and width in pixels; one number is both, and the aspect ratio changes. None: as they are,
+        resize_size: height and width in pixels; one number is both, so the aspect ratio changes. None keeps the size,
             for depth models, which pad.
-        weights: decides on the normalisation, see `normalization_of`.
+        weights: decides the normalisation, see `normalization_of`.
         order: `resize_uint8_then_float`, or `float_then_resize`: as Hugging Face's image processor, and as the
             reference features of the published models were made.
 
@@ -75,7 +75,7 @@ def make_transform(
         (uint8 or floats in [0, 1]), to a float32 tensor [..., 3, height, width].
 
     Raises:
-        ValueError: an argument is not as described; so does the function for a picture that is not.
+        ValueError: an argument is not as described; the function raises it for a picture that is not.
         ModuleNotFoundError: the package torchvision is missing.
     """
     if order not in ORDERS:
@@ -108,14 +108,14 @@ def _data_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Weight
     if len(found) != 1:
         raise ValueError(
             f"weights={name!r} does not say what it was trained on: give {' or '.join(map(str, known))} "
-            "(the normalisation of satellite images is another one)"
+            "(satellite images are normalised differently)"
         )
     return found.pop()
 
 
 def _to_rgb(picture: Any) -> Any:
     v2 = _import_v2()
-    if hasattr(picture, "convert"):  # Of PIL; that it may be missing is no reason to import it.
+    if hasattr(picture, "convert"):  # A PIL image; PIL itself may be missing.
         picture = picture.convert("RGB")
     image = v2.functional.to_image(picture)
     if image.shape[-3] != 3:

@@ -266,7 +266,7 @@ def test_server_that_is_not_there(server: Server) -> None:
 def test_urls_that_are_none(server: Server) -> None:
     with pytest.raises(ValueError, match="the URL does not name a file"):
         locate(server.url("a/?Signature=secret"))
-    with pytest.raises(ValueError, match="the URL holds a space") as caught:
+    with pytest.raises(ValueError, match="the URL contains a space") as caught:
         locate(server.url("w.pth?Signature=se cret"))
     assert "cret" not in str(caught.value)
     with pytest.raises(ValueError, match="weights='s3://b/w.pth': cannot read s3:// URLs"):
@@ -278,7 +278,7 @@ def test_disk_that_is_too_small_is_noticed_at_once(
 ) -> None:
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage(free=1000))
-    with pytest.raises(OSError, match=r"only 0.0 GB are free there: make room, or let .* TORCH_HOME"):
+    with pytest.raises(OSError, match=r"only 0.0 GB are free there: make room, or set .* TORCH_HOME"):
         locate(server.url(), progress=False)
     assert names(cache) == []
 
