@@ -1,11 +1,11 @@
 """ConvNeXt (arXiv 2201.03545) with the interface of the ViT, as distilled in DINOv3 (arXiv 2508.10104, section 6).
 
 Notable:
-- A convolutional network has no class token: the mean of the last map, taken before the norm, stands in for it, and the
-  final norm sees [mean, patches] as it would see tokens.
+- A convolutional network has no class token: the mean of the last map, taken before the norm, replaces it, and the
+  final norm is applied to [mean, patches] as if they were tokens.
 - "Blocks" of `get_intermediate_layers` are the four stages, at strides 4, 8, 16, 32; with `patch_size` their maps are
   resized to the grid that a ViT of that patch size would give.
-- `norms[3]` is `norm` itself: state dicts hold it under both names, and the last one loaded counts.
+- `norms[3]` is `norm` itself: state dicts hold it under both names, and the last one that is loaded wins.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.layers.patch_embed import convolve_images
+from dinov3.models.backbone import Backbone
 from dinov3.utils import refuse_unknown_arguments
 
-convnext_sizes: dict[str, dict[str, list[int]]] = {
+convnext_sizes: dict[str, dict[str, Any]] = {
     "tiny": {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768]},
     "small": {"depths": [3, 3, 27, 3], "dims": [96, 192, 384, 768]},
     "base": {"depths": [3, 3, 27, 3], "dims": [128, 256, 512, 1024]},
@@ -37,8 +38,8 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tens
 
     Args:
         x: [B, ...].
-        drop_prob: chance of each sample, in [0, 1).
-        training: nothing happens otherwise.
+        drop_prob: probability for each sample, in [0, 1).
+        training: if False, return x.
 
     Returns:
         A tensor of the shape of x.
@@ -54,7 +55,7 @@ class DropPath(nn.Module):
     """`drop_path` as a module.
 
     Args:
-        drop_prob: chance of each sample to lose the branch, in [0, 1).
+        drop_prob: probability of each sample to lose the branch, in [0, 1).
 
     Raises:
         ValueError: `drop_prob` is out of range.
@@ -67,7 +68,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] to [B, ...]."""
+        """Map [B, ...] to [B, ...]."""
         return drop_path(x, self.drop_prob, self.training)
 
 
@@ -100,7 +101,7 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A tensor of the shape of x."""
+        """Return a tensor of the shape of x."""
         if self.data_format == "channels_last":
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         x = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -108,12 +109,12 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))).
+    """A residual block: x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))).
 
     Args:
         dim: C, channels.
-        drop_path: chance of each sample to lose the branch in training, in [0, 1).
-        layer_scale_init_value: what `gamma` starts from; 0: no `gamma`.
+        drop_path: probability of each sample to lose the branch in training, in [0, 1).
+        layer_scale_init_value: initial value of `gamma`; with 0 there is no `gamma`.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6) -> None:
@@ -128,7 +129,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
+        """Map [B, C, H, W] to [B, C, H, W]."""
         branch = self.dwconv(x).permute(0, 2, 3, 1)  # [B, H, W, C]
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(branch))))
         if self.gamma is not None:
@@ -136,7 +137,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Backbone):
     """ConvNeXt whose outputs are named and shaped like those of `DinoVisionTransformer`.
 
     D = dims[3] channels; h = H // 32 rows and w = W // 32 columns of the last map, N = h * w patches.
@@ -145,9 +146,11 @@ class ConvNeXt(nn.Module):
         in_chans: channels of the image.
         depths: blocks of each of the four stages.
         dims: channels of each of the four stages.
-        drop_path_rate: chance of the last block to lose its branch in training, growing linearly from 0 at the first.
-        layer_scale_init_value: what the layer scales start from; 0: no layer scales.
-        patch_size: resize the maps of `get_intermediate_layers` to (H // patch_size, W // patch_size); None: do not.
+        drop_path_rate: probability of the last block to lose its branch in training; it grows linearly from 0 at the
+            first.
+        layer_scale_init_value: initial value of the layer scales; with 0 there are none.
+        patch_size: resize the maps of `get_intermediate_layers` to (H // patch_size, W // patch_size). Default: keep
+            their sizes.
         **unknown: refused.
 
     Raises:
@@ -193,7 +196,7 @@ class ConvNeXt(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal (0.02) convolutions and linears, zero biases, neutral norms, layer scales as constructed."""
+        """Initialise convolutions and linears (truncated normal, 0.02), biases (zero), norms and layer scales."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -207,7 +210,7 @@ class ConvNeXt(nn.Module):
     def forward_features(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """The normed features of the last stage; `patch_size` plays no role here.
+        """Compute the normed features of the last stage; `patch_size` plays no role here.
 
         Args:
             x: images [B, C, H, W], floating point, sides of at least 32 pixels; or a list of such, of any sizes.
@@ -221,21 +224,15 @@ class ConvNeXt(nn.Module):
             ValueError: the images are not as described, or there are not as many masks as inputs.
         """
         if isinstance(x, Tensor):
-            return self._features_of(x, masks)
-        mask_list = [None] * len(x) if masks is None else masks
-        if len(mask_list) != len(x):
-            raise ValueError(
-                f"masks needs one entry (or None) for each input: got {len(mask_list)} for {len(x)} inputs"
-            )
-        return [self._features_of(images, mask) for images, mask in zip(x, mask_list, strict=True)]
+            return self._compute_features(x, masks)
+        assert not isinstance(masks, Tensor), "a list of tensors takes a list of masks"
+        return self.forward_features_list(x, masks)
 
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
     ) -> list[dict[str, Any]]:
-        """`forward_features` of a list."""
-        features = self.forward_features(x_list, masks_list)
-        assert isinstance(features, list)
-        return features
+        """Compute `forward_features` of a list."""
+        return [self._compute_features(images, mask) for images, mask in self._pair_masks(x_list, masks_list)]
 
     def get_intermediate_layers(
         self,
@@ -247,7 +244,7 @@ class ConvNeXt(nn.Module):
         *,
         return_extra_tokens: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-        """The maps of chosen stages, in the order of the stages.
+        """Compute the maps of chosen stages, in the order of the stages.
 
         A stage's map has stride 4, 8, 16 or 32, or with `patch_size` (H // patch_size, W // patch_size) positions.
 
@@ -265,8 +262,8 @@ class ConvNeXt(nn.Module):
         Raises:
             ValueError: the images or the stages are not as described.
         """
-        wanted = _stage_indices(n)
-        self._check_images(x, last_stage=wanted[-1])
+        wanted = self._layer_indices(n)
+        self._check_images(x, self._smallest_side(wanted[-1]))
         outputs: list[Tensor | tuple[Tensor, ...]] = []
         feature_map = _in_fastest_layout(x)
         for stage in range(wanted[-1] + 1):
@@ -284,20 +281,8 @@ class ConvNeXt(nn.Module):
             outputs.append((patches, *extra) if extra else patches)
         return tuple(outputs)
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """The features of `forward_features` if `is_training`, else the class token [B, D] (a list for a list).
-
-        The mode of the module (`train`, `eval`) is another matter.
-        """
-        features = self.forward_features(*args, **kwargs)
-        if is_training:
-            return features
-        if isinstance(features, list):
-            return [self.head(entry["x_norm_clstoken"]) for entry in features]
-        return self.head(features["x_norm_clstoken"])
-
-    def _features_of(self, x: Tensor, mask: Any) -> dict[str, Any]:
-        self._check_images(x, last_stage=N_STAGES - 1)
+    def _compute_features(self, x: Tensor, mask: Any) -> dict[str, Any]:
+        self._check_images(x, self._smallest_side(N_STAGES - 1))
         feature_map = _in_fastest_layout(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             feature_map = stage(downsample(feature_map))
@@ -320,27 +305,20 @@ class ConvNeXt(nn.Module):
         wide = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
         return F.interpolate(wide, size=size, mode="bilinear", antialias=True).to(feature_map.dtype)
 
-    def _check_images(self, x: Tensor, last_stage: int) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point images [batch, {self.in_chans}, height, width], "
-                f"got {x.dtype} of shape {list(x.shape)}"
-            )
-        smallest = max(STEM_STRIDE * 2**last_stage, self.patch_size or 0)
-        if min(x.shape[-2:]) < smallest:
-            raise ValueError(f"images need sides of at least {smallest} pixels, got {list(x.shape)}")
+    def _smallest_side(self, last_stage: int) -> int:
+        return max(STEM_STRIDE * 2**last_stage, self.patch_size or 0)
 
 
 def _in_fastest_layout(images: Tensor) -> Tensor:
-    # Norms and linears need the channels last in memory, and the convolutions of CPUs are no slower so (those of some
-    # GPUs are): what follows keeps the layout of the images, and copies nothing. Compilers choose layouts themselves.
+    # Norms and linears need the channels last in memory, and convolutions are as fast that way on CPUs (though not on
+    # some GPUs). What follows keeps the layout of the images and copies nothing. Compilers choose layouts themselves.
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return images
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def get_convnext_arch(arch_name: str) -> Callable[..., ConvNeXt]:
-    """The constructor of an architecture, its depths and dims filled in.
+    """Return the constructor of an architecture, with its depths and dims filled in.
 
     Args:
         arch_name: `convnext_tiny`, `convnext_small`, `convnext_base` or `convnext_large`.
@@ -352,12 +330,12 @@ def get_convnext_arch(arch_name: str) -> Callable[..., ConvNeXt]:
     if size not in convnext_sizes:
         known = ", ".join(f"convnext_{known_size}" for known_size in convnext_sizes)
         raise NotImplementedError(f"there is no ConvNeXt {arch_name!r}, only {known}")
-    return functools.partial(ConvNeXt, depths=convnext_sizes[size]["depths"], dims=convnext_sizes[size]["dims"])
+    return functools.partial(ConvNeXt, **convnext_sizes[size])
 
 
 class _Stem(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, dims[0], H // 4, W // 4]."""
+        """Map [B, C, H, W] to [B, dims[0], H // 4, W // 4]."""
         convolution, norm = self
         return norm(convolve_images(convolution, images))
 
@@ -372,10 +350,3 @@ def _downsample_layers(in_chans: int, dims: Sequence[int]) -> list[nn.Module]:
         for a, b in zip(dims[:-1], dims[1:], strict=True)
     ]
     return [stem, *between]
-
-
-def _stage_indices(n: int | Sequence[int]) -> list[int]:
-    indices = list(range(N_STAGES - n, N_STAGES)) if isinstance(n, int) else sorted(n)
-    if not indices or indices[0] < 0 or indices[-1] >= N_STAGES or len(set(indices)) != len(indices):
-        raise ValueError(f"n must be a number of stages from 1 to 4, or different indices from 0 to 3, got {n!r}")
-    return indices

@@ -2,10 +2,10 @@
 
 Notable:
 - The sequence is [class token, storage tokens (registers, arXiv 2309.16588), patches]. Positions enter only through
-  the rotation of queries and keys in each block, so that any image size will do.
+  the rotation of queries and keys in each block, so images may have any size.
 - Several crops of different sizes go through each block together, each with its own grid and positions.
 - In training with RoPE augmentation every block and crop draws its own; otherwise the rotation is computed once.
-- `local_cls_norm` is used for the second entry of a list (the local crops) in training, and never else.
+- `local_cls_norm` is only used for the second entry of a list (the local crops), and only in training.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dinov3.layers import (
     SwiGLUFFN,
 )
 from dinov3.layers.attention import Rope, rope_with_prefix
+from dinov3.models.backbone import Backbone
 from dinov3.utils import did_you_mean, named_apply, refuse_unknown_arguments
 
 Grid = tuple[int, int]
@@ -54,7 +55,7 @@ def init_weights_vit(module: nn.Module, name: str = "") -> None:
     """Initialise one module by its kind; made for `named_apply`.
 
     Linears get truncated normal weights (0.02) and zero biases, the keys' part of a masked bias is switched off, and
-    norms, layer scales and patch embeddings reset themselves. Other kinds are left alone.
+    norms, layer scales and patch embeddings reset themselves. Other kinds are not touched.
 
     Args:
         module: initialised in place; its children are not.
@@ -73,7 +74,7 @@ def init_weights_vit(module: nn.Module, name: str = "") -> None:
         module.reset_parameters()
 
 
-class DinoVisionTransformer(nn.Module):
+class DinoVisionTransformer(Backbone):
     """A ViT with rotary positions, storage tokens and the outputs of the DINO family.
 
     B images, h x w patches, N = h * w, R storage tokens, T = 1 + R + N tokens of D channels.
@@ -147,52 +148,27 @@ class DinoVisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unknown_arguments(type(self), unknown)
-        make_norm = _choose("norm_layer", norm_layer, norm_layer_dict)
-
         self.num_features = self.embed_dim = embed_dim
-        self.n_blocks = depth
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.in_chans = in_chans
+        self.n_blocks, self.num_heads = depth, num_heads
+        self.patch_size, self.in_chans = patch_size, in_chans
         self.n_storage_tokens = n_storage_tokens
         self.chunked_blocks = False
         self.untie_cls_and_patch_norms = untie_cls_and_patch_norms
         self.untie_global_and_local_cls_norm = untie_global_and_local_cls_norm
-
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, flatten_embedding=False, device=device)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device))
         if n_storage_tokens > 0:
             self.storage_tokens = nn.Parameter(torch.empty(1, n_storage_tokens, embed_dim, device=device))
-        self.rope_embed = RopePositionEmbedding(
-            embed_dim,
-            num_heads=num_heads,
-            base=pos_embed_rope_base,
-            min_period=pos_embed_rope_min_period,
-            max_period=pos_embed_rope_max_period,
-            normalize_coords=pos_embed_rope_normalize_coords,
-            shift_coords=pos_embed_rope_shift_coords,
-            jitter_coords=pos_embed_rope_jitter_coords,
-            rescale_coords=pos_embed_rope_rescale_coords,
-            dtype=_choose("pos_embed_rope_dtype", pos_embed_rope_dtype, dtype_dict),
-            device=device,
-        )
-        self.blocks = nn.ModuleList(
-            SelfAttentionBlock(
-                embed_dim,
-                num_heads,
-                ffn_ratio=ffn_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                drop_path=drop_path_rate,
-                init_values=layerscale_init,
-                norm_layer=make_norm,
-                ffn_layer=_choose("ffn_layer", ffn_layer, ffn_layer_dict),
-                mask_k_bias=mask_k_bias,
-                device=device,
-            )
-            for _ in range(depth)
-        )
+        # The embedding has the same arguments without the prefix.
+        rope = {k.removeprefix("pos_embed_rope_"): v for k, v in locals().items() if k.startswith("pos_embed_rope_")}
+        rope["dtype"] = _choose("pos_embed_rope_dtype", pos_embed_rope_dtype, dtype_dict)
+        self.rope_embed = RopePositionEmbedding(embed_dim, num_heads=num_heads, device=device, **rope)
+        make_norm = _choose("norm_layer", norm_layer, norm_layer_dict)
+        layers = {"norm_layer": make_norm, "ffn_layer": _choose("ffn_layer", ffn_layer, ffn_layer_dict)}
+        residual = {"init_values": layerscale_init, "drop_path": drop_path_rate}
+        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias, "mask_k_bias": mask_k_bias}
+        block_options: dict[str, Any] = {"ffn_ratio": ffn_ratio, **layers, **residual, **biases, "device": device}
+        self.blocks = nn.ModuleList(SelfAttentionBlock(embed_dim, num_heads, **block_options) for _ in range(depth))
         self.norm = make_norm(embed_dim, device=device)
         self.cls_norm = make_norm(embed_dim, device=device) if untie_cls_and_patch_norms else None
         self.local_cls_norm = make_norm(embed_dim, device=device) if untie_global_and_local_cls_norm else None
@@ -209,26 +185,14 @@ class DinoVisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         named_apply(init_weights_vit, self)
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """The features of `forward_features` if `is_training`, else the class token [B, D] (a list for a list).
-
-        The mode of the module (`train`, `eval`) is another matter.
-        """
-        features = self.forward_features(*args, **kwargs)
-        if is_training:
-            return features
-        if isinstance(features, list):
-            return [self.head(entry["x_norm_clstoken"]) for entry in features]
-        return self.head(features["x_norm_clstoken"])
-
     def forward_features(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None
     ) -> Features | list[Features]:
-        """The normed tokens after the last block.
+        """Compute the normed tokens after the last block.
 
         Args:
-            x: images [B, C, H, W], floating point; rows and columns that do not fill a patch are not seen. Or a list
-                of such, of any sizes.
+            x: images [B, C, H, W], floating point; rows and columns that do not fill a patch are ignored. Or a list of
+                such, of any sizes.
             masks: [B, N], bool; True replaces the patch by the mask token. For a list, a list of the same length.
 
         Returns:
@@ -247,17 +211,26 @@ class DinoVisionTransformer(nn.Module):
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
     ) -> list[Features]:
-        """`forward_features` of a list."""
-        masks_list = [None] * len(x_list) if masks_list is None else masks_list
-        if len(masks_list) != len(x_list):
-            raise ValueError(f"masks needs one entry (or None) for each input: {len(masks_list)} for {len(x_list)}")
-        prepared = [self.prepare_tokens_with_masks(x, mask) for x, mask in zip(x_list, masks_list, strict=True)]
+        """Compute `forward_features` of a list, whose entries go through each block together."""
+        pairs = self._pair_masks(x_list, masks_list)
+        prepared = [self.prepare_tokens_with_masks(x, mask) for x, mask in pairs]
         tokens = [entry[0] for entry in prepared]
         for block, ropes in zip(self.blocks, self._ropes([grid for _, grid in prepared]), strict=False):
             tokens = block(tokens, ropes)
-        return [
-            self._features_of(x, mask, index) for index, (x, mask) in enumerate(zip(tokens, masks_list, strict=True))
-        ]
+        outputs: list[Features] = []
+        for index, (x, (_, mask)) in enumerate(zip(tokens, pairs, strict=True)):
+            is_local = index == 1 and self.training and self.local_cls_norm is not None
+            prefix, patches = self._norm(x, self.local_cls_norm if is_local else self.cls_norm)
+            outputs.append(
+                {
+                    "x_norm_clstoken": prefix[:, 0],
+                    "x_storage_tokens": prefix[:, 1:],
+                    "x_norm_patchtokens": patches,
+                    "x_prenorm": x,
+                    "masks": mask,
+                }
+            )
+        return outputs
 
     def get_intermediate_layers(
         self,
@@ -269,7 +242,7 @@ class DinoVisionTransformer(nn.Module):
         return_extra_tokens: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-        """The tokens after chosen blocks, in the order of the blocks.
+        """Compute the tokens after chosen blocks, in the order of the blocks.
 
         Args:
             x: images [B, C, H, W], floating point.
@@ -277,7 +250,7 @@ class DinoVisionTransformer(nn.Module):
             reshape: return maps [B, D, h, w] instead of sequences [B, N, D].
             return_class_token: also return the class token [B, D].
             return_extra_tokens: also return the storage tokens [B, R, D].
-            norm: apply the final norm (its own for class and storage tokens, if it is untied).
+            norm: apply the final norm (class and storage tokens have their own if it is untied).
 
         Returns:
             For each block the patches, or a tuple (patches, class token if asked for, storage tokens if asked for).
@@ -285,7 +258,7 @@ class DinoVisionTransformer(nn.Module):
         Raises:
             ValueError: the images or the blocks are not as described.
         """
-        wanted = self._block_indices(n)
+        wanted = self._layer_indices(n)
         tokens, (h, w) = self.prepare_tokens_with_masks(x)
         outputs: list[Tensor | tuple[Tensor, ...]] = []
         for index, ropes in zip(range(wanted[-1] + 1), self._ropes([(h, w)]), strict=False):
@@ -304,7 +277,7 @@ class DinoVisionTransformer(nn.Module):
         return tuple(outputs)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Grid]:
-        """Images to the tokens that enter the first block.
+        """Turn images into the tokens that enter the first block.
 
         Args:
             x: [B, C, H, W], floating point.
@@ -316,13 +289,13 @@ class DinoVisionTransformer(nn.Module):
         Raises:
             ValueError: images or masks are not as described.
         """
-        self._check_images(x)
+        self._check_images(x, self.patch_size)
         patches = self.patch_embed(x)  # [B, h, w, D]
         b, h, w, _ = patches.shape
         patches = patches.flatten(1, 2)  # [B, N, D]
         cls_token: Tensor = self.cls_token
         if masks is None:
-            # Adds nothing, whatever the mask token holds, but gives it a gradient (of zeros), which sharding needs.
+            # Adds nothing, even if the mask token is NaN, but gives it a gradient (of zeros), which sharding needs.
             cls_token = cls_token + self.mask_token[:, :0].sum()
         else:
             _check_masks(masks, (b, h * w))
@@ -333,8 +306,8 @@ class DinoVisionTransformer(nn.Module):
         return torch.cat([*prefix, patches], dim=1), (h, w)  # [B, T, D]
 
     def _ropes(self, grids: list[Grid]) -> Iterator[list[Rope]]:
-        """For each block the rotations of all entries, without end."""
-        if self.rope_embed.is_random:
+        """Yield the rotations of all entries for one block after the other, without end."""
+        if self.rope_embed.is_random:  # Every block draws its own.
             coordinates = [self.rope_embed.coordinates(h, w) for h, w in grids]
             while True:
                 yield [self.rope_embed.rotations(c) for c in coordinates]
@@ -347,19 +320,8 @@ class DinoVisionTransformer(nn.Module):
         while True:
             yield ropes
 
-    def _features_of(self, x: Tensor, mask: Tensor | None, index: int) -> Features:
-        is_local = index == 1 and self.training and self.local_cls_norm is not None
-        prefix, patches = self._norm(x, self.local_cls_norm if is_local else self.cls_norm)
-        return {
-            "x_norm_clstoken": prefix[:, 0],
-            "x_storage_tokens": prefix[:, 1:],
-            "x_norm_patchtokens": patches,
-            "x_prenorm": x,
-            "masks": mask,
-        }
-
     def _norm(self, x: Tensor, prefix_norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """Normed (class and storage tokens, patches)."""
+        """Return the normed (class and storage tokens, patches)."""
         if prefix_norm is None:
             return self._split(self.norm(x))
         prefix, patches = self._split(x)
@@ -368,24 +330,6 @@ class DinoVisionTransformer(nn.Module):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         n_prefix = 1 + self.n_storage_tokens
         return x[:, :n_prefix], x[:, n_prefix:]
-
-    def _block_indices(self, n: int | Sequence[int]) -> list[int]:
-        indices = list(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else sorted(n)
-        if not indices or indices[0] < 0 or indices[-1] >= self.n_blocks or len(set(indices)) != len(indices):
-            raise ValueError(
-                f"n must be a number of blocks from 1 to {self.n_blocks}, "
-                f"or different indices from 0 to {self.n_blocks - 1}, got {n!r}"
-            )
-        return indices
-
-    def _check_images(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point images [batch, {self.in_chans}, height, width], "
-                f"got {x.dtype} of shape {list(x.shape)}"
-            )
-        if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(f"images need sides of at least a patch, {self.patch_size} pixels, got {list(x.shape)}")
 
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:

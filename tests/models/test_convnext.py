@@ -98,7 +98,7 @@ def test_list_of_sizes_equals_one_by_one_and_masks_pass_through() -> None:
         assert torch.equal(features["x_norm_clstoken"], model(x)) and features["masks"] is None
     assert model(xs, [mask, None], is_training=True)[0]["masks"] is mask
     assert [len(tokens) for tokens in model(xs)] == [2, 2]
-    with pytest.raises(ValueError, match="got 1 for 2 inputs"):
+    with pytest.raises(ValueError, match="got 1 for 2"):
         model.forward_features_list(xs, [mask])
 
 
@@ -171,7 +171,7 @@ def test_drop_path_zeroes_whole_samples_and_scales_the_others() -> None:
     assert drop_path(x, 0.25, training=False) is x
 
 
-def test_drop_path_acts_in_training_mode_alone() -> None:
+def test_drop_path_only_acts_in_training_mode() -> None:
     model, x = tiny(drop_path_rate=0.5), image(batch=8)
     assert torch.equal(model(x), model(x))
     model.train()

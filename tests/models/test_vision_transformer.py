@@ -98,7 +98,7 @@ def test_blocks_that_do_not_exist(n: Any) -> None:
         (torch.zeros(3, 8, 8), None, r"expected floating-point images \[batch, 3, .* of shape \[3, 8, 8\]"),
         (torch.zeros(1, 1, 8, 8), None, r"expected floating-point images \[batch, 3"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, "got torch.uint8"),
-        (torch.zeros(1, 3, 3, 8), None, "sides of at least a patch, 4 pixels"),
+        (torch.zeros(1, 3, 3, 8), None, "sides of at least 4 pixels"),
         (torch.zeros(1, 3, 8, 8), torch.zeros(1, 4), "expected bool masks of shape .*got torch.float32"),
         (torch.zeros(1, 3, 8, 8), torch.zeros(1, 5, dtype=torch.bool), r"expected bool masks of shape \[1, 4\]"),
         ([torch.zeros(1, 3, 8, 8)], [None, None], "2 for 1"),
