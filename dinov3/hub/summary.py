@@ -26,7 +26,7 @@ from dinov3.hub.command_line import (
     parse_size,
     positive,
 )
-from dinov3.models.summary import count_flops, estimate_memory, module_table
+from dinov3.models.summary import estimate_memory, flops_by_module, module_table
 from dinov3.utils import count_parameters
 from dinov3.utils.command_line import run_command_line
 
@@ -77,20 +77,21 @@ def describe(options: SummaryOptions) -> Iterator[str]:
     model, size = options.model.build(), options.size
     tokens = check_image_size(model, size)
     memory = estimate_memory(model, size, batch_size=options.batch_size, dtype=options.dtype)
+    flops = flops_by_module(model, size)
     dtype = str(options.dtype).removeprefix("torch.")
     batch = "a batch of 1 image" if options.batch_size == 1 else f"a batch of {options.batch_size} images"
     inference, backward = describe_bytes(memory.forward), describe_bytes(memory.backward)
     yield f"{options.model}: {type(model).__name__}, {count_parameters(model):,} parameters"
     yield f"image        {size[0]} x {size[1]} pixels"
     yield f"tokens       {describe_tokens(tokens)}"
-    yield f"arithmetic   {count_flops(model, size) / 1e9:.2f} GFLOP per image"
+    yield f"arithmetic   {flops[''] / 1e9:.2f} GFLOP per image"
     yield f"weights      {describe_bytes(memory.weights)} in {dtype}"
     yield (
         f"activations  about {inference} for inference, {backward} kept for a backward pass "
         f"(estimates, {dtype}, {batch})"
     )
     yield ""
-    yield module_table(model, size, max_depth=options.depth)
+    yield module_table(model, flops, max_depth=options.depth)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -1,19 +1,17 @@
 """What a model costs: parameters and arithmetic of each of its modules, tokens, and memory.
 
 Notable:
-- Nothing is computed and no memory is needed, whatever the size of the model. fvcore counts the parameters; the
-  operations are counted by PyTorch's own counter on the meta device, where fvcore cannot trace, and which knows fused
-  attention, which fvcore does not.
+- Nothing is computed and no memory is needed, whatever the size of the model: PyTorch counts the operations of a
+  forward pass on the meta device.
 - The memory of activations is an estimate: the tensors of a forward pass in PyTorch's eager mode, followed from their
-  making to their end. What kernels and the allocator take besides is not in it.
+  creation to their end. It does not include what kernels and the allocator take besides.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -70,12 +68,13 @@ class Memory:
 
 
 def patch_stride(model: nn.Module) -> int:
-    """Pixels between the patch tokens of `forward_features`: the patch of a ViT, the last stride of a ConvNeXt."""
-    return STEM_STRIDE * 2 ** (N_STAGES - 1) if isinstance(model, ConvNeXt) else int(model.patch_size)  # type: ignore[arg-type]
+    """Return the pixels between the tokens of `forward_features`: the patch of a ViT, the last stride of a ConvNeXt."""
+    backbone: Any = model
+    return STEM_STRIDE * 2 ** (N_STAGES - 1) if isinstance(model, ConvNeXt) else int(backbone.patch_size)
 
 
 def count_tokens(model: nn.Module, image_size: Size = 224) -> Tokens:
-    """The tokens of one image.
+    """Count the tokens of one image.
 
     Args:
         model: a backbone.
@@ -96,7 +95,7 @@ def count_tokens(model: nn.Module, image_size: Size = 224) -> Tokens:
 
 
 def count_flops(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> int:
-    """Floating-point operations of one forward pass of one image; a multiply-add counts as two.
+    """Count the floating-point operations of one forward pass of one image; a multiply-add counts as two.
 
     Args:
         model: takes images [1, in_chans, H, W]; may be on the meta device.
@@ -110,8 +109,8 @@ def count_flops(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> 
 
 
 def flops_by_module(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> dict[str, int]:
-    """`count_flops` of each module that takes part, by its dotted name; the model itself is ""."""
-    on_meta = _copy_of(model, "meta")
+    """Count the operations of each module that is called, by its dotted name; those of the model itself are `[""]`."""
+    on_meta = _copy_structure(model, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         on_meta(torch.empty(1, in_chans, *_pair(image_size), device="meta"))
     root = type(model).__name__
@@ -131,7 +130,7 @@ def estimate_memory(
     batch_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Memory:
-    """The memory of a model, without using any.
+    """Estimate the memory of a model, without using any.
 
     Args:
         model: takes images [B, in_chans, H, W]; may be on the meta device.
@@ -146,14 +145,19 @@ def estimate_memory(
     from torch._subclasses.fake_tensor import FakeTensorMode  # Takes a second to import, and has no public name.
 
     with FakeTensorMode():
-        fake = _copy_of(model, "cpu", dtype)
+        fake = _copy_structure(model, "cpu", dtype)
         images = torch.empty(batch_size, in_chans, *_pair(image_size), dtype=dtype)
-        weights = {_storage(tensor): _n_bytes(tensor) for tensor in chain(fake.parameters(), fake.buffers())}
+        weights = {_storage_id(tensor): _n_bytes(tensor) for tensor in chain(fake.parameters(), fake.buffers())}
         with torch.no_grad(), _LiveTensors(ignored=set(weights)) as tracker:
             fake(images)
         saved: dict[int, int] = {}
-        # What is packed has no other owner than the graph of `result`, which keeps it alive.
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_note, saved), _unchanged):
+
+        def note(tensor: Tensor) -> Tensor:
+            saved[_storage_id(tensor)] = _n_bytes(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            # Kept, because its graph keeps the saved tensors alive, and a freed storage's id would be used again.
             result = fake(images)
         del result
     return Memory(
@@ -163,29 +167,28 @@ def estimate_memory(
     )
 
 
-def module_table(model: nn.Module, image_size: Size = 224, in_chans: int = 3, *, max_depth: int = 2) -> str:
-    """A table of the modules with their parameters and operations for one image.
+def module_table(model: nn.Module, flops: Mapping[str, int], *, max_depth: int = 2) -> str:
+    """Format a table of the modules with their parameters and operations for one image.
 
-    Equal neighbours, such as the blocks of a transformer, share a row, which gives the cost of each.
+    Equal neighbours, such as the blocks of a transformer, share a row, which shows the cost of each.
 
     Args:
-        model: takes images [1, in_chans, H, W]; may be on the meta device.
-        image_size: side, or (H, W), in pixels.
-        in_chans: channels of the image.
-        max_depth: levels of sub-modules; 0: the model alone.
+        model: may be on the meta device.
+        flops: as returned by `flops_by_module`.
+        max_depth: levels of sub-modules; 0 is only the model.
 
     Returns:
         Text of several lines.
     """
-    return _table(model, flops_by_module(model, image_size, in_chans), max_depth)
-
-
-def _table(model: nn.Module, flops: Mapping[str, int], max_depth: int) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about how fvcore uses it
-        from fvcore.nn import parameter_count
-
-    costs = _Costs(parameter_count(model), flops)
+    parameters: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():  # Each once, even if two modules share it.
+        parts = name.split(".")
+        parameters.update({".".join(parts[:depth]): parameter.numel() for depth in range(len(parts))})
+    costs: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # A list of modules is never called itself.
+        called = [name] if name in flops else [f"{name}.{child}" for child, _ in module.named_children()]
+        costs[name] = parameters[name], sum(flops.get(child, 0) for child in called)
     rows = [("module", "", "parameters", "GFLOP"), *_rows("", type(model).__name__, model, costs, max_depth)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
@@ -196,7 +199,7 @@ def _table(model: nn.Module, flops: Mapping[str, int], max_depth: int) -> str:
 
 
 def summarize(model: nn.Module, image_size: Size = 224, in_chans: int = 3, max_depth: int = 1) -> str:
-    """A line with the totals, and a table of parameters and operations by sub-module.
+    """Format a line with the totals, and a table of parameters and operations by sub-module.
 
     Args:
         model: takes images [1, in_chans, H, W]; may be on the meta device.
@@ -212,51 +215,28 @@ def summarize(model: nn.Module, image_size: Size = 224, in_chans: int = 3, max_d
     return (
         f"{type(model).__name__}: {count_parameters(model) / 1e6:.1f} M parameters, "
         f"{flops[''] / 1e9:.2f} GFLOP for one image of {height} x {width} pixels\n"
-        f"{_table(model, flops, max_depth)}"
+        f"{module_table(model, flops, max_depth=max_depth)}"
     )
 
 
-@dataclass(frozen=True)
-class _Costs:
-    parameters: Mapping[str, int]
-    flops: Mapping[str, int]
-
-    def of(self, name: str, module: nn.Module) -> tuple[int, int]:
-        if name in self.flops:
-            return self.parameters.get(name, 0), self.flops[name]
-        # A list of modules is never called itself.
-        children = [f"{name}.{child}" for child, _ in module.named_children()]
-        return self.parameters.get(name, 0), sum(self.flops.get(child, 0) for child in children)
-
-
-def _rows(name: str, label: str, module: nn.Module, costs: _Costs, depth: int) -> Iterator[tuple[str, str, str, str]]:
-    parameters, flops = costs.of(name, module)
+def _rows(
+    name: str, label: str, module: nn.Module, costs: Mapping[str, tuple[int, int]], depth: int
+) -> Iterator[tuple[str, str, str, str]]:
+    parameters, flops = costs[name]
     yield label, type(module).__name__, f"{parameters:,}", f"{flops / 1e9:.3f}"
     if depth == 0:
         return
-    children = [
-        (child, f"{name}.{child}" if name else child, below)
-        for child, below in module.named_children()
-        if any(costs.of(f"{name}.{child}" if name else child, below))
-    ]
+    children = [(child, f"{name}.{child}".lstrip("."), below) for child, below in module.named_children()]
+    children = [entry for entry in children if any(costs[entry[1]])]
     indent = " " * (len(label) - len(label.lstrip())) + "  "
-    for _, group in groupby(children, lambda entry: (type(entry[2]), entry[0].isdigit(), costs.of(entry[1], entry[2]))):
+    for _, group in groupby(children, lambda entry: (type(entry[2]), entry[0].isdigit(), costs[entry[1]])):
         equal = list(group)
         first, full_name, below = equal[0]
-        if len(equal) == 1 or not first.isdigit():
-            for child, child_name, child_module in equal:
-                yield from _rows(child_name, indent + child, child_module, costs, depth - 1)
-        else:
+        if len(equal) > 1 and first.isdigit():
             yield from _rows(full_name, f"{indent}{first} to {equal[-1][0]}, each", below, costs, depth - 1)
-
-
-def _note(saved: dict[int, int], tensor: Tensor) -> Tensor:
-    saved[_storage(tensor)] = _n_bytes(tensor)
-    return tensor
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+        else:
+            for child, full_name, below in equal:
+                yield from _rows(full_name, indent + child, below, costs, depth - 1)
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -270,12 +250,12 @@ class _LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for output in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(output, Tensor) and _storage(output) not in self._known:
+            if isinstance(output, Tensor) and _storage_id(output) not in self._known:
                 self._add(output)
         return result
 
     def _add(self, tensor: Tensor) -> None:
-        key, n_bytes = _storage(tensor), _n_bytes(tensor)
+        key, n_bytes = _storage_id(tensor), _n_bytes(tensor)
         self._known.add(key)
         self._alive += n_bytes
         self.peak = max(self.peak, self._alive)
@@ -286,18 +266,18 @@ class _LiveTensors(TorchDispatchMode):
         self._alive -= n_bytes
 
 
-def _copy_of(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
-    # The copy shares the structure; its tensors are there already, without memory.
+def _copy_structure(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+    # deepcopy takes new, empty tensors from the memo instead of copying gigabytes.
     memo: dict[int, Any] = {
         id(buffer): torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in model.buffers()
     }
     for parameter in model.parameters():
-        like = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
-        memo[id(parameter)] = nn.Parameter(like, requires_grad=parameter.requires_grad)
+        empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, memo).eval()
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 

@@ -53,7 +53,7 @@ def test_operations_by_module_add_up() -> None:
 
 def test_equal_blocks_share_a_row() -> None:
     model = DinoVisionTransformer(patch_size=4, embed_dim=32, depth=3, num_heads=2, device="meta")
-    lines = module_table(model, 8, max_depth=3).splitlines()
+    lines = module_table(model, flops_by_module(model, 8), max_depth=3).splitlines()
     (blocks,) = [line for line in lines if line.strip().startswith("0 to 2, each")]
     assert f"{12 * 32 * 32 + (9 + 4) * 32:,}" in blocks
     assert [line.split()[0] for line in lines if "Linear" in line or "Mlp" in line] == ["mlp"]
@@ -62,7 +62,7 @@ def test_equal_blocks_share_a_row() -> None:
 def test_different_stages_have_rows_of_their_own() -> None:
     with torch.device("meta"):
         model = ConvNeXt(depths=[1, 1, 2, 1], dims=[4, 8, 16, 32])
-    table = module_table(model, 64, max_depth=3)
+    table = module_table(model, flops_by_module(model, 64), max_depth=3)
     assert table.count("each") == 1 and "0 to 1, each" in table
     assert f"{sum(p.numel() for p in model.parameters()):,}" in table.splitlines()[2]
 
