@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from dinov3.layers.fp8_linear import fp8_problem
 from dinov3.models import vision_transformer
 from dinov3.models.convnext import ConvNeXt, get_convnext_arch
 
-#: Arguments of a ViT that bear another name in the configuration, or that only some configurations have.
-_RENAMED = {"layerscale_init": "layerscale"}
-_OPTIONAL = ("ffn_ratio", "depth")
+#: Keys of the configuration that are arguments of a ViT.
 _VIT_OPTIONS = (
     "patch_size",
     "in_chans",
@@ -28,7 +27,6 @@ _VIT_OPTIONS = (
     "pos_embed_rope_rescale_coords",
     "pos_embed_rope_dtype",
     "qkv_bias",
-    "layerscale_init",
     "norm_layer",
     "ffn_layer",
     "ffn_bias",
@@ -48,52 +46,56 @@ def build_model(
     *,
     fp8: bool = True,
 ) -> tuple[Any, ...]:
-    """Student and teacher backbones, not initialised.
+    """Build student and teacher backbones, without initialising them.
 
-    The teacher is the student without stochastic depth. `ffn_ratio` and `depth` of null mean the architecture's own;
-    options that `args` does not have are those of the model's constructor.
+    The teacher is the student without stochastic depth. If `ffn_ratio` or `depth` is null, the architecture decides;
+    options that are missing in `args` have the defaults of the model's constructor.
 
     Args:
         args: the `student` section.
-        only_teacher: build no student.
+        only_teacher: do not build a student.
         img_size: side of the global crops, informative.
         device: of the parameters.
-        fp8: let the backbones compute in 8 bits if `args` says so. Weights are the same without, and run anywhere.
+        fp8: compute in 8 bits if `args` says so. The weights are the same without it, and run anywhere.
 
     Returns:
         (student, teacher, D), or (teacher, D) with `only_teacher`.
 
     Raises:
         NotImplementedError: `arch` is neither a ViT nor a ConvNeXt that we know.
-        ValueError: 8-bit products are asked for (`fp8_enabled`), but not possible; see `init_fp8`.
+        ValueError: 8-bit products are requested (`fp8_enabled`), but not possible; see `init_fp8`.
     """
     if fp8:
         _check_fp8_device(args, device)
+    architectures = [name for name in vars(vision_transformer) if name.startswith("vit_")]
     if "convnext" in args.arch:
         teacher = _convnext(args, device)
         student = None if only_teacher else _convnext(args, device)
-        in_8_bits = [student]
-    elif hasattr(vision_transformer, args.arch) and args.arch.startswith("vit_"):
-        options = _vit_options(args) | {"img_size": img_size, "device": device}
-        factory = getattr(vision_transformer, args.arch)
-        teacher = factory(**options)
-        student = None if only_teacher else factory(**options, drop_path_rate=args.get("drop_path_rate", 0.0))
-        in_8_bits = [teacher, student]
+    elif args.arch in architectures:
+        options = {name: args[name] for name in _VIT_OPTIONS if name in args}
+        options |= {name: args[name] for name in ("ffn_ratio", "depth") if args.get(name) is not None}
+        if "layerscale" in args:
+            options["layerscale_init"] = args.layerscale
+        make = functools.partial(getattr(vision_transformer, args.arch), **options, img_size=img_size, device=device)
+        teacher = make()
+        student = None if only_teacher else make(drop_path_rate=args.get("drop_path_rate", 0.0))
+        if fp8:
+            init_fp8(teacher, args)
     else:
-        known = ", ".join(name for name in vars(vision_transformer) if name.startswith("vit_"))
-        raise NotImplementedError(f"there is no architecture {args.arch!r}, only {known} and convnext_<size>")
-    for model in in_8_bits:
-        if fp8 and model is not None:
-            init_fp8(model, args)
+        raise NotImplementedError(
+            f"there is no architecture {args.arch!r}, only {', '.join(architectures)} and convnext_<size>"
+        )
+    if fp8 and student is not None:
+        init_fp8(student, args)
     return (teacher, teacher.embed_dim) if only_teacher else (student, teacher, teacher.embed_dim)
 
 
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False, *, fp8: bool = True) -> tuple[Any, ...]:
-    """`build_model` on the meta device for a whole training configuration.
+    """Call `build_model` on the meta device for a whole training configuration.
 
     Args:
         cfg: with the sections `student` and `crops`.
-        only_teacher: build no student.
+        only_teacher: do not build a student.
         fp8: as in `build_model`.
 
     Returns:
@@ -105,10 +107,10 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False, *, fp8: bool = Tr
 
 
 def init_fp8(model: nn.Module, args: Any) -> nn.Module:
-    """Let linear layers compute in 8 bits, in place, if the configuration says so.
+    """Make linear layers compute in 8 bits, in place, if the configuration says so.
 
     Args:
-        model: a backbone; on the meta device it is for the device of this process.
+        model: a backbone; one on the meta device is meant for the device of this process.
         args: the `student` section: `fp8_enabled`, and `fp8_filter`, see `convert_linears_to_fp8`.
 
     Returns:
@@ -136,11 +138,6 @@ def _check_fp8_device(args: Any, device: torch.device | str | None) -> None:
         raise ValueError(
             f"student.fp8_enabled=true: {problem}; set student.fp8_enabled=false (for a teacher, in its configuration)"
         )
-
-
-def _vit_options(args: Any) -> dict[str, Any]:
-    options = {name: args[_RENAMED.get(name, name)] for name in _VIT_OPTIONS if _RENAMED.get(name, name) in args}
-    return options | {name: args[name] for name in _OPTIONAL if args.get(name) is not None}
 
 
 def _convnext(args: Any, device: torch.device | str | None) -> ConvNeXt:

@@ -1,4 +1,4 @@
-"""A frozen backbone seen through the tokens of some of its blocks."""
+"""A frozen backbone that returns the tokens of some of its blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class ModelWithIntermediateLayers(nn.Module):
-    """Normed tokens of some blocks of a frozen backbone.
+    """Return the normed tokens of some blocks of a frozen backbone.
 
     Args:
         feature_model: a backbone; put into evaluation mode.
         n: the last n blocks, or the indices of blocks.
         autocast_ctx: makes the context that the backbone runs in.
-        reshape: give patch tokens as maps [B, D, H, W].
-        return_class_token: give pairs of patch tokens and class token.
+        reshape: return patch tokens as maps [B, D, H, W].
+        return_class_token: return pairs of patch tokens and class token.
     """
 
     feature_model: Any
@@ -39,7 +39,7 @@ class ModelWithIntermediateLayers(nn.Module):
         self.return_class_token = return_class_token
 
     def forward(self, images: Tensor) -> tuple[Any, ...]:
-        """For each block, shallow to deep, (patch tokens [B, P, D], class token [B, D]), or patch tokens alone.
+        """Return for each block, shallow to deep, (patch tokens [B, P, D], class token [B, D]), or only patch tokens.
 
         The outputs are inference tensors: clone them before autograd sees them.
         """
