@@ -1,7 +1,7 @@
 """Which blocks of a backbone a dense head reads, and how wide they are.
 
-Notable: of 24 blocks the even intervals begin at block 4, not 5. Published heads were trained with that slip; who wants
-even ones lists them.
+Notable: of 24 blocks the even intervals start at block 4, not 5. Published heads were trained with that slip; list the
+blocks to have even intervals.
 """
 
 from __future__ import annotations
@@ -19,59 +19,45 @@ class BackboneLayersSet(Enum):
     FOUR_EVEN_INTERVALS = "FOUR_EVEN_INTERVALS"
 
 
-#: What is accepted: a set, its name, or the indices of blocks.
+#: A set, its name, or the indices of blocks.
 BackboneLayers = BackboneLayersSet | str | Sequence[int]
 
 PUBLISHED_EXCEPTIONS = {24: [4, 11, 17, 23]}
 
 
 def backbone_out_indices(backbone: Any, layers: BackboneLayers) -> list[int]:
-    """The indices, from 0 and as given, of the blocks that are read.
+    """Return the indices, from 0 and in the given order, of the blocks that are read.
 
     Args:
-        backbone: with `n_blocks`; 1 if it has none.
+        backbone: without `n_blocks` it counts as one block.
         layers: a set, its name, or indices.
 
     Raises:
-        ValueError: an unknown name, fewer than four blocks for four, an index twice, or one that the backbone lacks.
+        ValueError: an unknown name, fewer than four blocks for four, a repeated index, or one that the backbone lacks.
     """
     n_blocks = int(getattr(backbone, "n_blocks", 1))
+    if isinstance(layers, str) and layers not in BackboneLayersSet.__members__:
+        names = ", ".join(BackboneLayersSet.__members__)
+        raise ValueError(f"backbone_out_layers={layers!r}: expected {names} or a list of blocks")
     if isinstance(layers, str | BackboneLayersSet):
-        indices = _indices_of_set(_as_set(layers), n_blocks)
+        name = layers if isinstance(layers, str) else layers.name
+        quarter = n_blocks // 4
+        indices = {
+            "LAST": [n_blocks - 1],
+            "FOUR_LAST": list(range(n_blocks - 4, n_blocks)),
+            "FOUR_EVEN_INTERVALS": PUBLISHED_EXCEPTIONS.get(n_blocks, [quarter * i - 1 for i in (1, 2, 3, 4)]),
+        }[name]
     else:
-        indices = [int(index) for index in layers]
+        name, indices = str(layers), [int(index) for index in layers]
     if not indices or min(indices) < 0 or max(indices) >= n_blocks or len(set(indices)) < len(indices):
         raise ValueError(
-            f"backbone_out_layers={_name(layers)} of a backbone of {n_blocks} blocks: expected different indices from "
-            f"0 to {n_blocks - 1}, got {indices}"
+            f"backbone_out_layers={name} of a backbone with {n_blocks} blocks: expected different indices from 0 to "
+            f"{n_blocks - 1}, got {indices}"
         )
     return indices
 
 
 def backbone_widths(backbone: Any, indices: Sequence[int]) -> list[int]:
-    """Channels of the maps after these blocks: `embed_dims` of the backbone, or `embed_dim` for all."""
+    """Return the channels of the maps after these blocks: the backbone's `embed_dims`, or `embed_dim` for all."""
     widths = getattr(backbone, "embed_dims", None)
     return [int(backbone.embed_dim if widths is None else widths[index]) for index in indices]
-
-
-def _as_set(layers: str | BackboneLayersSet) -> BackboneLayersSet:
-    if isinstance(layers, BackboneLayersSet):
-        return layers
-    if layers not in BackboneLayersSet.__members__:
-        raise ValueError(
-            f"backbone_out_layers={layers!r}: expected {', '.join(BackboneLayersSet.__members__)} or a list of blocks"
-        )
-    return BackboneLayersSet[layers]
-
-
-def _indices_of_set(layers: BackboneLayersSet, n_blocks: int) -> list[int]:
-    if layers is BackboneLayersSet.LAST:
-        return [n_blocks - 1]
-    if layers is BackboneLayersSet.FOUR_LAST:
-        return list(range(n_blocks - 4, n_blocks))
-    quarter = n_blocks // 4
-    return PUBLISHED_EXCEPTIONS.get(n_blocks, [quarter * i - 1 for i in (1, 2, 3, 4)])
-
-
-def _name(layers: BackboneLayers) -> str:
-    return layers.name if isinstance(layers, BackboneLayersSet) else str(layers)

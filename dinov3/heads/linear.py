@@ -2,8 +2,8 @@
 
 Notable:
 - Several levels are resized to the size of the first and concatenated.
-- The two published heads differ in what a level is (with its class token, or the bare map), in the names of their
-  entries and in dropout; `_LevelConcatenation` is what they share.
+- The two published heads differ in what a level is (a map with its class token, or only the map), in the names of
+  their entries and in dropout; `_LevelConcatenation` is what they share.
 """
 
 from __future__ import annotations
@@ -34,44 +34,40 @@ class _LevelConcatenation(nn.Module):
         self.batchnorm_layer = nn.BatchNorm2d(self.channels) if use_batchnorm else nn.Identity()
 
     def concatenate(self, maps: Sequence[Level]) -> Tensor:
-        """The map of each level, or (map, class token), to one map [B, C, h, w] of the first level's size."""
+        """Concatenate levels, each a map or (map, class token), to one map [B, C, h, w] of the first level's size."""
         if len(maps) != self.n_levels:
-            raise ValueError(f"a linear head of {self.n_levels} levels was given {len(maps)}")
-        levels = [self._with_class_token(*_parts(level)) for level in maps]
+            raise ValueError(f"a linear head with {self.n_levels} levels was given {len(maps)}")
+        levels = [self._with_class_token(level) for level in maps]
         size = levels[0].shape[-2:]
         levels = [resize_bilinear(level, size, align_corners=self.align_corners) for level in levels]
-        # Also of one level a copy: the features may be inference tensors, which autograd must not keep.
+        # Even one level is copied: the features may be inference tensors, which autograd must not keep.
         return torch.cat(levels, dim=1)
 
-    def _with_class_token(self, patches: Tensor, class_token: Tensor | None) -> Tensor:
+    def _with_class_token(self, level: Level) -> Tensor:
+        patches = level if isinstance(level, Tensor) else level[0]
         if patches.ndim == 2:
             patches = patches[:, :, None, None]  # [B, C, 1, 1]
         if not self.use_cls_token:
             return patches
+        class_token = None if isinstance(level, Tensor) or len(level) < 2 else level[1]
         if class_token is None:
             raise ValueError("a linear head with use_cls_token=True was given a level without its class token")
         return torch.cat([patches, class_token[:, :, None, None].expand_as(patches)], dim=1)  # [B, 2C, h, w]
 
 
-def _parts(level: Level) -> tuple[Tensor, Tensor | None]:
-    if isinstance(level, Tensor):
-        return level, None
-    return level[0], level[1] if len(level) > 1 else None
-
-
 def _init_(convolution: nn.Conv2d) -> None:
-    if not convolution.weight.is_meta:  # where torch would import its compiler to do nothing
+    if not convolution.weight.is_meta:  # On the meta device torch would import its compiler to do nothing.
         nn.init.normal_(convolution.weight, std=INIT_STD)
     nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
 
 class LinearDepthHead(_LevelConcatenation):
-    """Logits of depth bins at patch resolution.
+    """Predict the logits of depth bins at patch resolution.
 
     Args:
         in_channels: C of each level.
         n_output_channels: K.
-        input_transform: how levels become one map; there is `"resize"`.
+        input_transform: how levels become one map: only `"resize"` is known.
         align_corners: of that resize.
         use_batchnorm: normalise the concatenated channels first.
         use_cls_token: append each level's class token to its channels.
@@ -87,7 +83,7 @@ class LinearDepthHead(_LevelConcatenation):
         use_cls_token: bool = True,
     ) -> None:
         if input_transform != "resize":
-            raise ValueError(f"input_transform={input_transform!r}: the linear depth head knows only 'resize'")
+            raise ValueError(f"input_transform={input_transform!r}: the linear depth head only knows 'resize'")
         super().__init__(
             in_channels, use_batchnorm=use_batchnorm, use_cls_token=use_cls_token, align_corners=align_corners
         )
@@ -95,7 +91,7 @@ class LinearDepthHead(_LevelConcatenation):
         _init_(self.conv_depth)
 
     def forward(self, inputs: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(patch map [B, C, h, w] or [B, C], class token [B, C]) of each level to [B, K, h, w] of the first one's size.
+        """Map levels (patch map [B, C, h, w] or [B, C], class token [B, C]) to [B, K, h, w] of the first level's size.
 
         Raises:
             ValueError: another number of levels, or a class token is missing.
@@ -103,12 +99,12 @@ class LinearDepthHead(_LevelConcatenation):
         return self.conv_depth(self.batchnorm_layer(self.concatenate(inputs)))
 
     def predict(self, x: Sequence[Sequence[Tensor]], rescale_to: Sequence[int] = (512, 512)) -> Tensor:
-        """`forward`, resized to `rescale_to` (height, width)."""
+        """Resize what `forward` returns to `rescale_to` (height, width)."""
         return resize_bilinear(self(x), rescale_to)
 
 
 class LinearSegmentationHead(_LevelConcatenation):
-    """Logits of classes at patch resolution.
+    """Predict the logits of classes at patch resolution.
 
     Args:
         in_channels: C of each level.
@@ -132,7 +128,7 @@ class LinearSegmentationHead(_LevelConcatenation):
         _init_(self.conv)
 
     def forward(self, inputs: Sequence[Level]) -> Tensor:
-        """The map [B, C, h, w] of each level, or with `use_cls_token` (map, class token [B, C]), to [B, K, h, w].
+        """Map the map [B, C, h, w] of each level, or with `use_cls_token` (map, class token [B, C]), to [B, K, h, w].
 
         Raises:
             ValueError: another number of levels, or a class token is missing.
@@ -140,5 +136,5 @@ class LinearSegmentationHead(_LevelConcatenation):
         return self.conv(self.batchnorm_layer(self.dropout(self.concatenate(inputs))))
 
     def predict(self, inputs: Sequence[Level], rescale_to: Sequence[int] = (512, 512)) -> Tensor:
-        """As `forward` without dropout, resized to `rescale_to` (height, width)."""
+        """Compute `forward` without dropout, resized to `rescale_to` (height, width)."""
         return resize_bilinear(self.conv(self.batchnorm_layer(self.concatenate(inputs))), rescale_to)

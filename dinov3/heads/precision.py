@@ -10,10 +10,10 @@ from torch.amp.autocast_mode import is_autocast_available
 
 
 def autocast_to(device_type: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """A region of autocast in `dtype`; float32 means that autocast is off, also inside another region.
+    """Return a region of autocast in `dtype`; float32 turns autocast off, even inside another region.
 
     Args:
-        device_type: where the computation runs; devices without autocast (`meta`) are left alone.
+        device_type: where the computation runs; nothing happens on devices without autocast (`meta`).
         dtype: float32, bfloat16 or float16.
     """
     if not is_autocast_available(device_type):

@@ -1,11 +1,12 @@
 """Semantic segmentation models: a frozen backbone and a head, wired into one module (arXiv 2508.10104, section 6.1).
 
 Notable:
-- `forward` gives logits at patch resolution, for training; `predict` gives them at any size.
-- Only the head learns: the backbone's parameters are frozen, and it stays in evaluation mode whatever `train()` is
-  called on.
-- A patch embedding drops the last rows and columns of sides that are no multiples of the patch, and `predict` then
-  stretches what is left over the whole size, as published. `pad_to_patch_multiple` sees and places every pixel.
+- `forward` returns logits at patch resolution, for training; `predict` returns them at any size.
+- Only the head learns: the backbone's parameters are frozen, and it stays in evaluation mode even if `train()` is
+  called.
+- A patch embedding drops the last rows and columns of sides that are not multiples of the patch, and `predict` then
+  stretches the rest over the whole size, as published. With `pad_to_patch_multiple` every pixel is seen, and lies where
+  it should.
 """
 
 from __future__ import annotations
@@ -24,37 +25,36 @@ from dinov3.layers.patch_multiple import CenterPadding, cut_margins
 from dinov3.layers.resizing import resize_bilinear
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.models.summary import patch_stride
-from dinov3.utils.messages import did_you_mean
 
 __all__ = ["BackboneLayersSet", "FeatureDecoder", "FrozenBackbone", "build_segmentation_decoder"]
 
 
 class FrozenBackbone(ModelWithIntermediateLayers):
-    """Maps of some blocks of a backbone that is not trained.
+    """Return the maps of some blocks of a backbone that is not trained.
 
     Args:
         feature_model: a ViT or ConvNeXt; put into evaluation mode, its parameters frozen.
         n: the indices of blocks.
         norm: apply the backbone's final norm to every level (a ConvNeXt has one for its last stage only).
-        return_class_token: give pairs of map and class token.
+        return_class_token: return pairs of map and class token.
     """
 
     def __init__(
         self, feature_model: nn.Module, n: Sequence[int], *, norm: bool = True, return_class_token: bool = False
     ) -> None:
         feature_model.requires_grad_(False)
-        # The autocast of the whole model holds here too.
+        # The autocast of the whole model applies here, too.
         super().__init__(feature_model, list(n), nullcontext, reshape=True, return_class_token=return_class_token)
         self.norm = norm
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing is trained here: the backbone stays in evaluation mode."""
+        """Keep the backbone in evaluation mode, because nothing is trained here."""
         super().train(mode)
         self.feature_model.eval()
         return self
 
     def forward(self, images: Tensor) -> tuple[Any, ...]:
-        """Images [B, 3, H, W] to the map [B, C, h, w] of each level, shallow to deep, or (map, class token [B, C]).
+        """Map images [B, 3, H, W] to a map [B, C, h, w] of each level, shallow to deep, or (map, class token [B, C]).
 
         The outputs are inference tensors: copy them before autograd sees them.
         """
@@ -68,9 +68,9 @@ class FeatureDecoder(nn.Module):
     """A backbone and a head, called one after the other.
 
     Args:
-        segmentation_model: [backbone, head]; the backbone gives what the head takes, and the head has
+        segmentation_model: [backbone, head]; the head takes what the backbone returns, and has
             `predict(features, rescale_to=(height, width))`.
-        autocast_ctx: makes the context that both run in; None: autocast of `autocast_dtype` on the images' device.
+        autocast_ctx: makes the context that both run in. Default: autocast of `autocast_dtype` on the images' device.
         autocast_dtype: float32 means no autocast.
         patch_multiple: `predict` pads images with zeros to multiples of this many pixels, and cuts the margins off its
             result; 1 pads nothing.
@@ -93,21 +93,21 @@ class FeatureDecoder(nn.Module):
         self.padding = CenterPadding(patch_multiple)
 
     def forward(self, x: Tensor) -> Any:
-        """Images [B, 3, H, W], normalised, to what the head gives: a linear one, logits [B, K, h, w] of the patches."""
+        """Map normalised images [B, 3, H, W] to what the head returns: a linear one, logits [B, K, h, w] of patches."""
         with self._autocast(x.device):
             features = self.segmentation_model[0](x)
             return self.segmentation_model[1](features)
 
     @torch.inference_mode()
     def predict(self, x: Tensor, rescale_to: Sequence[int] = (512, 512)) -> Any:
-        """What the head predicts, as inference tensors.
+        """Predict what the head predicts, as inference tensors.
 
         Args:
             x: images [B, 3, H, W], normalised.
             rescale_to: (height, width) of the result, in pixels.
 
         Returns:
-            Of a linear head, logits [B, K, *rescale_to].
+            With a linear head, logits [B, K, *rescale_to].
         """
         margins = self.padding.margins(*x.shape[-2:])
         with self._autocast(x.device):
@@ -138,36 +138,34 @@ def build_segmentation_decoder(
     use_backbone_norm: bool = True,
     pad_to_patch_multiple: bool = False,
 ) -> FeatureDecoder:
-    """A backbone with a new head that segments images.
+    """Build a segmentation model of a backbone and a new head.
 
     Args:
         backbone_model: a ViT or ConvNeXt; put into evaluation mode, its parameters frozen.
         backbone_out_layers: which blocks the head reads: a `BackboneLayersSet`, its name, or indices.
-        decoder_type: `"linear"`. `"m2f"`, the published Mask2Former head, is not there yet.
-        hidden_dim: width of a `"m2f"` head; a linear one has none.
+        decoder_type: `"linear"`. `"m2f"`, the published Mask2Former head, is not implemented yet.
+        hidden_dim: width of a `"m2f"` head; not used by a linear one.
         num_classes: K.
         dropout: share of the channels that training drops.
         autocast_dtype: what the model runs in; float32 means no autocast.
         use_batchnorm: the head normalises its channels first.
         use_cls_token: the head also sees each level's class token.
         use_backbone_norm: apply the backbone's final norm to every level.
-        pad_to_patch_multiple: let `predict` see the last rows and columns of images whose sides are no multiples of the
-            patch (of 32 pixels, for a ConvNeXt).
+        pad_to_patch_multiple: let `predict` see the last rows and columns of images whose sides are not multiples of
+            the patch (of 32 pixels, for a ConvNeXt).
 
     Returns:
         A model on the backbone's device. Its entries are `segmentation_model.0.feature_model.*` and
-        `segmentation_model.1.*`; the latter alone are trainable.
+        `segmentation_model.1.*`; only the latter are trainable.
 
     Raises:
         NotImplementedError: `decoder_type` is `"m2f"`.
         ValueError: another decoder, or there are no such blocks.
     """
     if decoder_type == "m2f":
-        raise NotImplementedError("decoder_type='m2f': there is no Mask2Former head yet, only 'linear'")
+        raise NotImplementedError("decoder_type='m2f': the Mask2Former head is not implemented yet, only 'linear'")
     if decoder_type != "linear":
-        raise ValueError(
-            f"decoder_type={decoder_type!r}{did_you_mean(str(decoder_type), ['linear'])}: expected 'linear'"
-        )
+        raise ValueError(f"decoder_type={decoder_type!r}: expected 'linear'")
     # Levels come in the order of the blocks, however they are listed.
     indices = sorted(backbone_out_indices(backbone_model, backbone_out_layers))
     head = LinearSegmentationHead(

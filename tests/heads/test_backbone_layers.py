@@ -41,7 +41,7 @@ def test_widths_are_those_of_the_blocks_or_of_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([3, 12], r"backbone_out_layers=\[3, 12\] of a backbone of 12 blocks: .* from 0 to 11, got \[3, 12\]"),
+        ([3, 12], r"backbone_out_layers=\[3, 12\] of a backbone with 12 blocks: .* from 0 to 11, got \[3, 12\]"),
         ([-1], "got"),
         ([3, 3], "different indices"),
         ([], "got"),
@@ -55,5 +55,5 @@ def test_blocks_that_there_are_not(layers: Any, message: str) -> None:
 
 @pytest.mark.parametrize("layers", ["FOUR_LAST", "FOUR_EVEN_INTERVALS"])
 def test_four_of_fewer_blocks(layers: str) -> None:
-    with pytest.raises(ValueError, match=f"backbone_out_layers={layers} of a backbone of 3 blocks"):
+    with pytest.raises(ValueError, match=f"backbone_out_layers={layers} of a backbone with 3 blocks"):
         backbone_out_indices(blocks(3), BackboneLayersSet[layers])

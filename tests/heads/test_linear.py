@@ -86,7 +86,7 @@ def test_features_of_inference_mode_can_be_trained_on() -> None:
 
 @pytest.mark.parametrize("head", [LinearDepthHead([2, 2], 3), LinearSegmentationHead([2, 2], 3, use_cls_token=True)])
 def test_another_number_of_levels(head: Any) -> None:
-    with pytest.raises(ValueError, match="a linear head of 2 levels was given 1"):
+    with pytest.raises(ValueError, match="a linear head with 2 levels was given 1"):
         head(levels(2))
 
 

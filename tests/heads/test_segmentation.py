@@ -217,8 +217,8 @@ def test_padding_puts_every_pixel_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("error", "decoder", "message"),
     [
-        (NotImplementedError, "m2f", "decoder_type='m2f': there is no Mask2Former head yet, only 'linear'"),
-        (ValueError, "lineer", "decoder_type='lineer' .did you mean 'linear'"),
+        (NotImplementedError, "m2f", "decoder_type='m2f': the Mask2Former head is not implemented yet"),
+        (ValueError, "lineer", "decoder_type='lineer': expected 'linear'"),
     ],
 )
 def test_other_decoders_are_refused(error: type[Exception], decoder: str, message: str) -> None:

@@ -1,19 +1,19 @@
 """Depth from one image: a frozen backbone, a head, and bins in metres (arXiv 2508.10104, section 6.3).
 
 Notable:
-- `forward` gives the depth of the padded image at the head's resolution, as published; `predict` that of the image,
-  pixel by pixel, without the padding.
-- The precision is the model's own: float32 is float32 on every device, also under a caller's autocast; ask for
-  `autocast_dtype=torch.bfloat16` to have it. Bins become metres in float32 always.
-- Without gradients, logits of a DPT head become depths in bands of rows: those of 256 bins would take 1 GiB for an
-  image of 1024 x 1024.
+- `forward` returns the depth of the padded image at the head's resolution, as published; `predict` returns that of
+  each pixel of the image, without the padding.
+- The precision is the model's own: float32 is float32 on every device, even under a caller's autocast; choose
+  `autocast_dtype=torch.bfloat16` for less. Bins always become metres in float32.
+- Without gradients, the logits of a DPT head become depths in bands of rows: for 256 bins and an image of 1024 x 1024,
+  all logits at once would take 1 GiB.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class DecoderConfig:
 
 
 class Depther(nn.Module):
-    """Normalised images to depth in metres.
+    """Predict the depth of normalised images, in metres.
 
     Args:
         encoder: images to (map, class token) of each level, e.g. a `DinoVisionTransformerWrapper`.
@@ -73,8 +73,8 @@ class Depther(nn.Module):
         max_depth: centre of the last bin, in metres.
         bins_strategy: see `FeaturesToDepth`.
         norm_strategy: see `FeaturesToDepth`.
-        autocast_dtype: what encoder and decoder compute in: float32 (no autocast, whatever surrounds the call),
-            bfloat16 or float16, on the device that the images are on.
+        autocast_dtype: what encoder and decoder compute in, on the device of the images: float32 (no autocast, even
+            inside a caller's region), bfloat16 or float16.
 
     Raises:
         ValueError: an unknown strategy, a range that it cannot divide, or another dtype.
@@ -102,14 +102,14 @@ class Depther(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Depth at the resolution of the head, of the padded image.
+        """Predict the depth of the padded image at the resolution of the head.
 
         Args:
             x: images [B, 3, H, W], normalised, floating point.
 
         Returns:
-            [B, 1, H', W'], float32, in metres; for h x w patches of the padded image 32 ceil(h / 2) x 32 ceil(w / 2) of
-            a DPT head and h x w of a linear one.
+            [B, 1, H', W'], float32, in metres; for h x w patches of the padded image a DPT head returns
+            32 ceil(h / 2) x 32 ceil(w / 2) pixels, and a linear one h x w.
         """
         with autocast_to(x.device.type, self.autocast_dtype):
             levels = self.encoder(x)
@@ -118,14 +118,14 @@ class Depther(nn.Module):
             return self.features_to_depth(self.decoder(levels))
 
     def predict(self, x: Tensor, rescale_to: Sequence[int] | None = None) -> Tensor:
-        """Depth of the images themselves, pixel by pixel.
+        """Predict the depth of the images themselves, pixel by pixel.
 
-        The outputs of a head stretch over all that the backbone saw. They are brought to that size, what was padded is
-        cut off, and the rest is resized (bilinear).
+        The outputs of a head stretch over everything that the backbone saw. They are resized to that size, the padding
+        is cut off, and the rest is resized to the result (bilinear).
 
         Args:
             x: images [B, 3, H, W], normalised, floating point.
-            rescale_to: (height, width) of the result; by default those of the images.
+            rescale_to: (height, width) of the result. Default: those of the images.
 
         Returns:
             [B, 1, *rescale_to], float32, in metres.
@@ -148,13 +148,13 @@ def make_head(
     head_type: str = "linear",
     **kwargs: Any,
 ) -> DPTHead | LinearDepthHead:
-    """A depth head, initialised at random.
+    """Build a depth head, initialised at random.
 
     Args:
-        embed_dims: channels of each level; one number is one level.
+        embed_dims: channels of each level; a number is for one level.
         n_output_channels: number of bins.
         use_batchnorm: normalise the levels' channels.
-        use_cls_token: let the head see the class tokens; a DPT head has the readout `project` then, else `ignore`.
+        use_cls_token: let the head see the class tokens; a DPT head has the readout `project` then, otherwise `ignore`.
         head_type: `linear`, or `dpt` on four levels.
         **kwargs: of a DPT head: more arguments of `DPTHead`.
 
@@ -202,7 +202,7 @@ def build_depther(
     head_device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> Depther:
-    """A depther around a backbone, which is frozen; the head is initialised at random.
+    """Build a depther around a backbone, which is frozen; the head is initialised at random.
 
     Args:
         backbone: a ViT or ConvNeXt.
@@ -218,7 +218,7 @@ def build_depther(
         max_depth: centre of the last bin, in metres.
         bins_strategy: see `FeaturesToDepth`.
         norm_strategy: see `FeaturesToDepth`.
-        head_device: where the head is made; by default, where the backbone is.
+        head_device: where the head is built. Default: where the backbone is.
         **kwargs: more arguments of the head.
 
     Returns:
@@ -260,15 +260,15 @@ def make_depther_from_config(
     *,
     head_device: torch.device | str | None = None,
 ) -> Depther:
-    """The depther that a configuration describes, around a backbone, which is frozen.
+    """Build the depther that a configuration describes, around a backbone, which is frozen.
 
     Args:
         backbone: a ViT or ConvNeXt.
         config: the head and what it sees.
         checkpoint_path: a file of the head's weights: a published head, what a training saved, or the state dict of a
-            whole depther. It is mapped: keep it in place while the model lives. None: initialise the head at random.
+            whole depther. It is mapped, so keep it in place while the model lives. Default: initialise at random.
         autocast_dtype: see `Depther`.
-        head_device: where a head without a checkpoint is made; by default, where the backbone is.
+        head_device: where a head without a checkpoint is built. Default: where the backbone is.
 
     Returns:
         The model in evaluation mode.
@@ -280,29 +280,19 @@ def make_depther_from_config(
         TypeError: an argument that this head does not have.
         ValueError: blocks, strategies, depths or a dtype that are not as described.
     """
+    options = {entry.name: getattr(config, entry.name) for entry in fields(DecoderConfig)}
     depther = build_depther(
         backbone,
-        config.backbone_out_layers,
-        config.n_output_channels,
-        use_backbone_norm=config.use_backbone_norm,
-        use_batchnorm=config.use_batchnorm,
-        use_cls_token=config.use_cls_token,
-        adapt_to_patch_size=config.adapt_to_patch_size,
-        head_type=config.type,
+        head_type=options.pop("type"),
         autocast_dtype=autocast_dtype,
-        min_depth=config.min_depth,
-        max_depth=config.max_depth,
-        bins_strategy=config.bins_strategy,
-        norm_strategy=config.norm_strategy,
-        # On the meta device, because what is loaded need not be initialised.
+        # On the meta device nothing is initialised that the checkpoint overwrites.
         head_device=head_device if checkpoint_path is None else "meta",
-        **config.head_kwargs,
+        **options.pop("head_kwargs"),
+        **options,
     )
     if checkpoint_path is not None:
-        entries = read_head(checkpoint_path)
-        load_head_(
-            depther.decoder, entries, source=str(checkpoint_path), target=f"the {config.type} head of the config"
-        )
+        target = f"the {config.type} head of the config"
+        load_head_(depther.decoder, read_head(checkpoint_path), source=str(checkpoint_path), target=target)
         depther.decoder.to(_device_of(backbone))
     return depther
 

@@ -1,20 +1,16 @@
 """The dense prediction head DPT (arXiv 2103.13413, section 3), as DINOv3 uses it for depth (2508.10104, section 6.3).
 
-To be read from top to bottom: four levels of a backbone become a pyramid (`reassemble_blocks`), get a common number of
+Read it from top to bottom: four levels of a backbone become a pyramid (`reassemble_blocks`), get a common number of
 channels (`convs`), are fused from the deepest to the shallowest (`fusion_blocks`, `project`), and become outputs at 8
 times the deepest level's resolution and more (`conv_depth`).
 
 Notable:
 - A level is resized to the running map, never the other way round. So outputs have 32 ceil(h / 2) x 32 ceil(w / 2)
-  pixels for h x w patches: of odd h or w a patch of 16 more than the image, over the whole of which they stretch.
-- The 1x1 convolution of a fusion block runs before its upsampling, on a quarter of the pixels. Both orders give the
-  same: bilinear weights sum to 1.
+  pixels for h x w patches: if h or w is odd, 16 more than the image, over the whole of which they stretch.
+- The 1x1 convolution of a fusion block runs before its upsampling, on a quarter of the pixels. Both orders are equal,
+  because bilinear weights sum to 1.
 - The readout "project" multiplies maps and class tokens by their own halves of its weights and adds the products: the
   concatenation of a map and its repeated token never exists.
-- Under autocast the 1x1 convolutions of the running map and of the outputs stay in float32: they are cheap, and nothing
-  averages their rounding afterwards.
-- On CPUs the running map has its channels last in memory: upsampling is 2 to 6 times as fast so. The pyramid has not:
-  its convolutions have more channels than positions, and are slower so.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ Levels = Sequence[Sequence[Tensor]]
 
 
 class DPTHead(nn.Module):
-    """Outputs per pixel from the maps and class tokens of four blocks.
+    """Compute outputs per pixel from the maps and class tokens of four blocks.
 
     Batch norms are plain; a training of several processes converts them (`distributed.batch_norm`).
 
@@ -53,7 +49,7 @@ class DPTHead(nn.Module):
         n_hidden_channels: channels before the last convolution.
         use_batchnorm: normalise each level's channels after the readout.
         use_bias: biases of the convolutions in residual units.
-        projection_after_fusion: one more 3x3 convolution and ReLU.
+        projection_after_fusion: add one more 3x3 convolution and ReLU.
 
     Raises:
         ValueError: not four levels, or an unknown readout.
@@ -80,12 +76,12 @@ class DPTHead(nn.Module):
         self.conv_depth = _OutputConvolutions(channels, n_hidden_channels, n_output_channels)
 
     def forward(self, x: Levels, mapping: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(map [B, C, h, w], class token [B, C]) of each level to [B, K, 32 ceil(h / 2), 32 ceil(w / 2)].
+        """Map (map [B, C, h, w], class token [B, C]) of each level to [B, K, 32 ceil(h / 2), 32 ceil(w / 2)].
 
         Args:
             x: the levels, shallow to deep; h and w are those of the deepest one.
-            mapping: from outputs [B, K, rows, W] to what is wanted of them, e.g. depths [B, 1, rows, W]. It is applied
-                to bands of rows, so that all outputs at once, which may take gigabytes, never exist.
+            mapping: from outputs [B, K, rows, W] to what is made of them, e.g. depths [B, 1, rows, W]. It is applied
+                to bands of rows, so that all outputs, which may take gigabytes, never exist at once.
 
         Raises:
             ValueError: not four levels, or a class token is missing.
@@ -93,7 +89,7 @@ class DPTHead(nn.Module):
         return self.conv_depth(self.forward_features(x), mapping)
 
     def forward_features(self, x: Levels) -> Tensor:
-        """The fused map [B, D, 16 ceil(h / 2), 16 ceil(w / 2)]."""
+        """Return the fused map [B, D, 16 ceil(h / 2), 16 ceil(w / 2)]."""
         pyramid = [_in_fastest_layout(conv(y)) for conv, y in zip(self.convs, self.reassemble_blocks(x), strict=True)]
         fused = self.fusion_blocks[0](pyramid[-1])
         for block, skip in zip(self.fusion_blocks[1:], pyramid[-2::-1], strict=True):
@@ -107,7 +103,7 @@ class _Convolution(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-        if not self.conv.weight.is_meta:  # where torch would import its compiler to do nothing
+        if not self.conv.weight.is_meta:  # On the meta device torch would import its compiler to do nothing.
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -117,7 +113,7 @@ class _Convolution(nn.Module):
 
 
 class _Reassembly(nn.Module):
-    """Four levels to maps [B, P_i, ...] of 4, 2, 1 and 1/2 times their resolutions."""
+    """Map four levels to maps [B, P_i, ...] of 4, 2, 1 and 1/2 times their resolutions."""
 
     def __init__(
         self, in_channels: Sequence[int], out_channels: Sequence[int], readout_type: str, use_batchnorm: bool
@@ -171,7 +167,7 @@ class _Reassembly(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """The running map, with a level added to it, at twice the resolution."""
+    """Add a level to the running map, and double its resolution."""
 
     def __init__(self, channels: int, use_bias: bool, *, has_skip: bool) -> None:
         super().__init__()
@@ -183,7 +179,8 @@ class _Fusion(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = x + self.res_conv_unit1(resize_bilinear(skip, x.shape[-2:]))
-        return _upsample(_without_autocast(self.project.conv, self.res_conv_unit2(x)))
+        x = _without_autocast(self.project.conv, self.res_conv_unit2(x))
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class _ResidualUnit(nn.Module):
@@ -221,15 +218,14 @@ class _OutputConvolutions(nn.Module):
 
 
 def _without_autocast(convolution: nn.Module, x: Tensor) -> Tensor:
+    # These convolutions are cheap, and nothing averages their rounding afterwards.
     with autocast_to(x.device.type, torch.float32):
         return convolution(x.to(convolution.weight.dtype))  # type: ignore[arg-type]
 
 
-def _upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-
-
 def _in_fastest_layout(maps: Tensor) -> Tensor:
+    # On CPUs, upsampling is 2 to 6 times as fast with the channels last in memory. The convolutions of the pyramid are
+    # slower that way, because they have more channels than positions.
     if maps.device.type != "cpu" or torch.compiler.is_compiling():
         return maps
     return maps.contiguous(memory_format=torch.channels_last)
@@ -238,7 +234,7 @@ def _in_fastest_layout(maps: Tensor) -> Tensor:
 def _check_arguments(in_channels: Sequence[int], post_process_channels: Sequence[int], readout_type: str) -> None:
     for option, widths in {"in_channels": in_channels, "post_process_channels": post_process_channels}.items():
         if len(widths) != N_LEVELS:
-            raise ValueError(f"{option}={list(widths)}: a DPT head has {N_LEVELS} levels, but these are {len(widths)}")
+            raise ValueError(f"{option}={list(widths)}: a DPT head has {N_LEVELS} levels, got {len(widths)}")
     if readout_type not in READOUTS:
         hint = did_you_mean(str(readout_type), READOUTS)
         raise ValueError(f"readout_type={readout_type!r}{hint}: choose one of {', '.join(READOUTS)}")

@@ -1,9 +1,9 @@
 """A frozen backbone as the encoder of a dense head: maps and class tokens of some of its blocks.
 
 Notable:
-- The backbone stays in evaluation mode whatever `train()` is called on: in training mode its positions are rescaled at
-  random, and two forwards of one image would differ.
-- Its parameters take no gradients, so that the maps come without a graph; gradients of the images still work.
+- The backbone stays in evaluation mode even if `train()` is called: in training mode its positions are rescaled at
+  random, so two forwards of one image would differ.
+- Its parameters take no gradients, so the maps come without a graph; gradients of the images still work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("dinov3")
 
 
 class PatchSizeAdaptationStrategy(Enum):
-    """What happens to images whose sides are no multiples of the patch."""
+    """What happens to images whose sides are not multiples of the patch."""
 
     CENTER_PADDING = "center_padding"
     STRETCH = "stretch"
@@ -32,13 +32,13 @@ class PatchSizeAdaptationStrategy(Enum):
 
 
 class DinoVisionTransformerWrapper(nn.Module):
-    """Maps of some blocks of a frozen backbone, from images of any size.
+    """Return the maps of some blocks of a frozen backbone, from images of any size.
 
     Args:
         backbone_model: a ViT or ConvNeXt; put into evaluation mode, its parameters frozen.
         backbone_out_layers: which blocks: a `BackboneLayersSet`, its name, or indices.
         use_backbone_norm: apply the backbone's final norm to every level (a ConvNeXt has one for its last stage only).
-        adapt_to_patch_size: what to do with sides that are no multiples: a strategy, or the name or value of one.
+        adapt_to_patch_size: what to do with sides that are not multiples: a strategy, or the name or value of one.
 
     Attributes:
         backbone: `backbone_model`.
@@ -67,17 +67,17 @@ class DinoVisionTransformerWrapper(nn.Module):
         self.embed_dims = backbone_widths(backbone_model, sorted(self.backbone_out_indices))
         self.final_norm = use_backbone_norm
         self.multiple = int(getattr(backbone_model, "input_pad_size", None) or self.backbone.patch_size)
-        self.patch_size_adapter = _make_adapter(_as_strategy(adapt_to_patch_size), self.multiple)
+        self.patch_size_adapter = _make_adapter(adapt_to_patch_size, self.multiple)
         logger.debug("levels of %s channels; sides as multiples of %d", self.embed_dims, self.multiple)
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing is trained here: the backbone stays in evaluation mode."""
+        """Keep the backbone in evaluation mode, because nothing is trained here."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Images [B, 3, H, W], normalised, to (map [B, C, h, w], class token [B, C]) of each level, shallow to deep."""
+        """Map normalised images [B, 3, H, W] to (map [B, C, h, w], class token [B, C]) of each level, shallow first."""
         levels = self.backbone.get_intermediate_layers(
             self.patch_size_adapter(x),
             n=self.backbone_out_indices,
@@ -88,9 +88,9 @@ class DinoVisionTransformerWrapper(nn.Module):
         return list(levels)
 
     def margins(self, height: int, width: int) -> Margins:
-        """How much more than an image of this size the backbone sees: (top, bottom, left, right), in pixels.
+        """Return what the backbone sees beyond an image of this size: (top, bottom, left, right), in pixels.
 
-        Without adaptation it does not see the last rows and columns: then bottom and right are negative.
+        Without adaptation it does not see the last rows and columns, so bottom and right are negative.
         """
         if isinstance(self.patch_size_adapter, CenterPadding):
             return self.patch_size_adapter.margins(height, width)
@@ -99,17 +99,14 @@ class DinoVisionTransformerWrapper(nn.Module):
         return 0, -(height % self.multiple), 0, -(width % self.multiple)
 
 
-def _as_strategy(strategy: PatchSizeAdaptationStrategy | str) -> PatchSizeAdaptationStrategy:
-    if isinstance(strategy, PatchSizeAdaptationStrategy):
-        return strategy
-    by_text = {text: member for member in PatchSizeAdaptationStrategy for text in (member.name, member.value)}
-    if strategy not in by_text:
-        names = PatchSizeAdaptationStrategy.__members__
-        raise ValueError(f"adapt_to_patch_size={strategy!r}{did_you_mean(str(strategy), names)}: {', '.join(names)}")
-    return by_text[strategy]
-
-
-def _make_adapter(strategy: PatchSizeAdaptationStrategy, multiple: int) -> nn.Module:
+def _make_adapter(strategy: PatchSizeAdaptationStrategy | str, multiple: int) -> nn.Module:
+    if not isinstance(strategy, PatchSizeAdaptationStrategy):
+        by_text = {text: member for member in PatchSizeAdaptationStrategy for text in (member.name, member.value)}
+        if strategy not in by_text:
+            names = PatchSizeAdaptationStrategy.__members__
+            hint = did_you_mean(str(strategy), names)
+            raise ValueError(f"adapt_to_patch_size={strategy!r}{hint}: choose one of {', '.join(names)}")
+        strategy = by_text[strategy]
     if strategy is PatchSizeAdaptationStrategy.CENTER_PADDING:
         return CenterPadding(multiple)
     return StretchToMultiple(multiple) if strategy is PatchSizeAdaptationStrategy.STRETCH else nn.Identity()

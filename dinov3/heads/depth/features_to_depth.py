@@ -3,9 +3,9 @@
 Notable:
 - Every strategy is a ratio of two sums over the bins: sum_k b_k (a(x_k) + e) / sum_k (a(x_k) + e). Both sums are one
   product with a matrix [2, K], so that neither weights nor weighted bins are ever stored.
-- In float32 whatever autocast says: in bfloat16 there are no two depths between 4 and 4.03 m.
-- The canopy height model CHMv2 was trained on depths divided by 8. Its bins are scaled down, its weights scale up
-  again: of use together only.
+- Everything is in float32, even under autocast: bfloat16 has no numbers between 4 and 4.03 m.
+- The canopy height model CHMv2 was trained on depths divided by 8. Its bins are scaled down and its norm scales up
+  again, so only use them together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIXLOG_SCALE = 8.0
 def create_chmv2_mixlog_bins(
     min_depth: float, max_depth: float, n_bins: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Bin centres [n_bins], float32, that go from logarithmic to linear spacing, of depths divided by 8.
+    """Return bin centres [n_bins], float32, that go from logarithmic to linear spacing, of depths divided by 8.
 
     Args:
         min_depth: centre of the first bin, above 0.
@@ -48,14 +48,14 @@ def create_chmv2_mixlog_bins(
 def create_outputs_with_chmv2_mixlog_norm(
     input: Tensor, bins: Tensor, max_clamp_value: float = 1e-4, eps_shift: float = 1e-8, eps: float = 1e-12
 ) -> Tensor:
-    """Depth by the weights of CHMv2: 8 sum_k w_k b_k, w_k = (relu(x_k) + eps_shift) / their sum.
+    """Compute depths with the weights of CHMv2: 8 sum_k w_k b_k, w_k = (relu(x_k) + eps_shift) / their sum.
 
     Args:
         input: x [B, K, H, W], any floating point.
         bins: b [K], of depths divided by 8.
-        max_clamp_value: of no effect: it bounds a shift of negative values, and relu leaves none.
+        max_clamp_value: has no effect: it bounds a shift of negative values, and relu leaves none.
         eps_shift: keeps weights positive where no x is.
-        eps: least value of a bin, of the sum and of the result over 8.
+        eps: smallest value of a bin, of the sum and of the result over 8.
 
     Returns:
         Metres [B, 1, H, W], float32. Where the sum is infinite or NaN, it counts as 1.
@@ -66,7 +66,7 @@ def create_outputs_with_chmv2_mixlog_norm(
 
 
 class FeaturesToDepth(nn.Module):
-    """Logits of depth bins to metres; one channel is a depth itself.
+    """Turn the logits of depth bins into metres; a single channel is a depth itself.
 
     Args:
         min_depth: centre of the first bin, in metres; added to the depth of a single channel.
@@ -92,8 +92,7 @@ class FeaturesToDepth(nn.Module):
         _check_range(min_depth, max_depth, bins_strategy)
         if (bins_strategy == MIXLOG) != (norm_strategy == MIXLOG):
             logger.warning(
-                "bins_strategy=%s with norm_strategy=%s: depths are off by a factor of 8, as only the two %s belong "
-                "together",
+                "bins_strategy=%s with norm_strategy=%s: depths are off by a factor of 8, as %s only works as both",
                 bins_strategy,
                 norm_strategy,
                 MIXLOG,
@@ -105,11 +104,11 @@ class FeaturesToDepth(nn.Module):
         self._sums: dict[tuple[int, torch.device], _Sums] = {}
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Show the arguments."""
         return f"{self.min_depth}, {self.max_depth}, bins={self.bins_strategy}, norm={self.norm_strategy}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, K, H, W], any floating point, to [B, 1, H, W], float32, in metres."""
+        """Map [B, K, H, W], any floating point, to [B, 1, H, W], float32, in metres."""
         with autocast_to(x.device.type, torch.float32):
             x = x.float()
             if x.shape[1] == 1:
@@ -125,7 +124,7 @@ class FeaturesToDepth(nn.Module):
         if torch.compiler.is_compiling():
             return self._make_sums(*key)
         if key not in self._sums:
-            # No inference tensors, because those who train use them, too.
+            # Not inference tensors, because training uses them, too.
             with torch.inference_mode(False), torch.no_grad():
                 self._sums[key] = self._make_sums(*key)
         return self._sums[key]
@@ -140,7 +139,7 @@ class FeaturesToDepth(nn.Module):
 class _Sums(NamedTuple):
     """The sums over the bins that a depth is the ratio of, as a product and a constant.
 
-    The first one is over `scale`, so that it never exceeds the second and overflows only with it.
+    The first is divided by `scale`, so that it never exceeds the second and only overflows with it.
     """
 
     matrix: Tensor  # [2, K]
@@ -154,7 +153,7 @@ class _Sums(NamedTuple):
         return cls(matrix, shift * matrix.sum(dim=1, keepdim=True), scale)
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Of values [B, K, H, W] both sums, [B, 1, H, W] each."""
+        """Return both sums of values [B, K, H, W], [B, 1, H, W] each."""
         sums = self.matrix @ values.flatten(2) + self.constant  # [B, 2, H * W]
         weighted, total = sums.unflatten(2, values.shape[2:]).split(1, dim=1)
         return weighted, total

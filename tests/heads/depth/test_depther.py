@@ -180,9 +180,8 @@ def test_without_gradients_logits_never_exist_at_once(monkeypatch: pytest.Monkey
     assert rows[4:] == [64]
 
 
-@pytest.mark.parametrize("kind", ["dd", "chmv2"])
-def test_an_exported_depther_gives_the_same(kind: str) -> None:
-    depther = tiny_depther(kind)
+def test_an_exported_depther_gives_the_same() -> None:
+    depther = tiny_depther("chmv2")  # Its head has more branches than that of "dd".
     with torch.no_grad():
         exported = torch.export.export(depther, (images(70, 100),)).module()
         torch.testing.assert_close(exported(images(70, 100)), depther(images(70, 100)), rtol=1e-5, atol=1e-5)
@@ -348,13 +347,13 @@ def other_heads() -> dict[str, tuple[Any, str]]:
     dd, linear = (dict(tiny_depther(kind).decoder.state_dict()) for kind in ("dd", "linear"))
     without = {name: entry for name, entry in dd.items() if name != "project.conv.bias"}
     wide = {**dd, "conv_depth.head.4.bias": torch.zeros(7)}
-    dpt = r"a DPT head of levels of 32, 32, 32, 32 channels, 12 channels within and 32 outputs \(68 entries\)"
+    dpt = r"a DPT head with levels of 32, 32, 32, 32 channels, 12 channels inside and 32 outputs \(68 entries\)"
     return {
-        "linear": (linear, rf"expected {dpt}, found a linear depth head of 32 channels and 16 outputs \(7 entries\)"),
+        "linear": (linear, rf"expected {dpt}, found a linear depth head with 32 channels and 16 outputs \(7 entries\)"),
         "without": (without, r"1 missing \(project.conv.bias\)\.$"),
         "with": ({**dd, "more": torch.zeros(1)}, r"1 unknown \(more\)\.$"),
-        "wide": (wide, r"1 of another form \(conv_depth.head.4.bias \[7\], not \[32\]\)\.$"),
-        "number": ({**dd, "project.conv.bias": 3}, r"1 of another form \(project.conv.bias int, not \[12\]\)\.$"),
+        "wide": (wide, r"1 of another shape \(conv_depth.head.4.bias is \[7\], expected \[32\]\)\.$"),
+        "number": ({**dd, "project.conv.bias": 3}, r"1 of another type \(project.conv.bias is int\)\.$"),
         "backbone": (dict(tiny_backbone().state_dict()), r"found a backbone \(\d+ entries\)"),
         "nothing": ({}, "found nothing; 68 missing"),
     }

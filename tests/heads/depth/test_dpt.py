@@ -181,7 +181,7 @@ def test_another_number_of_levels(n_levels: int) -> None:
     with pytest.raises(ValueError, match=f"takes 4 levels of .map, class token., but was given {n_levels}"):
         make_head()((levels() + levels())[:n_levels])
     for option in ("in_channels", "post_process_channels"):
-        with pytest.raises(ValueError, match=rf"{option}=\[6.*\]: a DPT head has 4 levels, but these are {n_levels}"):
+        with pytest.raises(ValueError, match=rf"{option}=\[6.*\]: a DPT head has 4 levels, got {n_levels}"):
             make_head(**{option: [6] * n_levels})
 
 

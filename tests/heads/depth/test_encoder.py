@@ -81,7 +81,7 @@ def test_images_of_other_sizes(strategy: str, shape: tuple[int, int], margins: t
 
 def test_strategy_that_there_is_not() -> None:
     with pytest.raises(
-        ValueError, match=r"adapt_to_patch_size='streched' \(did you mean 'STRETCH'\?\): CENTER_PADDING,"
+        ValueError, match=r"adapt_to_patch_size='streched' \(did you mean 'STRETCH'\?\): choose one of CENTER_PADDING,"
     ):
         DinoVisionTransformerWrapper(tiny_backbone(), "LAST", adapt_to_patch_size="streched")
 
