@@ -1,38 +1,49 @@
-"""The launcher's command line: which options are its own, which go to the script, and where defaults come from."""
+"""The launcher's command line: which options are its own, which go to the script, and where their defaults come from.
+
+Users set options once for all jobs in `~/.config/dinov3/cluster.yaml`, by name, such as
+
+    slurm_partition: gpu
+    cpus_per_task: 12
+    slurm_setup: [module load cuda]
+
+or in the environment (`DINOV3_SLURM_PARTITION` for `slurm_partition`), which beats the file. Nothing about any site is
+built in: an option that is not set is not passed to Slurm.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dinov3.distributed import runtime
-from dinov3.run.output_dir import JOB_ID, split_output_dir
-from dinov3.utils.cluster import CLUSTERS, cluster_settings, settings_file, slurm_answers
+from dinov3.run.job import JOB_ID, split_output_dir
+from dinov3.utils.cluster import slurm_answers
+from dinov3.utils.messages import did_you_mean
 
+CLUSTERS = ("auto", "slurm", "local", "debug")
 DEFAULT_NGPUS = 8
-LEAST = {
-    "ngpus": 0,
-    "nodes": 1,
-    "timeout": 1,
-    "gpus_per_node": 0,
-    "tasks_per_node": 1,
-    "cpus_per_task": 1,
-    "mem_gb": 0,
-    "slurm_array_parallelism": 1,
-}
+LEAST = {"ngpus": 0, "nodes": 1, "timeout": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1}
+LEAST |= {"mem_gb": 0, "slurm_array_parallelism": 1}
 PROGRAM = "python -m dinov3.run.submit"
-NGPUS_HELP = "GPUs per node, and a task for each; 0: a task without GPU (default: 8; on this machine those it has)"
+CLUSTER_HELP = (
+    "slurm; local: background processes on this machine; debug: one task in this process; "
+    "auto: slurm if a controller answers, otherwise local (default: %(default)s)"
+)
+NGPUS_HELP = "GPUs per node, with one task each; 0: one task without a GPU (default: 8; on this machine: all it has)"
+TIMEOUT_HELP = "minutes until the job is stopped, saved and queued again (default: %(default)s)"
+SETUP_HELP = "shell line to run before the tasks start; may be repeated"
 OUTPUT_DIR_HELP = "directory of the job and of the script; %%j is the job id (default: ./outputs/<script>/%%j)"
 EPILOG = f"""\
 Options that are not listed here go to SCRIPT, in their order; so does everything after --.
 
-Where it runs, its size and what is for Slurm can be set for good in {{file}}
+Where it runs, its size and what is for Slurm can be set once for all jobs in {{file}}
 (e.g. slurm_partition: gpu) or in the environment (e.g. DINOV3_SLURM_PARTITION=gpu).
 
 examples:
@@ -43,41 +54,38 @@ examples:
 
 
 def get_submitit_parser() -> argparse.ArgumentParser:
-    """The options that say where and how a job runs, without those that say what it runs (`get_run_parser`)."""
+    """Return the options that say where and how a job runs, without those that say what it runs (`get_run_parser`)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    where = _Group(parser, "where it runs")
-    where.add(
-        "--cluster", str, "auto", "{" + ",".join(CLUSTERS) + "}",
-        "slurm; local: background processes on this machine; debug: one task in this process; "
-        "auto: slurm if a controller answers, else local (default: %(default)s)",
-    )  # fmt: skip
-    size = _Group(parser, "its size")
-    size.add("--ngpus", int, DEFAULT_NGPUS, "N", NGPUS_HELP)
-    size.add("--nodes", int, 1, "N", "number of nodes (default: %(default)s)")
-    size.add("--timeout", int, 2800, "N", "minutes until it is stopped, saved and queued again (default: %(default)s)")
-    size.add("--gpus-per-node", int, None, "N", "if other than --ngpus")
-    size.add("--tasks-per-node", int, None, "N", "if other than --ngpus")
-    size.add("--cpus-per-task", int, None, "N", "CPU cores of each task")
-    size.add("--mem-gb", float, None, "N", "memory per node; 0: all of it")
-    slurm = _Group(parser, "for Slurm (not passed unless set)")
-    slurm.add("--slurm-partition", str, None, "NAME", "partition, or several separated by commas")
-    slurm.add("--slurm-account", str, None, "NAME", "account that is charged")
-    slurm.add("--slurm-qos", str, None, "NAME", "quality of service")
-    slurm.add("--slurm-constraint", str, None, "FEATURES", "node features, such as h100")
-    slurm.add("--slurm-nice", int, 0, "N", "lower the priority by N")
-    slurm.add("--slurm-array-parallelism", int, 256, "N", "jobs of an array that run at a time (default: %(default)s)")
-    slurm.add("--slurm-setup", str, None, "LINE", "shell line before the tasks start; may be repeated", action="append")
-    slurm.add("--comment", str, "", "TEXT", "comment of the job")
-    slurm.add("--exclude", str, "", "NODES", "nodes to stay away from")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--cluster", type=str, default="auto", metavar="{" + ",".join(CLUSTERS) + "}", help=CLUSTER_HELP)
+    size = parser.add_argument_group("its size")
+    size.add_argument("--ngpus", type=int, default=DEFAULT_NGPUS, metavar="N", help=NGPUS_HELP)
+    size.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: %(default)s)")
+    size.add_argument("--timeout", type=int, default=2800, metavar="N", help=TIMEOUT_HELP)
+    size.add_argument("--gpus-per-node", type=int, metavar="N", help="if different from --ngpus")
+    size.add_argument("--tasks-per-node", type=int, metavar="N", help="if different from --ngpus")
+    size.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores of each task")
+    size.add_argument("--mem-gb", type=float, metavar="N", help="memory per node; 0: all of it")
+    slurm = parser.add_argument_group("for Slurm (not passed unless set)")
+    slurm.add_argument("--slurm-partition", type=str, metavar="NAME", help="partition, or several separated by commas")
+    slurm.add_argument("--slurm-account", type=str, metavar="NAME", help="account to charge")
+    slurm.add_argument("--slurm-qos", type=str, metavar="NAME", help="quality of service")
+    slurm.add_argument("--slurm-constraint", type=str, metavar="FEATURES", help="node features, such as h100")
+    slurm.add_argument("--slurm-nice", type=int, default=0, metavar="N", help="lower the priority by N")
+    most_help = "how many jobs of an array run at the same time (default: %(default)s)"
+    slurm.add_argument("--slurm-array-parallelism", type=int, default=256, metavar="N", help=most_help)
+    slurm.add_argument("--slurm-setup", type=str, metavar="LINE", action="append", help=SETUP_HELP)
+    slurm.add_argument("--comment", type=str, default="", metavar="TEXT", help="comment of the job")
+    slurm.add_argument("--exclude", type=str, default="", metavar="NODES", help="nodes to avoid")
     return parser
 
 
 def get_run_parser() -> argparse.ArgumentParser:
-    """The launcher's whole command line, with the built-in defaults."""
+    """Return the whole command line of the launcher, with the built-in defaults."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} SCRIPT [options] [script arguments] [-- more script arguments]",
-        description="Run a Python file on a Slurm cluster, or on this machine. Its function main(argv) is called in\n"
+        description="Run a Python file on a Slurm cluster or on this machine. Its function main(argv) is called in\n"
         "each task; a job that is preempted or runs out of time is queued again and continues.",
         epilog=EPILOG.format(file=settings_file()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,40 +93,32 @@ def get_run_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("module_path", type=str, metavar="SCRIPT", help="the Python file")
-    job = _Group(parser, "the job")
-    job.add("--callable-name", str, "main", "NAME", "the function (default: %(default)s)")
-    job.add("--output-dir", str, None, "DIR", OUTPUT_DIR_HELP)
-    job.group.add_argument("--wait", action="store_true", help="show the log, and end when the job ends, as it ends")
-    job.group.add_argument("--dry-run", action="store_true", help="only print what Slurm would be given")
+    job = parser.add_argument_group("the job")
+    job.add_argument(
+        "--callable-name", type=str, default="main", metavar="NAME", help="function (default: %(default)s)"
+    )
+    job.add_argument("--output-dir", type=str, metavar="DIR", help=OUTPUT_DIR_HELP)
+    job.add_argument("--wait", action="store_true", help="show the log until the job ends, and exit with its status")
+    job.add_argument("--dry-run", action="store_true", help="only print what would be given to Slurm")
     return parser
 
 
-class _Group:
-    """A titled group of options, each described on one line."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self.group = parser.add_argument_group(title)
-
-    def add(self, flag: str, kind: type, default: Any, metavar: str, text: str, action: str = "store") -> None:
-        self.group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text, action=action)
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The launcher's options, completed from the user's settings, and the script's arguments as `script_args`.
+    """Parse the launcher's options, complete them from the user's settings, and collect the script's arguments.
 
     Args:
         argv: the arguments after the program's name.
 
     Returns:
-        The options; `cluster` is never `auto`, `ngpus` and `output_dir` are never None.
+        The options, of which `cluster` is never `auto` and `ngpus` and `output_dir` are never None; and `script_args`.
 
     Raises:
         SystemExit: wrong options; argparse prints which.
         ValueError: wrong settings in the user's file or environment.
     """
-    settings = cluster_settings()
+    settings = user_settings()
     parser = get_run_parser()
-    # None tells a default from the same number given: on this machine there are as many tasks as it has GPUs.
+    # None, because the default depends on the cluster: on this machine there are as many tasks as GPUs.
     parser.set_defaults(ngpus=None)
     parser.set_defaults(**{name: value for name, value in settings.items() if name != "slurm_setup"})
     end = argv.index("--") if "--" in argv else len(argv)
@@ -144,20 +144,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def choose_cluster(wanted: str) -> str:
-    """`wanted`, or for `auto` what there is: `slurm` or `local`.
+    """Return `wanted`, or for `auto` what is available: `slurm` or `local`.
 
     Raises:
         ValueError: no such kind of cluster, or no Slurm to submit to.
     """
     if wanted not in CLUSTERS:
-        raise ValueError(f"--cluster: expected one of {', '.join(CLUSTERS)}, not {wanted!r}")
+        raise ValueError(f"--cluster: {_expected_cluster(wanted)}")
     if wanted not in ("auto", "slurm"):
         return wanted
     if slurm_answers():
         return "slurm"
     if wanted == "slurm":
         raise ValueError(
-            "--cluster slurm: `scontrol ping` finds no controller. Submit from a node of the cluster, "
+            "--cluster slurm: `scontrol ping` finds no controller. Submit from a node of the cluster "
             "or use --cluster local; --dry-run works anywhere"
         )
     print("no Slurm controller answers: running on this machine (--cluster local)", file=sys.stderr)
@@ -179,7 +179,7 @@ def _check_size(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     available = 0 if runtime.device().type == "cpu" else torch.accelerator.device_count()
     wanted = args.ngpus if args.gpus_per_node is None else args.gpus_per_node
     if wanted is not None and wanted > available > 0:
-        parser.error(f"{wanted} GPUs are asked for, but this machine has {available}")
+        parser.error(f"{wanted} GPUs were requested, but this machine has {available}")
     args.ngpus = available if args.ngpus is None else args.ngpus
 
 
@@ -187,7 +187,72 @@ def _warn_of_near_misses(parser: argparse.ArgumentParser, unknown: Sequence[str]
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     for token in unknown:
         flag = token.partition("=")[0]
-        near = [option for option in known if option == f"--slurm-{flag[2:]}"]
-        near = near or difflib.get_close_matches(flag, known, n=1, cutoff=0.85)
-        if flag.startswith("--") and near:
-            print(f"{flag} is no option of the launcher and goes to the script; meant {near[0]}?", file=sys.stderr)
+        with_prefix = f"--slurm-{flag.removeprefix('--')}"
+        # A high cutoff, because most of these are the script's own options.
+        hint = did_you_mean(with_prefix if with_prefix in known else flag, known, cutoff=0.85)
+        if flag.startswith("--") and hint:
+            print(f"{flag} is not a launcher option, passing it to the script{hint}", file=sys.stderr)
+
+
+def settings_file() -> Path:
+    """Return where the user's settings are: `dinov3/cluster.yaml` in `$XDG_CONFIG_HOME`, by default `~/.config`."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dinov3" / "cluster.yaml"
+
+
+def user_settings() -> dict[str, Any]:
+    """Read the options of `get_submitit_parser` that the user's file and environment set; the environment wins.
+
+    Raises:
+        ValueError: a key of the file is unknown, or a value has the wrong type; the message says where.
+    """
+    options = {action.dest: action for action in get_submitit_parser()._actions}
+    file = settings_file()
+    found = {name: (value, f"{file}: {name}") for name, value in _read_settings(file, options).items()}
+    for name in options:
+        variable = f"DINOV3_{name.upper()}"
+        if os.environ.get(variable):
+            found[name] = (os.environ[variable], variable)
+    return {name: _convert(options[name], value, origin) for name, (value, origin) in found.items()}
+
+
+def _read_settings(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected lines such as 'slurm_partition: NAME', not a {type(content).__name__}")
+    unknown = ", ".join(f"{name!r}{did_you_mean(str(name), options)}" for name in content if name not in options)
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {unknown}; it takes {', '.join(options)}")
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _convert(option: Any, value: Any, origin: str) -> Any:
+    if option.dest == "slurm_setup":
+        lines = value if isinstance(value, list) else [value]
+        if not all(isinstance(line, str) for line in lines):
+            raise ValueError(f"{origin}: expected shell lines, not {value!r}")
+        return lines
+    described = {int: "a whole number", float: "a number", str: "text"}[option.type]
+    problem = f"{origin}: expected {described}, not {value!r}"
+    # YAML has types of its own; int(1.5) and str(True) would hide a mistake.
+    if isinstance(value, bool | list | dict) or (option.type is int and isinstance(value, float)):
+        raise ValueError(problem)
+    try:
+        converted = option.type(value)
+    except ValueError:
+        raise ValueError(problem) from None
+    if option.dest == "cluster" and converted not in CLUSTERS:
+        raise ValueError(f"{origin}: {_expected_cluster(converted)}")
+    return converted
+
+
+def _expected_cluster(given: str) -> str:
+    return f"expected one of {', '.join(CLUSTERS)}, not {given!r}{did_you_mean(given, CLUSTERS)}"

@@ -24,11 +24,11 @@ def job_context(
 ) -> Iterator[None]:
     """Run the body between `setup_job` and `exit_job`; see there for the arguments.
 
-    An exception in the body leaves its traceback in `<output_dir>/logs/error.rank<r>.txt`, which tells the process that
-    failed from those that only lost their partner.
+    An exception in the body leaves its traceback in `<output_dir>/logs/error.rank<r>.txt`, which distinguishes the
+    process that failed from those that only lost their partner.
 
     Raises:
-        RuntimeError: the output directory cannot be written, or the process group cannot be made.
+        RuntimeError: the output directory cannot be written to, or the process group cannot be started.
     """
     try:
         setup_job(

@@ -1,7 +1,7 @@
-"""What runs in each task of a submitted job.
+"""What runs in each task of a submitted job, and the output directory on its command line.
 
-Notable: this module imports nothing heavy. submitit installs its signal handlers when it has read the pickled job, and
-a signal that comes before them, while Python is busy importing torch, would kill the task.
+Notable: this module imports nothing heavy. submitit installs its signal handlers after it has read the pickled job, and
+a signal that arrives before that, while Python is still importing torch, would kill the task.
 """
 
 from __future__ import annotations
@@ -19,21 +19,62 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.env import set_triton_cache_dir
-from dinov3.run.output_dir import JOB_ID, split_output_dir, with_output_dir
 
 logger = logging.getLogger("dinov3")
 
+FLAG = "--output-dir"
+KEY = "output_dir"
+JOB_ID = "%j"
 GRACE_FOR_OTHER_TASKS_S = 5
 
 
+def split_output_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take the output directory out of a command line.
+
+    Args:
+        arguments: tokens among which may be `--output-dir DIR`, `--output-dir=DIR` or `output_dir=DIR`.
+
+    Returns:
+        The last directory given, None without one; and the other tokens in their order.
+
+    Raises:
+        ValueError: `--output-dir` without a directory.
+    """
+    found: str | None = None
+    others: list[str] = []
+    tokens = iter(arguments)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name == FLAG or (name == KEY and equals):
+            found = value if equals else next(tokens, "")
+            if not found:
+                raise ValueError(f"{name}: expected a directory after it")
+        else:
+            others.append(token)
+    return found, others
+
+
+def with_output_dir(arguments: Sequence[str], output_dir: str, job_id: str) -> list[str]:
+    """Return a script's arguments with exactly one `--output-dir=DIR` (absolute, `%j` replaced) before the others.
+
+    Args:
+        arguments: of the script; an output directory among them beats `output_dir`.
+        output_dir: the job's.
+        job_id: replaces `%j`.
+    """
+    own, others = split_output_dir(arguments)
+    directory = os.path.realpath(os.path.expanduser((own or output_dir).replace(JOB_ID, job_id)))
+    return [f"{FLAG}={directory}", *others]
+
+
 class CheckpointableSubmitter:
-    """A function of a Python file, to be called in a job, again after each requeue, with the same arguments.
+    """Calls a function of a Python file in a job, and again with the same arguments after each requeue.
 
     Args:
         module_path: the Python file.
         callable_name: its function, which takes a list of arguments without a program name.
-        args: the arguments. One `--output-dir=DIR` is added before them, unless they have one.
-        output_dir: where the job logs and what the script gets as `--output-dir`; `%j` stands for the job id.
+        args: the arguments. One `--output-dir=DIR` is put before them, unless they contain one.
+        output_dir: where the job logs, and what the script gets as `--output-dir`; `%j` stands for the job id.
     """
 
     def __init__(self, module_path: str, callable_name: str, args: Sequence[str], output_dir: str) -> None:
@@ -45,7 +86,7 @@ class CheckpointableSubmitter:
         self.visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def __call__(self) -> Any:
-        """Run the function; returns what it returns."""
+        """Call the function and return what it returns."""
         from dinov3.logging import cleanup_logging, setup_logging
         from dinov3.utils.custom_callable import load_custom_callable, script_directory_on_path
 
@@ -60,7 +101,7 @@ class CheckpointableSubmitter:
                 with script_directory_on_path(self.module_path):
                     return load_custom_callable(self.module_path, self.callable_name)(arguments)
             except SystemExit as end:
-                # submitit would take the good end of a script that calls sys.exit for a failure.
+                # submitit would report a script that ends with sys.exit(0) as failed.
                 if end.code not in (None, 0):
                     raise
                 return None
@@ -68,7 +109,7 @@ class CheckpointableSubmitter:
                 cleanup_logging()
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """submitit's hook when the job is preempted: the same call, to be queued again under the same job id."""
+        """Tell submitit, when the job is preempted, to queue the same call again under the same job id."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *args, **kwargs)
@@ -78,7 +119,7 @@ class CheckpointableSubmitter:
         from dinov3.distributed import TorchDistributedEnvironment
 
         if job.cluster == "debug":
-            yield  # in the process of the launcher, which is left as it is
+            yield  # runs in the launcher's own process, whose environment must not change
             return
         if job.cluster == "local":
             self._undo_what_submitit_does_locally()
@@ -92,13 +133,13 @@ class CheckpointableSubmitter:
             raise
 
     def _undo_what_submitit_does_locally(self) -> None:
-        # It makes tasks deaf to SIGTERM, although nothing ends them later, as Slurm would.
+        # It makes tasks ignore SIGTERM, although nothing kills them later, as Slurm would.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # It counts GPUs from 0, whichever the user has chosen.
+        # It numbers GPUs from 0, whichever ones the user has chosen.
         if self.visible_gpus:
             count = len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.visible_gpus.split(",")[:count])
-        # It makes a directory that is really called %j.
+        # It creates a directory that is literally called %j.
         if JOB_ID in self.output_dir:
             with contextlib.suppress(OSError):
                 os.rmdir(self.output_dir)
@@ -121,7 +162,7 @@ def _end_other_tasks(controller: int) -> None:
     try:
         found = subprocess.run(["pgrep", "-P", str(controller)], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return  # they notice at their next collective
+        return  # they will notice at their next collective
     for process in found.stdout.split():
         if int(process) != os.getpid() and os.getppid() == controller:
             with contextlib.suppress(ProcessLookupError):

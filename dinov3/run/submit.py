@@ -1,9 +1,9 @@
-"""Run a script as a job: on a Slurm cluster, in processes of this machine, or in this process.
+"""Run a script as a job: on a Slurm cluster, in processes on this machine, or in this process.
 
     python -m dinov3.run.submit SCRIPT [options] [script arguments]
 
-Notable: a Slurm job that is preempted or reaches its time limit is queued again under the same id, and so in the same
-output directory; what is not set by the user is not passed to Slurm; the state of the code is recorded with each job.
+Notable: a Slurm job that is preempted or reaches its time limit is queued again under the same id, so it continues in
+the same output directory. The command and the state of the code are recorded with each job.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run by path: this file's directory would hide the standard library's names
+if __package__ in (None, ""):
+    # Run by path: this file's directory, first on sys.path, would hide modules of the standard library.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
 import ast
 import contextlib
+import json
 import os
 import pdb
 import pickle
 import re
 import shlex
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,10 +34,9 @@ import dinov3
 from dinov3.configs.setup import make_output_dir
 from dinov3.env import clean_env
 from dinov3.run.arguments import choose_cluster, get_run_parser, get_submitit_parser, parse_arguments
-from dinov3.run.following import follow
-from dinov3.run.job import CheckpointableSubmitter
-from dinov3.run.output_dir import FLAG, JOB_ID
-from dinov3.run.record import LaunchRecord
+from dinov3.run.job import FLAG, JOB_ID, CheckpointableSubmitter
+from dinov3.run.watch_job import watch_job
+from dinov3.utils import get_sha
 from dinov3.utils.cluster import get_slurm_executor_parameters
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.messages import did_you_mean
@@ -41,6 +45,7 @@ __all__ = ["CheckpointableSubmitter", "get_run_parser", "get_submitit_parser", "
 
 MAX_REQUEUES_AFTER_TIMEOUT = 30
 SIGNAL_BEFORE_TIMEOUT_S = 120
+GIT_TIMEOUT_S = 60
 UNNAMED_PICKLE = re.compile(r"[0-9a-f]{32}\.pkl")
 
 
@@ -48,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Submit a job.
 
     Args:
-        argv: the arguments after the program's name; None takes them from the command line.
+        argv: the arguments after the program's name. Default: those of the command line.
 
     Returns:
-        The exit status: 0 when the job is submitted, or with `--wait` that of the job.
+        The exit status: 0 once the job is submitted, or with `--wait` that of the job.
 
     Raises:
-        FileNotFoundError: no such script.
-        ValueError: the script cannot be parsed or does not define the function; wrong settings.
+        FileNotFoundError: the script does not exist.
+        ValueError: the script cannot be parsed or does not define the function, or a setting is wrong.
         RuntimeError: Slurm refuses the job, or the output directory cannot be written.
         ModuleNotFoundError: submitit is not installed.
     """
@@ -69,17 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_dry_run(task, args, name)
         return 0
     make_output_dir(_part_without_job_id(args.output_dir))
-    record = LaunchRecord(script, command, {"script": vars(task), "parameters": _parameters(args, name)})
+    # Taken before the job can start, written when its id is known.
+    record = {"script": vars(task), "parameters": _parameters(args, name)} | _describe_launch(script, command)
+    patch = _git(script.parent, "diff", "HEAD")
     (job,) = submit_jobs([task], args, name=name)
-    record.write(job.paths.folder, job.job_id)
+    job.paths.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"job_id": job.job_id, **record}, indent=2) + "\n"
+    (job.paths.folder / f"{job.job_id}_launch.json").write_text(text, encoding="utf-8")
+    if patch:
+        (job.paths.folder / f"{job.job_id}_uncommitted.patch").write_text(patch, encoding="utf-8")
     if args.cluster == "debug":
         return _run_here(job)
     _announce(job, args, name)
     try:
-        return follow(job, args.cluster) if args.wait else 0
+        return watch_job(job, args.cluster) if args.wait else 0
     except KeyboardInterrupt:
         if args.cluster == "slurm":
-            print(f"\njob {job.job_id} goes on without the launcher", file=sys.stderr)
+            print(f"\njob {job.job_id} continues without the launcher", file=sys.stderr)
         raise
 
 
@@ -89,21 +100,22 @@ def submit_jobs(tasks: Sequence[Callable[[], Any]], args: argparse.Namespace, *,
     Args:
         tasks: what to call in each task of a job, usually `CheckpointableSubmitter`s.
         args: the options of `get_submitit_parser` and `output_dir`, the directory of the jobs' files (`%j` in it is
-            the job id); of an array, `slurm_array_parallelism` jobs run at a time.
+            the job id); `slurm_array_parallelism` jobs of an array run at the same time.
         name: of the jobs.
 
     Returns:
         submitit's jobs.
 
     Raises:
-        ValueError: there is no such cluster.
+        ValueError: the cluster is unknown or does not answer.
         RuntimeError: Slurm refuses the job.
         ModuleNotFoundError: submitit is not installed.
     """
     submitit = _import_submitit()
     cluster = choose_cluster(args.cluster)
     retries = {"slurm_max_num_timeout": MAX_REQUEUES_AFTER_TIMEOUT}
-    with clean_env(), _package_importable_in_jobs():
+    with clean_env():
+        _make_package_importable_in_jobs()
         executor = submitit.AutoExecutor(folder=args.output_dir, cluster=cluster, **retries)
         executor.update_parameters(**_parameters(args, name))
         try:
@@ -115,7 +127,7 @@ def submit_jobs(tasks: Sequence[Callable[[], Any]], args: argparse.Namespace, *,
 
 
 def _remove_leftovers(tasks: Sequence[Callable[[], Any]], args: argparse.Namespace, name: str) -> None:
-    # submitit leaves files of refused jobs under random names, beside which another job may just be submitted.
+    # submitit leaves files of refused jobs under random names, and somebody may be submitting another job there now.
     folder = _part_without_job_id(args.output_dir)
     script = _sbatch_script(args, name)
     for path in folder.glob(".submission_file_*.sh"):
@@ -130,11 +142,11 @@ def _remove_leftovers(tasks: Sequence[Callable[[], Any]], args: argparse.Namespa
 
 
 def _parameters(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    # Of submitit's AutoExecutor: what begins with slurm_ it ignores elsewhere.
+    # For submitit's AutoExecutor, which ignores slurm_* on other clusters.
     srun_arguments = ["--kill-on-bad-exit=1"]
     given = {"gpus_per_node": args.gpus_per_node, "tasks_per_node": args.tasks_per_node}
     if args.cpus_per_task is not None:
-        # Since 22.05, srun no longer takes it from sbatch.
+        # Since Slurm 22.05, srun no longer takes it from sbatch.
         srun_arguments.append(f"--cpus-per-task={args.cpus_per_task}")
     return get_slurm_executor_parameters(
         args.nodes,
@@ -160,12 +172,12 @@ def _parameters(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _checked_script(module_path: str, callable_name: str) -> Path:
-    # A job may wait for days before Python would say this.
+    # Checked now, because a job may wait in the queue for days before Python would notice.
     script = Path(module_path).expanduser().resolve()
     if not script.is_file():
-        raise FileNotFoundError(f"no such script: {module_path}. The script comes before its arguments")
+        raise FileNotFoundError(f"script {module_path} does not exist; the script comes before its arguments")
     if script.suffix != ".py":
-        raise ValueError(f"{module_path} is no Python file: its name must end in .py")
+        raise ValueError(f"{module_path} is not a Python file: its name must end in .py")
     try:
         body = ast.parse(script.read_text(encoding="utf-8"), filename=str(script)).body
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -173,13 +185,13 @@ def _checked_script(module_path: str, callable_name: str) -> Path:
     names = _top_level_names(body)
     if callable_name not in names and "*" not in names:
         functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
-        advice = did_you_mean(callable_name, functions) or f"; its functions: {', '.join(functions) or 'none'}"
-        raise ValueError(f"{module_path} does not define {callable_name!r}{advice}. Name another by --callable-name")
+        hint = did_you_mean(callable_name, functions) or f"; its functions: {', '.join(functions) or 'none'}"
+        raise ValueError(f"{module_path} does not define {callable_name!r}{hint}; choose one with --callable-name")
     return script
 
 
 def _top_level_names(body: Sequence[ast.AST]) -> set[str]:
-    # Also those defined under `if` or `try`, but not inside functions and classes.
+    # Including those defined under `if` or `try`, but not inside functions and classes.
     names: set[str] = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -198,29 +210,27 @@ def _part_without_job_id(output_dir: str) -> Path:
     return Path(*parts[: next((i for i, part in enumerate(parts) if JOB_ID in part), len(parts))])
 
 
-@contextlib.contextmanager
-def _package_importable_in_jobs() -> Iterator[None]:
-    # Jobs are started by submitit, elsewhere than this file; inside clean_env, which restores the environment.
+def _make_package_importable_in_jobs() -> None:
+    # submitit starts jobs in another directory; `clean_env` restores the environment afterwards.
     root = Path(dinov3.__file__).resolve().parents[1]
     if root.name not in ("site-packages", "dist-packages"):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    yield
 
 
 @contextlib.contextmanager
 def _output_not_inherited() -> Iterator[None]:
-    # Tasks write to their own files; a process in the background that held this one's output would keep the end of a
-    # pipe from whoever reads it.
+    # Tasks write to their own files. A background process that held this one's output open would keep a reader of
+    # that pipe waiting.
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    copies = {stream: os.dup(stream) for stream in (1, 2)}
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for stream in kept:
+        for stream in copies:
             os.dup2(nowhere, stream)
         yield
     finally:
-        for stream, copy in kept.items():
+        for stream, copy in copies.items():
             os.dup2(copy, stream)
             os.close(copy)
         os.close(nowhere)
@@ -233,7 +243,7 @@ def _print_dry_run(task: CheckpointableSubmitter, args: argparse.Namespace, name
         print(_sbatch_script(args, name))
     else:
         n_tasks = 1 if args.cluster == "debug" else _parameters(args, name)["tasks_per_node"]
-        print(f"{n_tasks} tasks on this machine (--cluster {args.cluster}); nothing is given to Slurm", file=sys.stderr)
+        print(f"{n_tasks} tasks on this machine (--cluster {args.cluster}), without Slurm", file=sys.stderr)
 
 
 def _sbatch_script(args: argparse.Namespace, name: str) -> str:
@@ -242,7 +252,7 @@ def _sbatch_script(args: argparse.Namespace, name: str) -> str:
     class Writer(submitit.SlurmExecutor):  # type: ignore[name-defined]
         @classmethod
         def affinity(cls) -> int:
-            return 1  # the script can be written where there is no Slurm
+            return 1  # so that the script can be written where there is no Slurm
 
     writer = Writer(folder=args.output_dir)
     parameters = _parameters(args, name)
@@ -253,7 +263,7 @@ def _sbatch_script(args: argparse.Namespace, name: str) -> str:
 
 
 def _run_here(job: Any) -> int:
-    # Without a terminal there is nobody to talk to the debugger that submitit starts on an error.
+    # submitit starts a debugger on an error; without a terminal nobody could use it.
     post_mortem = pdb.post_mortem
     if not sys.stdin.isatty():
         pdb.post_mortem = lambda *args, **kwargs: None
@@ -270,7 +280,38 @@ def _announce(job: Any, args: argparse.Namespace, name: str) -> None:
     print(f"submitted {args.cluster} job {job.job_id} ({name}, {size})")
     print(f"  directory  {job.paths.folder}")
     print(f"  log        {job.paths.stdout} (and .err)")
-    print(f"  to end it  {cancel}", flush=True)
+    print(f"  to stop it {cancel}", flush=True)
+
+
+def _describe_launch(script: Path, command: Sequence[str]) -> dict[str, Any]:
+    directory, git = script.parent, None
+    head = _git(directory, "rev-parse", "HEAD", "--show-toplevel")
+    if head:
+        commit, checkout = head.splitlines()
+        git = {
+            "checkout": checkout,
+            "commit": commit,
+            "branch": _git(directory, "rev-parse", "--abbrev-ref", "HEAD").strip(),
+            "status": _git(directory, "status", "--porcelain").splitlines(),
+        }
+    return {
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "python": sys.executable,
+        "working_directory": os.getcwd(),
+        "command": shlex.join(["python", "-m", "dinov3.run.submit", *command]),
+        "git": git,
+        "dinov3": get_sha(),
+    }
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, timeout=GIT_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # not in a git repository, or no git
+    return done.stdout.decode(errors="replace")
 
 
 def _import_submitit() -> Any:

@@ -15,11 +15,17 @@ def list_names(names: Collection[Any], most: int = 5) -> str:
     return (shown or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Suggest the known name nearest to `given`, ignoring case: `" (did you mean 'x'?)"`, or `""` if none is near."""
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Suggest the known name nearest to `given`, ignoring case: `" (did you mean 'x'?)"`, or `""` if none is near.
+
+    Args:
+        given: what the user wrote.
+        known: the names that exist.
+        cutoff: least similarity, from 0 to 1.
+    """
     # Compared in lower case, because "imagenet" is nearer to "ImageNet" than difflib thinks.
     by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(given.lower(), by_lower, n=1)
+    close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=cutoff)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""Starting `python -m dinov3.run.submit` in tests, and waiting for what its jobs do."""
+"""Starting the launcher in tests, by its path, and waiting for what its jobs do."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def start_submit(
     """The running launcher."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
     environment |= {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu", "XDG_CONFIG_HOME": "/nonexistent"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment.pop("PYTHONPATH", None)  # the launcher must find the package by itself
     return subprocess.Popen(
-        [sys.executable, "-m", "dinov3.run.submit", *map(str, arguments)],
+        [sys.executable, REPOSITORY / "dinov3" / "run" / "submit.py", *map(str, arguments)],
         cwd=cwd,
         env=environment | dict(variables or {}),
         stdin=subprocess.DEVNULL,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dinov3.distributed import runtime
-from dinov3.run.arguments import parse_arguments
-from dinov3.run.output_dir import split_output_dir, with_output_dir
+from dinov3.run.arguments import parse_arguments, user_settings
+from dinov3.run.job import split_output_dir, with_output_dir
 
 ON_SLURM = ["script.py", "--cluster", "slurm", "--dry-run"]
 
@@ -63,6 +63,12 @@ def test_exactly_one_output_directory_reaches_the_script(tmp_path: Path) -> None
     for own in ([f"--output-dir={tmp_path}/5"], ["--output-dir", f"{tmp_path}/%j"], [f"output_dir={tmp_path}/%j"]):
         assert with_output_dir([*own, "a"], "elsewhere", "5") == expected
     assert with_output_dir(expected, "elsewhere", "5") == expected
+
+
+def test_nothing_about_a_site_is_built_in(settings_file: Path) -> None:
+    assert user_settings() == {}
+    settings_file.write_text("slurm_partition: p\nslurm_qos:\n")
+    assert user_settings() == {"slurm_partition": "p"}
 
 
 def test_flag_beats_environment_beats_file_beats_default(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +153,7 @@ def test_more_gpus_than_this_machine_has_are_refused(
 ) -> None:
     monkeypatch.setattr(runtime, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert "3 GPUs are asked for, but this machine has 2" in error_of(
+    assert "3 GPUs were requested, but this machine has 2" in error_of(
         capsys, "s.py", "--cluster", "local", "--ngpus", "3"
     )
 
@@ -160,4 +166,6 @@ def test_option_that_looks_like_one_of_the_launcher_is_pointed_out(
 ) -> None:
     args = parse_arguments([*ON_SLURM, token])
     assert args.script_args == [token]
-    assert near in capsys.readouterr().err
+    flag = token.partition("=")[0]
+    expected = f"{flag} is not a launcher option, passing it to the script (did you mean '{near}'?)\n"
+    assert expected in capsys.readouterr().err

@@ -8,13 +8,6 @@ import pytest
 from dinov3.utils import cluster
 
 
-def test_nothing_about_a_site_is_built_in(settings_file: Path) -> None:
-    assert cluster.cluster_settings() == {}
-    assert cluster.get_slurm_partition() is cluster.get_slurm_qos() is cluster.get_slurm_account() is None
-    settings_file.write_text("slurm_partition: p\nslurm_qos:\nslurm_account: a\n")
-    assert (cluster.get_slurm_partition(), cluster.get_slurm_qos(), cluster.get_slurm_account()) == ("p", None, "a")
-
-
 def test_parameters_without_gpus_are_one_task_and_no_request() -> None:
     assert cluster.get_slurm_executor_parameters(2, 0) == {"mem_gb": 0, "tasks_per_node": 1, "nodes": 2}
 

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from dinov3.run.submit import CheckpointableSubmitter, get_submitit_parser, submit_jobs
+from dinov3.run.submit import main as launch_job
 from dinov3.train import main
 from dinov3.utils.cluster import slurm_answers
 from tests.multiprocess import launch
 from tests.train import tiny
 
-from .jobs import TRAIN, start_submit, submit, wait_until
+from .jobs import TRAIN, start_submit, wait_until
 from .one_node_slurm import OneNodeSlurm, SlurmUnavailableError, running_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 N_ITERATIONS = 40
 TASKS = ("--cluster", "slurm", "--ngpus", 0, "--tasks-per-node", 2, "--timeout", 10)
-PREEMPTIONS = {"requeue": ("scontrol", "requeue"), "usr2": ("scancel", "--signal=USR2")}
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def slurm() -> Iterator[OneNodeSlurm]:
 def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("training")
     config = tiny.write_config(directory / "tiny.yaml", tiny.write_images(directory / "images"))
-    # No checkpoint but the last one and those of preemptions.
+    # No checkpoint except the last one and that of the preemption.
     options = [f"train.OFFICIAL_EPOCH_LENGTH={N_ITERATIONS // 2}", "checkpointing.period=10000"]
     return ["--config-file", str(config), *options]
 
@@ -51,9 +51,8 @@ def undisturbed(training: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return output
 
 
-@pytest.mark.parametrize("preemption", PREEMPTIONS)
-def test_preempted_training_goes_on_and_ends_as_an_undisturbed_one_without_slurm(
-    slurm: OneNodeSlurm, training: list[str], undisturbed: Path, tmp_path: Path, preemption: str
+def test_preempted_training_resumes_and_ends_as_an_undisturbed_one_without_slurm(
+    slurm: OneNodeSlurm, training: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     with (tmp_path / "launcher.txt").open("w+") as said:
@@ -62,7 +61,7 @@ def test_preempted_training_goes_on_and_ends_as_an_undisturbed_one_without_slurm
         wait_until(lambda: iterations_done(output) > 2, 120, lambda: logs(tmp_path))
         job_id = re.search(r"slurm job (\d+)", (tmp_path / "launcher.txt").read_text())[1]
 
-        slurm.run(*PREEMPTIONS[preemption], job_id)
+        slurm.run("scontrol", "requeue", job_id)  # sends SIGTERM
 
         wait_until(lambda: "stopped after iteration" in logs(output), 60, lambda: logs(tmp_path))
         assert 0 < iterations_done(output) < N_ITERATIONS, "the training was over before it was preempted"
@@ -94,20 +93,15 @@ def test_several_calls_become_an_array(slurm: OneNodeSlurm, tmp_path: Path, monk
     ]
 
 
-def test_refused_job_says_why_and_leaves_nothing(slurm: OneNodeSlurm, tmp_path: Path) -> None:
-    options = [
-        "--cluster",
-        "slurm",
-        "--ngpus",
-        0,
-        "--slurm-partition",
-        "nosuch",
-        "--output-dir",
-        tmp_path / "out" / "%j",
-    ]
-    done = submit(TRAIN, *options, variables=slurm.environment)
-    assert done.returncode == 1
-    assert "Slurm refuses the job" in done.stderr and "nosuch" in done.stderr
+def test_refused_job_says_why_and_leaves_nothing(
+    slurm: OneNodeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dinov3.run.arguments.slurm_answers", slurm_answers)
+    options = ["--cluster", "slurm", "--ngpus", "0", "--slurm-partition", "nosuch"]
+    with pytest.raises(RuntimeError, match=r"Slurm refuses the job (.|\n)*nosuch"):
+        launch_job([str(TRAIN), *options, "--output-dir", str(tmp_path / "out" / "%j")])
     assert list((tmp_path / "out").iterdir()) == []
 
 

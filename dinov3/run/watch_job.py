@@ -1,4 +1,4 @@
-"""Waiting for a job: its log as it grows, its changes of state, and how it ended."""
+"""Waiting for a job: showing its log as it grows, its changes of state, and how it ended."""
 
 from __future__ import annotations
 
@@ -10,28 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 POLL_S = 1.0
-#: States in which a Slurm job stays. After a preemption it goes back to PENDING, and is waited for.
-FINAL_STATES = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "TIMEOUT",
-)
+#: States that a Slurm job does not leave. A preempted job goes back to PENDING.
+FINAL_STATES = ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"]
 UNKNOWN = "UNKNOWN"
 SIGNAL_STATUS = 128
 
 
 class JobStatus(NamedTuple):
-    """Where a job stands.
+    """The state of a job.
 
     Attributes:
-        state: Slurm's word for it.
+        state: as Slurm calls it.
         reason: why it is in that state, if Slurm says so.
-        exit_status: as a shell would have it; meaningful in a final state.
+        exit_status: as a shell would report it; meaningful in a final state.
     """
 
     state: str
@@ -40,15 +31,15 @@ class JobStatus(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Whether the job has ended for good."""
+        """Whether the job has ended and will not run again."""
         return self.state in FINAL_STATES
 
 
-def follow(job: Any, cluster: str) -> int:
+def watch_job(job: Any, cluster: str) -> int:
     """Show the log of a job's first task and the job's changes of state until it ends.
 
     Args:
-        job: of submitit.
+        job: a job of submitit.
         cluster: `"slurm"` or `"local"`.
 
     Returns:
@@ -94,12 +85,12 @@ class _Tail:
 
 
 def _slurm_status(job: Any) -> JobStatus:
-    # Not submitit's way, which asks sacct: many clusters keep no accounts, and then a killed job would never end.
+    # submitit asks sacct, but many clusters have no accounting, and then a killed job would never seem to end.
     command = ["scontrol", "show", "job", "--oneliner", job.job_id]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
-        return JobStatus(UNKNOWN, "", 0)  # a busy controller, which will be asked again
+        return JobStatus(UNKNOWN, "", 0)  # the controller is busy; ask again
     if "Invalid job id" in done.stderr:
         return _status_by_results(job)  # Slurm forgets a job some minutes after its end
     fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
@@ -123,7 +114,7 @@ def _status_by_results(job: Any) -> JobStatus:
 
 
 def _failed_tasks(job: Any) -> dict[Any, str]:
-    # The tasks that failed or did not come to an end, and their tracebacks.
+    # The tasks that failed or did not finish, and their tracebacks.
     outcomes = {task: _outcome(task) for task in (job.task(index) for index in range(job.num_tasks))}
     return {task: traceback for task, (word, traceback) in outcomes.items() if word != "success"}
 
@@ -135,11 +126,11 @@ def _outcome(task: Any) -> tuple[str, str]:
     except FileNotFoundError:
         return "ended", ""
     except Exception:
-        return "success", ""  # a traceback is text: what cannot be read here is an object that the script returned
+        return "success", ""  # a traceback is text, so this is an object that the script returned
     return str(word), content if word == "error" else ""
 
 
 def _name_failed_tasks(job: Any) -> None:
     for task, traceback in _failed_tasks(job).items():
-        why = f"failed: {traceback.strip().splitlines()[-1]}" if traceback else "was ended"
+        why = f"failed: {traceback.strip().splitlines()[-1]}" if traceback else "was killed"
         print(f"task {task.task_id} {why} (see {task.paths.stderr})", file=sys.stderr)

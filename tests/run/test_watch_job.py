@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dinov3.run import following
+from dinov3.run import watch_job
 
 
 class Task:
@@ -27,7 +27,7 @@ class Task:
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    monkeypatch.setattr(following, "POLL_S", 0.01)
+    monkeypatch.setattr(watch_job, "POLL_S", 0.01)
     return Task(tmp_path)
 
 
@@ -54,7 +54,7 @@ def test_requeued_job_is_waited_for(
     job.stderr.write_text("a warning\n")
     for index in range(2):
         job.task(index).finish("success", None)
-    assert following.follow(job, "slurm") == 0
+    assert watch_job.watch_job(job, "slurm") == 0
     captured = capsys.readouterr()
     assert captured.out == "a line\n"
     assert captured.err == (
@@ -70,7 +70,7 @@ def test_exit_status_is_that_of_the_job(
     state: str, exit_code: str, expected: int, job: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_with(tmp_path, monkeypatch, f"JobId=7 JobState={state} Reason=None ExitCode={exit_code}")
-    assert following.follow(job, "slurm") == expected
+    assert watch_job.watch_job(job, "slurm") == expected
 
 
 def test_failed_tasks_are_named_with_their_error(
@@ -78,10 +78,10 @@ def test_failed_tasks_are_named_with_their_error(
 ) -> None:
     answer_with(tmp_path, monkeypatch, "JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0")
     job.task(1).finish("error", "Traceback ...\nValueError: the reason\n")
-    assert following.follow(job, "slurm") == 1
+    assert watch_job.watch_job(job, "slurm") == 1
     said = capsys.readouterr().err
     assert f"task 1 failed: ValueError: the reason (see {tmp_path}/1.err)" in said
-    assert "task 0 was ended" in said
+    assert "task 0 was killed" in said
 
 
 def test_job_that_slurm_has_forgotten_is_judged_by_its_results(
@@ -92,6 +92,6 @@ def test_job_that_slurm_has_forgotten_is_judged_by_its_results(
         "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n"
     )
     job.task(0).finish("success", None)
-    assert following.follow(job, "slurm") == 1
+    assert watch_job.watch_job(job, "slurm") == 1
     job.task(1).finish("success", None)
-    assert following.follow(job, "slurm") == 0
+    assert watch_job.watch_job(job, "slurm") == 0
