@@ -9,7 +9,6 @@ from dinov3.distributed.collectives import (
     barrier,
     broadcast_object,
     gather_all_tensors,
-    reduce_dict,
 )
 from dinov3.distributed.environment import TorchDistributedEnvironment
 from dinov3.distributed.exchange import distribute_to_subgroups, rows_of_ranks, send_rows
@@ -25,7 +24,6 @@ from dinov3.distributed.groups import (
     is_main_process,
     is_subgroup_main_process,
     new_subgroups,
-    save_in_main_process,
 )
 from dinov3.distributed.setup import disable, enable
 
@@ -51,8 +49,6 @@ __all__ = [
     "is_main_process",
     "is_subgroup_main_process",
     "new_subgroups",
-    "reduce_dict",
     "rows_of_ranks",
-    "save_in_main_process",
     "send_rows",
 ]

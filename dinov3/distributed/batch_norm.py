@@ -1,7 +1,7 @@
 """Batch norm over the batches of all processes, on any device.
 
-Notable: `torch.nn.SyncBatchNorm` refuses CPU tensors; this one is made of collectives, and of as many processes gives
-what one with the whole batch gives. State-dict entries are those of `BatchNorm2d`.
+Notable: `torch.nn.SyncBatchNorm` refuses CPU tensors; this one uses collectives that work everywhere. Several processes
+give what one process gives on the whole batch. State-dict entries are those of `BatchNorm2d`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """`BatchNorm2d` whose statistics in training are those of the images [b, C, H, W] of all processes."""
+    """`BatchNorm2d` that in training uses the statistics of the images [b, C, H, W] of all processes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[b, C, H, W] normalised; every process must call it, and run its backward pass."""
+        """Normalise [b, C, H, W]; every process must call it, and run its backward pass."""
         if not self.training or get_world_size() == 1:
             return super().forward(input)
         x = input.float()
-        count = x.new_tensor(x.numel() / x.shape[1])
-        count = all_reduce(count)
-        mean = _sum_over_processes(x.sum((0, 2, 3))) / count  # [C]
+        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
+        mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / count  # [C]
         centred = x - mean[:, None, None]
-        variance = _sum_over_processes(centred.square().sum((0, 2, 3))) / count
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         self._update_running_statistics(mean.detach(), variance.detach(), count)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
@@ -56,7 +55,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms_(module: nn.Module) -> nn.Module:
-    """Let the `BatchNorm2d` of a module use the batches of all processes; nothing changes with one process.
+    """Make the `BatchNorm2d` of a module use the batches of all processes; nothing changes with one process.
 
     Returns:
         The same module: its batch norms change their class and keep everything else.
@@ -66,7 +65,3 @@ def synchronize_batch_norms_(module: nn.Module) -> nn.Module:
             if type(part) is nn.BatchNorm2d:
                 part.__class__ = SynchronizedBatchNorm2d
     return module
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(tensor)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -44,12 +43,9 @@ def all_reduce(
 
     Returns:
         `tensor`.
-
-    Raises:
-        ValueError: unknown `op`.
     """
     if op not in _OPERATIONS:
-        raise ValueError(f"op {op!r} is unknown; use one of {', '.join(_OPERATIONS)}")
+        raise ValueError(f"unknown op {op!r}; use one of {', '.join(_OPERATIONS)}")
     group = group or get_process_subgroup()
     if group is None:
         return tensor
@@ -94,11 +90,7 @@ def all_gather_with_grad(tensor: Tensor, group: ProcessGroup | None = None) -> T
 
 
 def gather_all_tensors(tensor: Tensor, group: ProcessGroup | None = None) -> list[Tensor]:
-    """The tensors of all ranks, which may differ in shape but not in number of dimensions.
-
-    Args:
-        tensor: this rank's.
-        group: processes to gather from.
+    """Gather the tensors of all ranks, which may differ in shape but not in number of dimensions.
 
     Returns:
         One tensor per rank, in rank order.
@@ -111,7 +103,7 @@ def gather_all_tensors(tensor: Tensor, group: ProcessGroup | None = None) -> lis
         return [tensor]
     shapes = all_gather_objects(tuple(tensor.shape), group)
     if len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"tensors to gather differ in number of dimensions; shapes by rank: {shapes}")
+        raise ValueError(f"cannot gather tensors with different numbers of dimensions; their shapes by rank: {shapes}")
     largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     padded = tensor.new_zeros(largest)
     padded[_corner(tensor.shape)] = tensor.detach()
@@ -121,28 +113,8 @@ def gather_all_tensors(tensor: Tensor, group: ProcessGroup | None = None) -> lis
     return [flat.reshape(largest)[_corner(shape)] for flat, shape in zip(gathered, shapes, strict=True)]
 
 
-def reduce_dict(
-    values: Mapping[str, Tensor], average: bool = True, group: ProcessGroup | None = None
-) -> dict[str, Tensor]:
-    """Sum or average 0-dimensional tensors over the processes, with one all-reduce.
-
-    Args:
-        values: the same keys on all ranks.
-        average: divide the sums by the number of processes.
-        group: processes to reduce over.
-
-    Returns:
-        The reduced tensors, keys sorted; `values` itself keeps its own.
-    """
-    names = sorted(values)
-    if not names:
-        return {}
-    packed = torch.stack([values[name].detach() for name in names])
-    return dict(zip(names, all_reduce(packed, "mean" if average else "sum", group).unbind(), strict=True))
-
-
 def broadcast_object(value: T, group: ProcessGroup | None = None) -> T:
-    """The picklable `value` of the group's rank 0, on every rank."""
+    """Return the picklable `value` of the group's rank 0 on every rank."""
     group = group or get_process_subgroup()
     if group is None:
         return value
@@ -152,7 +124,7 @@ def broadcast_object(value: T, group: ProcessGroup | None = None) -> T:
 
 
 def all_gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
-    """The picklable values of all ranks, in rank order."""
+    """Return the picklable values of all ranks, in rank order."""
     group = group or get_process_subgroup()
     if group is None:
         return [value]

@@ -1,7 +1,4 @@
-"""Which of how many processes this one is, as its launcher says: torchrun, submitit, Slurm, or none.
-
-Notable: Slurm counts only inside a job step (`srun`, submitit); a shell in an allocation is one process on its own.
-"""
+"""Rank, world size and meeting point of this process, from its launcher: torchrun, submitit, Slurm, or none."""
 
 from __future__ import annotations
 
@@ -19,21 +16,19 @@ class TorchDistributedEnvironment:
     """Rank, world size and meeting point of this process.
 
     The first source that applies counts: torchrun (`TORCHELASTIC_RUN_ID`), submitit's local and debug executors, a
-    Slurm task (`SLURM_JOB_ID` and `SLURM_STEP_ID`, also under submitit), else one process on its own. Under submitit
-    and Slurm, `MASTER_PORT` fixes the port; otherwise all ranks derive the same one from the job id.
+    Slurm task (`SLURM_JOB_ID` and `SLURM_STEP_ID`, also under submitit); otherwise it is a single process. Under
+    submitit and Slurm, `MASTER_PORT` fixes the port; otherwise all ranks derive the same one from the job id.
 
     Attributes:
         job_type: `"TorchElastic"`, `"submitit"`, `"Slurm"` or `"manual"`.
         job_id: the launcher's; empty without one.
         master_addr: host of rank 0.
         candidate_ports: ports to try, `master_port` first, the same on all ranks; several if they come from the job id.
-        rank: of this process among all.
-        world_size: number of processes.
-        local_rank: of this process on its node.
+        local_rank: rank of this process on its node.
         local_world_size: number of processes on this node.
 
     Raises:
-        RuntimeError: the launcher left out or mangled a variable; the message names it.
+        RuntimeError: a variable of the launcher is missing or wrong; the message names it.
     """
 
     job_type: str
@@ -46,25 +41,26 @@ class TorchDistributedEnvironment:
     local_world_size: int
 
     def __init__(self) -> None:
+        # A shell in a Slurm allocation has most of Slurm's variables, but is not one of the job's tasks.
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._read_torchrun()
         elif "SUBMITIT_DEBUG_JOB_ID" in os.environ:
-            self._be_alone()
+            self._be_single_process()
         elif os.environ.get("SUBMITIT_EXECUTOR") == "local":
             self._read_submitit()
         elif slurm.is_slurm_task():
             self._read_slurm()
         else:
-            self._be_alone()
+            self._be_single_process()
         if not (0 <= self.local_rank < self.local_world_size and 0 <= self.rank < self.world_size):
             raise RuntimeError(
-                f"{self.job_type} contradicts itself: rank {self.rank} of {self.world_size}, "
+                f"the variables of {self.job_type} contradict each other: rank {self.rank} of {self.world_size}, "
                 f"local rank {self.local_rank} of {self.local_world_size}"
             )
 
     @property
     def master_port(self) -> int:
-        """The port that rank 0 listens on, unless another program does."""
+        """The port that rank 0 listens on, unless another program uses it."""
         return self.candidate_ports[0]
 
     @property
@@ -96,10 +92,12 @@ class TorchDistributedEnvironment:
         if nccl_async_error_handling:
             values["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
         conflicts = [
-            f"{name}={os.environ[name]} (want {value})" for name, value in values.items() if _differs(name, value)
+            f"{name}={os.environ[name]} (not {value})"
+            for name, value in values.items()
+            if os.environ.get(name, value) != value
         ]
         if conflicts and not overwrite:
-            raise RuntimeError(f"the environment already says {', '.join(conflicts)}: unset it or pass overwrite=True")
+            raise RuntimeError(f"the environment already has {', '.join(conflicts)}: unset it or pass overwrite=True")
         os.environ.update(values)
         return self
 
@@ -143,7 +141,7 @@ class TorchDistributedEnvironment:
         # Tasks spread unevenly over nodes still need a local world size that holds the local rank.
         self.local_world_size = max(self.world_size // n_nodes, self.local_rank + 1)
 
-    def _be_alone(self) -> None:
+    def _be_single_process(self) -> None:
         self.job_type = "manual"
         self.job_id = ""
         self.master_addr = "127.0.0.1"
@@ -155,7 +153,7 @@ class TorchDistributedEnvironment:
 def _ports_of_job(job_id: str) -> list[int]:
     generator = random.Random(int(job_id))
     candidates = [generator.randint(*PORT_RANGE) for _ in range(N_PORT_CANDIDATES)]
-    # What `export` has set for this very job leaves the other candidates; any other value is the user's wish.
+    # A port that `export` has set for this job leaves the other candidates; any other value is what the user wants.
     if "MASTER_PORT" in os.environ and _integer("MASTER_PORT") != candidates[0]:
         return [_integer("MASTER_PORT")]
     return candidates
@@ -165,10 +163,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _differs(name: str, value: str) -> bool:
-    return name in os.environ and os.environ[name] != value
 
 
 def _variable(name: str) -> str:

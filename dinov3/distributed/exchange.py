@@ -1,8 +1,8 @@
-"""Rows that are spread over the processes, sent to those that need them, and to no others.
+"""Sending rows that are spread over the processes to those that need them, and to no others.
 
-Each process has the same number of consecutive rows of a whole that no process ever holds. Multi-distillation (arXiv
-2508.10104, section 6) exchanges images and teacher outputs so: every student sees the whole batch, split among its own
-processes, and the teacher's part of the work is split among all.
+Each process has the same number of consecutive rows; no process ever holds all of them. Multi-distillation (arXiv
+2508.10104, section 6) exchanges images and teacher outputs in this way: every student sees the whole batch, split among
+its own processes, and the teacher's work is split among all.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def send_rows(rows: Tensor, n_rows_to: Sequence[int], n_rows_from: Sequence[int]
     """Send consecutive rows to each process.
 
     Args:
-        rows: [n, ...], contiguous or not: first those for rank 0, then those for rank 1, ...
-        n_rows_to: how many for each of the W ranks.
+        rows: [n, ...], first those for rank 0, then those for rank 1, ...
+        n_rows_to: how many go to each of the W ranks.
         n_rows_from: how many come from each of the W ranks.
 
     Returns:
@@ -36,7 +36,7 @@ def send_rows(rows: Tensor, n_rows_to: Sequence[int], n_rows_from: Sequence[int]
 
 
 def rows_of_ranks(n_rows: int) -> list[range]:
-    """Which of `n_rows` rows each rank needs, if each subgroup splits all of them evenly.
+    """Return which of `n_rows` rows each rank needs, if each subgroup splits all of them evenly.
 
     Raises:
         ValueError: a subgroup cannot split them evenly.
@@ -54,9 +54,9 @@ def distribute_to_subgroups(tensor: Tensor, over_dim: int, n_rows: int | None = 
     """Give each subgroup the whole of a tensor that is spread over all processes, split among its members.
 
     Args:
-        tensor: this rank's part; the same shape on all ranks. The whole is the concatenation in the order of the ranks.
+        tensor: this rank's part, of the same shape on all ranks; the whole tensor is their concatenation in rank order.
         over_dim: dimension along which it is spread.
-        n_rows: only the first so many entries of the whole count; None: all.
+        n_rows: use only so many entries from the start. Default: all.
 
     Returns:
         On rank r of a subgroup of s: the r-th of s equal parts of the whole, along `over_dim`; no gradient flows back.
@@ -68,7 +68,7 @@ def distribute_to_subgroups(tensor: Tensor, over_dim: int, n_rows: int | None = 
     n_own, world_size, rank = len(rows), get_world_size(), get_rank()
     total = n_own * world_size if n_rows is None else n_rows
     if total > n_own * world_size:
-        raise ValueError(f"{n_rows} rows are wanted, but {world_size} processes with {n_own} each have fewer")
+        raise ValueError(f"{n_rows} rows were requested, but {world_size} processes with {n_own} each have fewer")
     held = [range(r * n_own, (r + 1) * n_own) for r in range(world_size)]
     wanted = rows_of_ranks(total)
     to_ranks = [_overlap(held[rank], of_rank) for of_rank in wanted]

@@ -1,50 +1,42 @@
-"""Who this process is among the others: ranks, world sizes and the subgroup of a multi-distillation student.
+"""Which of the processes this one is: ranks, world sizes and the subgroup of a multi-distillation student.
 
-Everything answers for one process when no process group exists, and for a group that somebody else initialised.
+Everything also works for one process without a process group, and for a group that somebody else initialised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-# The subgroup of this process and the ranks of all, with the default group that they were made from, so that they die
-# with it.
+# The default group that the subgroups were made from, the subgroup of this process and the ranks of all subgroups. The
+# first tells whether the others are still valid: they end with it.
 _subgroup: tuple[ProcessGroup, ProcessGroup, list[list[int]]] | None = None
 
 
 def is_enabled() -> bool:
-    """Whether a default process group exists."""
+    """Return whether a default process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank(group: ProcessGroup | None = None) -> int:
-    """Rank of this process in `group` (default: among all processes); 0 without a process group."""
+    """Return the rank of this process in `group` (default: among all processes); 0 without a process group."""
     return dist.get_rank(group) if is_enabled() else 0
 
 
 def get_world_size(group: ProcessGroup | None = None) -> int:
-    """Number of processes in `group` (default: all); 1 without a process group."""
+    """Return the number of processes in `group` (default: all); 1 without a process group."""
     return dist.get_world_size(group) if is_enabled() else 1
 
 
 def is_main_process(group: ProcessGroup | None = None) -> bool:
-    """Whether this process has rank 0 in `group` (default: among all processes)."""
+    """Return whether this process has rank 0 in `group` (default: among all processes)."""
     return get_rank(group) == 0
 
 
-def save_in_main_process(*args: Any, **kwargs: Any) -> None:
-    """`torch.save` in rank 0; nothing elsewhere."""
-    if is_main_process():
-        torch.save(*args, **kwargs)
-
-
 def get_default_process_group() -> ProcessGroup | None:
-    """The group of all processes; None without one."""
+    """Return the group of all processes; None without one."""
     return dist.group.WORLD if is_enabled() else None
 
 
@@ -60,7 +52,7 @@ def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
     """
     global _subgroup
     if _current_subgroup() is not None:
-        raise RuntimeError("new_subgroups was called before; the processes can be divided only once")
+        raise RuntimeError("new_subgroups was already called; the processes can be divided only once")
     ranks = sorted(rank for subgroup in all_subgroup_ranks for rank in subgroup)
     if ranks != list(range(get_world_size())):
         raise ValueError(
@@ -70,34 +62,34 @@ def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
     if world is None:
         return
     for subgroup in all_subgroup_ranks:
-        # Every process takes part in making every group, also those that it does not belong to.
+        # Every process must take part in making every group, including those that it does not belong to.
         group = dist.new_group(list(subgroup))
         if isinstance(group, ProcessGroup):
             _subgroup = (world, group, [list(ranks) for ranks in all_subgroup_ranks])
 
 
 def get_process_subgroup() -> ProcessGroup | None:
-    """The subgroup of this process: that of `new_subgroups`, else all processes; None without a process group."""
+    """Return the subgroup of this process, by default all processes; None without a process group."""
     return _current_subgroup() or get_default_process_group()
 
 
 def get_all_subgroup_ranks() -> list[list[int]]:
-    """The ranks of each subgroup; all ranks in one without `new_subgroups`."""
+    """Return the ranks of each subgroup; without `new_subgroups` there is one with all ranks."""
     return _subgroup[2] if _current_subgroup() and _subgroup else [list(range(get_world_size()))]
 
 
 def get_subgroup_rank() -> int:
-    """Rank of this process in its subgroup."""
+    """Return the rank of this process in its subgroup."""
     return get_rank(get_process_subgroup())
 
 
 def get_subgroup_size() -> int:
-    """Number of processes in the subgroup of this process."""
+    """Return the number of processes in the subgroup of this process."""
     return get_world_size(get_process_subgroup())
 
 
 def is_subgroup_main_process() -> bool:
-    """Whether this process has rank 0 in its subgroup."""
+    """Return whether this process has rank 0 in its subgroup."""
     return get_subgroup_rank() == 0
 
 

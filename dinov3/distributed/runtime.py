@@ -1,8 +1,8 @@
 """The device of this process, and the few calls that differ between devices.
 
-Every other module asks here: nothing else names a device type or a communication backend. The device is, in this order,
-what `set_device` was given, the environment variable `DINOV3_DEVICE`, and `auto`: the CUDA device of the local rank if
-there is one, else the CPU.
+No other module names a device type or a communication backend. The device is, in this order: what `set_device` was
+given, the environment variable `DINOV3_DEVICE`, and `auto`: the CUDA device of the local rank if there is one, and the
+CPU otherwise.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 DEVICE_VARIABLE = "DINOV3_DEVICE"
 
 _chosen_device: torch.device | None = None
-#: What the variable has from `preferring`, so that errors do not name a variable that the user has not set.
+#: The value that `preferring` gave the variable, so that errors do not name a variable that the user has not set.
 _preferred_name: str | None = None
 
 
 def device() -> torch.device:
-    """The device of this process, with an index where the device type has several.
+    """Return the device of this process, with an index where the device type has several.
 
     Raises:
-        ValueError: `DINOV3_DEVICE` is no device, or not one of this machine.
+        ValueError: `DINOV3_DEVICE` is not a device, or not one of this machine.
     """
     if _chosen_device is not None:
         return _chosen_device
@@ -51,7 +51,7 @@ def set_device(name: str | torch.device | None = None) -> torch.device:
         The device now in use; a CUDA device is also made the current one.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     global _chosen_device
     _chosen_device = None if name is None or str(name) == "auto" else _resolve(str(name))
@@ -63,7 +63,7 @@ def set_device(name: str | torch.device | None = None) -> torch.device:
 
 @contextmanager
 def preferring(name: str | None) -> Iterator[None]:
-    """Let `DINOV3_DEVICE` be `name` for a while, for the processes too that are started meanwhile.
+    """Set `DINOV3_DEVICE` to `name` inside the context, also for processes that are started there.
 
     Args:
         name: a torch device or `"auto"`; None leaves the variable as it is.
@@ -83,13 +83,13 @@ def preferring(name: str | None) -> Iterator[None]:
 
 
 def synchronize() -> None:
-    """Wait until the device has finished everything that was started; nothing to wait for on the CPU."""
+    """Wait until the device has finished all work; does nothing on the CPU."""
     if device().type != "cpu":
         torch.accelerator.synchronize(device())
 
 
 def max_memory_mib() -> float:
-    """Peak memory of this process in MiB: allocated on the CUDA device, elsewhere resident."""
+    """Return the peak memory of this process in MiB: allocated memory on a CUDA device, otherwise resident memory."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated(device()) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -97,19 +97,19 @@ def max_memory_mib() -> float:
 
 
 def backend(for_device: torch.device | None = None) -> str:
-    """The `init_process_group` backend for tensors on `for_device` (default: this process's) and on the CPU."""
+    """Return the `init_process_group` backend for tensors on `for_device` (default: this process's) and on the CPU."""
     return "cpu:gloo,cuda:nccl" if (for_device or device()).type == "cuda" else "gloo"
 
 
 def get_rng_state() -> Tensor | None:
-    """State of the device's random generator (uint8); None on the CPU, whose state is `torch.get_rng_state`."""
+    """Return the state of the device's random generator (uint8); None on the CPU (see `torch.get_rng_state`)."""
     if device().type == "cpu":
         return None
     return torch.get_device_module(device()).get_rng_state()
 
 
 def set_rng_state(state: Tensor) -> None:
-    """Restore what `get_rng_state` returned; nothing to do on the CPU."""
+    """Restore what `get_rng_state` returned; does nothing on the CPU."""
     if device().type != "cpu":
         torch.get_device_module(device()).set_rng_state(state)
 
@@ -124,19 +124,19 @@ def _resolve(name: str) -> torch.device:
     if chosen.type == "cuda":
         return _resolve_cuda(chosen)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this machine has no MPS device; use auto or cpu")
+        raise ValueError(f"device {name!r} was requested, but this machine has no MPS device; use auto or cpu")
     return chosen
 
 
 def _resolve_cuda(chosen: torch.device) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise ValueError(f"device {str(chosen)!r} was asked for, but torch sees no CUDA device; use auto or cpu")
+        raise ValueError(f"device {str(chosen)!r} was requested, but torch sees no CUDA device; use auto or cpu")
     if chosen.index is None:
         local_rank = os.environ.get("LOCAL_RANK")
         # Slurm may give each task one visible device, which then has index 0 for every local rank.
         index = torch.cuda.current_device() if local_rank is None else int(local_rank) % count
         return torch.device("cuda", index)
     if chosen.index >= count:
-        raise ValueError(f"device {str(chosen)!r} was asked for, but torch sees only {count} CUDA devices")
+        raise ValueError(f"device {str(chosen)!r} was requested, but torch sees only {count} CUDA devices")
     return chosen

@@ -1,7 +1,7 @@
 """Starting and ending the process group.
 
-Notable: one process gets a group without network, port or environment variables; with several, ranks that do not come
-are named; when another program listens on the port that the job id gives, all ranks move on to the next one.
+Notable: one process gets a group without network, port or environment variables. With several, an error names the ranks
+that did not arrive, and if another program listens on the port, all ranks move on to the next candidate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dinov3.distributed.environment import TorchDistributedEnvironment
 stores: Any = dist
 
 ARRIVAL_TIMEOUT = timedelta(minutes=2)
-# Long enough for a busy rank 0 to answer, short enough to come back to each candidate port within ARRIVAL_TIMEOUT.
+# Long enough for a busy rank 0 to answer, short enough to try each candidate port several times in ARRIVAL_TIMEOUT.
 PORT_ATTEMPT_TIMEOUT = timedelta(seconds=5)
 JOB_KEY = "job"
 
@@ -35,7 +35,6 @@ _original_print: Callable[..., None] | None = None
 
 def enable(
     *,
-    set_cuda_current_device: bool = True,
     overwrite: bool = False,
     nccl_async_error_handling: bool = False,
     restrict_print_to_main_process: bool = True,
@@ -44,27 +43,24 @@ def enable(
     """Start the default process group of this process's launcher (see `TorchDistributedEnvironment`).
 
     Args:
-        set_cuda_current_device: on CUDA, make the local rank's device the current one.
         overwrite: replace conflicting environment variables instead of raising.
         nccl_async_error_handling: set `TORCH_NCCL_ASYNC_ERROR_HANDLING=1`.
-        restrict_print_to_main_process: `print` outside rank 0 prints only with `force=True`, or into another file than
-            standard output.
+        restrict_print_to_main_process: `print` on other ranks than 0 prints only with `force=True`, or to other files
+            than standard output.
         timeout: of collectives; by default torch's (10 minutes for NCCL, 30 for gloo).
 
     Raises:
-        RuntimeError: a process group exists already, environment variables conflict, or ranks did not come in time.
+        RuntimeError: a process group already exists, environment variables conflict, or ranks did not arrive in time.
     """
     if groups.is_enabled():
-        raise RuntimeError("a process group exists already: call dinov3.distributed.disable() first")
+        raise RuntimeError("a process group already exists: call dinov3.distributed.disable() first")
     environment = TorchDistributedEnvironment()
     if environment.world_size > 1:
         environment.export(overwrite=overwrite, nccl_async_error_handling=nccl_async_error_handling)
     device = runtime.device()
-    if set_cuda_current_device and device.type == "cuda":
-        device = runtime.set_device(device)
     arguments: dict[str, Any] = {"rank": environment.rank, "world_size": environment.world_size}
     if device.type == "cuda":
-        arguments["device_id"] = device
+        arguments["device_id"] = runtime.set_device(device)
     if timeout is not None:
         arguments["timeout"] = timeout
     dist.init_process_group(runtime.backend(device), store=_meeting_point(environment), **arguments)
@@ -74,8 +70,11 @@ def enable(
 
 
 def disable() -> None:
-    """End the default process group and give `print` back; does nothing without a group."""
-    _restore_print()
+    """End the default process group, if there is one, and restore `print`."""
+    global _original_print
+    if _original_print is not None:
+        builtins.print = _original_print
+        _original_print = None
     if groups.is_enabled():
         dist.destroy_process_group()
 
@@ -93,7 +92,7 @@ def _meeting_point(environment: TorchDistributedEnvironment) -> Any:
 
 
 def _store_on_first_free_port(environment: TorchDistributedEnvironment) -> Any:
-    # Rank 0 settles on the first port that it can listen on; the others cannot know which, and go round.
+    # Rank 0 takes the first port that it can listen on; the others cannot know which, and try them in turn.
     deadline = time.monotonic() + ARRIVAL_TIMEOUT.total_seconds()
     open_store = _serve_store if environment.is_main_process else _join_store
     reasons: dict[int, str] = {}
@@ -108,7 +107,7 @@ def _store_on_first_free_port(environment: TorchDistributedEnvironment) -> Any:
         if environment.is_main_process or time.monotonic() > deadline:
             tried = "; ".join(f"port {port}: {reason}" for port, reason in reasons.items())
             raise RuntimeError(
-                f"rank {environment.rank} found no meeting point at {environment.master_addr} ({tried}): "
+                f"rank {environment.rank} could not meet the other ranks at {environment.master_addr} ({tried}): "
                 "set MASTER_PORT to a free port of that host on all ranks"
             )
 
@@ -131,14 +130,14 @@ def _join_store(environment: TorchDistributedEnvironment, port: int) -> Any:
         except Exception as error:
             found.set_exception(error)
 
-    # In a thread, because a stranger that accepts and says nothing would keep the constructor for ever.
+    # In a thread, because the constructor never returns if another program accepts the connection and stays silent.
     threading.Thread(target=connect, daemon=True).start()
     try:
         store, job_id = found.result(timeout=2 * PORT_ATTEMPT_TIMEOUT.total_seconds())
     except TimeoutError:
-        raise RuntimeError("whoever listens there does not answer") from None
+        raise RuntimeError("the program that listens there does not answer") from None
     if job_id != environment.job_id:
-        raise RuntimeError(f"job {job_id} meets there, not job {environment.job_id}")
+        raise RuntimeError(f"it is used by job {job_id}, not by job {environment.job_id}")
     return store
 
 
@@ -150,8 +149,8 @@ def _wait_for_all_ranks(store: Any, rank: int, world_size: int) -> None:
     except RuntimeError as error:
         missing = [other for other, key in keys.items() if not store.check([key])]
         raise RuntimeError(
-            f"ranks {missing} of {world_size} did not come within {ARRIVAL_TIMEOUT.total_seconds():.0f} s: "
-            "look for their error in their own logs"
+            f"ranks {missing} of {world_size} did not arrive within {ARRIVAL_TIMEOUT.total_seconds():.0f} s: "
+            "look for their errors in their own logs"
         ) from error
 
 
@@ -160,15 +159,8 @@ def _restrict_print(is_main_process: bool) -> None:
     original = _original_print = builtins.print
 
     def print_in_main_process(*args: Any, force: bool = False, **kwargs: Any) -> None:
-        # Into a file of their own all ranks may print: the log prints tracebacks so.
+        # All ranks may print to other files: that is how logging prints tracebacks.
         if is_main_process or force or kwargs.get("file") not in (None, sys.stdout):
             original(*args, **kwargs)
 
     builtins.print = print_in_main_process
-
-
-def _restore_print() -> None:
-    global _original_print
-    if _original_print is not None:
-        builtins.print = _original_print
-        _original_print = None

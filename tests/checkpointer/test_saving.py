@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from dinov3.checkpointer import (
@@ -28,10 +29,9 @@ from dinov3.checkpointer import (
     saving,
 )
 from dinov3.checkpointer.manifest import digest_file
+from tests.multiprocess import start
 
 from . import toy
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 class Counter:
@@ -219,26 +219,22 @@ def test_stale_temporaries_go_and_everything_else_stays(tmp_path: Path) -> None:
     remove_stale_temporaries(tmp_path / "absent")
 
 
-# Forks its victims, because an interpreter with torch takes seconds to start.
-KILL_WHILE_SAVING = """
-    import itertools, os, pathlib, signal, sys, time, torch
-    from torch import nn
-    from dinov3.checkpointer import save_checkpoint
+def save_for_ever(root: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(12)))
+    for i in itertools.count():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(i)
+        # Every other save replaces the one before.
+        save_checkpoint(root / str(i // 2), iteration=i, model=model)
+        (root / "finished").write_text(str(i))
 
-    def save_for_ever(root):
-        model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(12)))
-        for i in itertools.count():
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(i)
-            # Every other save replaces the one before.
-            save_checkpoint(root / str(i // 2), iteration=i, model=model)
-            (root / "finished").write_text(str(i))
 
-    # The first save of an interpreter is slow.
-    save_checkpoint(pathlib.Path(sys.argv[1]) / "warm" / "0", iteration=0, model=nn.Linear(1, 1))
-    for attempt in range(int(sys.argv[2])):
-        root = pathlib.Path(sys.argv[1]) / str(attempt)
+def kill_while_saving(directory: Path, n_attempts: int) -> None:
+    # The first save of a process is slow; its children start behind it.
+    save_checkpoint(directory / "warm" / "0", iteration=0, model=nn.Linear(1, 1))
+    for attempt in range(n_attempts):
+        root = directory / str(attempt)
         if (victim := os.fork()) == 0:
             save_for_ever(root)
         while not (root / "finished").exists():
@@ -246,19 +242,14 @@ KILL_WHILE_SAVING = """
         time.sleep(0.05 + 0.004 * attempt)
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
-"""
 
 
 @pytest.mark.distributed
 def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     n_attempts = 8
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILL_WHILE_SAVING), str(tmp_path), str(n_attempts)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
-        check=True,
-        timeout=120,
-    )
+    process = start(kill_while_saving, tmp_path, n_attempts, output=tmp_path / "said.txt")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
     interrupted = 0
     for root in (tmp_path / str(attempt) for attempt in range(n_attempts)):
         text = (root / "finished").read_text()

@@ -132,7 +132,7 @@ def test_export_refuses_to_overwrite_unless_asked(monkeypatch: pytest.MonkeyPatc
         if name != "WORLD_SIZE":
             monkeypatch.delenv(name)
     environment = TorchDistributedEnvironment()
-    with pytest.raises(RuntimeError, match=r"WORLD_SIZE=3 \(want 8\)"):
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE=3 \(not 8\)"):
         environment.export(overwrite=False)
     assert "RANK" not in os.environ
     environment.export(overwrite=True)

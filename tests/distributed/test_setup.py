@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import io
 import os
 import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,39 +12,36 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dinov3 import distributed
 from dinov3.distributed import TorchDistributedEnvironment
 from dinov3.distributed import setup as distributed_setup
+from tests.multiprocess import start
 
-REPOSITORY = Path(__file__).parents[2]
-REPORT = """
-    import torch
-    from dinov3 import distributed
-    distributed.enable()
-    total = float(distributed.all_reduce(torch.tensor(distributed.get_rank() + 1.0)))
-    print("hidden unless main")
-    print(f"rank {distributed.get_rank()} of {distributed.get_world_size()}: {total}", force=True)
-    distributed.disable()
-"""
+
+def report(port_attempt_timeout: float | None = None) -> str:
+    """What a rank prints."""
+    if port_attempt_timeout is not None:
+        distributed_setup.PORT_ATTEMPT_TIMEOUT = timedelta(seconds=port_attempt_timeout)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        distributed.enable()
+        total = float(distributed.all_reduce(torch.tensor(distributed.get_rank() + 1.0)))
+        print("hidden unless main")
+        print(f"rank {distributed.get_rank()} of {distributed.get_world_size()}: {total}", force=True)
+        distributed.disable()
+    return said.getvalue()
+
+
+def print_report(port_attempt_timeout: float) -> None:
+    print(report(port_attempt_timeout), end="")
 
 
 @pytest.fixture(autouse=True)
 def no_group_left() -> Iterator[None]:
     yield
     distributed.disable()
-
-
-def start(code: str, **variables: str) -> subprocess.Popen[str]:
-    environment = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM", "SUBMITIT", "TORCHEL"))}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=REPOSITORY,
-        env=environment | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def slurm_task(rank: int, world_size: int, job_id: str) -> dict[str, str]:
@@ -68,7 +64,7 @@ def test_one_process_gets_a_group_without_port_or_environment(monkeypatch: pytes
     assert dict(os.environ) == before
     assert distributed.all_reduce(torch.tensor(2.0), "mean") == 2
     assert distributed.all_gather_with_grad(torch.ones(2, 3)).shape == (2, 3)
-    with pytest.raises(RuntimeError, match="exists already"):
+    with pytest.raises(RuntimeError, match="already exists"):
         distributed.enable()
     distributed.disable()
     assert not distributed.is_enabled()
@@ -86,7 +82,7 @@ def test_group_of_somebody_else_is_used_and_its_end_noticed() -> None:
     assert distributed.get_process_subgroup() is distributed.get_default_process_group()
 
 
-def test_print_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_print_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOV3_DEVICE", "cpu")
     original = builtins.print
     distributed.enable()
@@ -97,42 +93,43 @@ def test_print_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.distributed
 def test_torchrun_starts_two_ranks() -> None:
-    code = textwrap.dedent(REPORT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # Unbuffered, a line and its end are two writes, between which the other rank may write its own.
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        [*command, "--no-python", sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env=buffered | {"OMP_NUM_THREADS": "1", "DINOV3_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
+    # What torchrun does with a script, its agent does with a function: store, environment variables, processes.
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="forkserver",
     )
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["hidden unless main", "rank 0 of 2: 3.0", "rank 1 of 2: 3.0"]
+    said = elastic_launch(config, report)()
+    assert said == {0: "hidden unless main\nrank 0 of 2: 3.0\n", 1: "rank 1 of 2: 3.0\n"}
 
 
 @pytest.mark.distributed
-def test_ranks_move_on_together_when_their_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_move_on_together_when_their_port_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     job_id = str(os.getpid() + 10**6)
     for name, value in slurm_task(0, 2, job_id).items():
         monkeypatch.setenv(name, value)
     port = TorchDistributedEnvironment().master_port
-    impatient = "from datetime import timedelta\nfrom dinov3.distributed import setup\n"
-    impatient += "setup.PORT_ATTEMPT_TIMEOUT = timedelta(seconds=1)\n"
     with socket.socket() as squatter:  # accepts connections and never answers
         squatter.bind(("0.0.0.0", port))
         squatter.listen()
-        ranks = [start(impatient + textwrap.dedent(REPORT), **slurm_task(r, 2, job_id)) for r in range(2)]
-        outputs = [process.communicate(timeout=60) for process in ranks]
-    assert all(process.returncode == 0 for process in ranks), outputs
-    assert outputs[0][0].splitlines()[-1] == "rank 0 of 2: 3.0" and "rank 1 of 2: 3.0" in outputs[1][0]
+        ranks = [
+            start(print_report, 0.2, output=tmp_path / str(rank), variables=slurm_task(rank, 2, job_id))
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.join(60)
+    outputs = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert [rank.exitcode for rank in ranks] == [0, 0], outputs
+    assert outputs[0].splitlines()[-1] == "rank 0 of 2: 3.0" and "rank 1 of 2: 3.0" in outputs[1]
 
 
-def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in slurm_task(0, 3, str(os.getpid() + 2 * 10**6)).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed_setup, "ARRIVAL_TIMEOUT", timedelta(seconds=1))
     monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **_: self)
-    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not come"):
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not arrive"):
         distributed.enable()

@@ -6,21 +6,19 @@ import logging
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
 import sys
 import termios
-import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from dinov3.logging import cleanup_logging, setup_logging
-from tests.multiprocess import run_ranks
+from dinov3.logging import MetricLogger, cleanup_logging, setup_logging
+from tests.multiprocess import run_ranks, start
 
-REPOSITORY = Path(__file__).parents[2]
 NAME = "dinov3-test"
 LINE = re.compile(r"^I\d{8} \d\d:\d\d:\d\d \d+ dinov3-test test_setup\.py:\d+\] hello$")
 
@@ -132,43 +130,34 @@ def test_each_rank_has_its_file_and_rank_0_the_standard_output(tmp_path: Path) -
     assert "from rank 1" in (tmp_path / "logs" / "log.txt.rank1").read_text()
 
 
-BAR_AND_LINES = """
-    import logging
-    from dinov3.logging import MetricLogger, setup_logging
+def show_bar_and_lines() -> None:
     setup_logging(level=logging.INFO)
     metrics = MetricLogger()
     for i in metrics.log_every(range(4), 2, header="Training"):
         metrics.update(total_loss=0.5 + i, images_per_second=100)
         logging.getLogger("dinov3").info("message %d", i)
-"""
 
 
-def run_on_a_terminal(code: str) -> str:
+def run_on_a_terminal(function: Callable[[], None]) -> str:
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, stdout=terminal, stderr=terminal
-    )
-    os.close(terminal)
+    process = start(function, output=Path(os.ttyname(terminal)))
     chunks: list[bytes] = []
-    while True:
-        try:
-            chunk = os.read(controller, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        chunks.append(chunk)
+    while process.is_alive() or select.select([controller], [], [], 0)[0]:
+        if select.select([controller], [], [], 0.05)[0]:
+            chunks.append(os.read(controller, 4096))
+    process.join()
+    os.close(terminal)
     os.close(controller)
-    assert process.wait() == 0
+    assert process.exitcode == 0
     return b"".join(chunks).decode()
 
 
 def test_progress_bar_and_log_lines_share_a_terminal() -> None:
-    shown = run_on_a_terminal(BAR_AND_LINES)
+    shown = run_on_a_terminal(show_bar_and_lines)
     # What is left of each line on a screen: what was written after the last carriage return.
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown.split("\n")]
     for i in range(4):
-        assert sum(bool(re.search(rf"<string>:\d+\]\S* message {i}$", line)) for line in lines) == 1, lines
+        assert sum(bool(re.search(rf"test_setup\.py:\d+\]\S* message {i}$", line)) for line in lines) == 1, lines
     assert "loss 0.5" in shown and "100 images/s" in shown and "waits for data" in shown and "4/4" in shown
     assert "eta:" not in shown  # the log line is for files and pipes

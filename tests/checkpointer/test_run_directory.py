@@ -1,14 +1,17 @@
-"""Which checkpoints there are and which stay."""
+"""Which checkpoints a run has, which stay, and its lock."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from dinov3.checkpointer import (
     CheckpointRetentionPolicy,
+    RunLock,
     cleanup_checkpoint,
     find_all_checkpoints,
     find_latest_checkpoint,
@@ -16,6 +19,7 @@ from dinov3.checkpointer import (
     keep_last_n_checkpoints,
     run_directory,
 )
+from tests.multiprocess import start
 
 
 def make(root: Path, *names: str) -> None:
@@ -93,3 +97,84 @@ def test_policy_keeps_what_it_names(tmp_path: Path, policy: str) -> None:
 def test_policy_says_how_many_to_keep_while_training() -> None:
     numbers = {policy.value: policy.max_to_keep for policy in CheckpointRetentionPolicy}
     assert numbers == {"all": None, "best": 1, "last": 1, "last_and_best": 1, "none": 1}
+
+
+def test_second_run_learns_who_holds_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with RunLock(tmp_path / "run"):
+        with pytest.raises(RuntimeError, match=rf"process {os.getpid()} on .*, job SLURM_JOB_ID=4711, since 20"):
+            RunLock(tmp_path / "run").__enter__()
+        with RunLock(tmp_path / "other"):
+            pass
+    with RunLock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_error_inside_releases_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunLock(tmp_path):
+        raise KeyError
+    with RunLock(tmp_path):
+        pass
+
+
+def hold(directory: Path) -> None:
+    with RunLock(directory):
+        print("locked", flush=True)
+        time.sleep(60)
+
+
+@pytest.mark.distributed
+def test_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    holder = start(hold, tmp_path, output=said)
+    try:
+        while not (said.exists() and said.read_text() == "locked\n"):
+            assert holder.is_alive()
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match=f"process {holder.pid} on"):
+            RunLock(tmp_path).__enter__()
+    finally:
+        holder.kill()
+        holder.join()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == holder.pid
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
+    holder = RunLock(tmp_path)
+    holder.__enter__()
+    to_parent, to_child = os.pipe(), os.pipe()
+    if (worker := os.fork()) == 0:
+        os.write(to_parent[1], b"x")
+        os.read(to_child[0], 1)
+        os._exit(0)
+    os.read(to_parent[0], 1)
+    try:
+        # What the system does when the holder is killed: it closes its files, without unlocking them by hand.
+        holder._close()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.write(to_child[1], b"x")
+        os.waitpid(worker, 0)
+        for descriptor in (*to_parent, *to_child):
+            os.close(descriptor)
+
+
+def test_file_system_without_locks_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
+    with RunLock(tmp_path):
+        assert "cannot be locked (no locks available)" in caplog.text
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match="file/run cannot be written to .*choose another --output-dir"):
+        RunLock(tmp_path / "file" / "run").__enter__()
