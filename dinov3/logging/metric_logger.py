@@ -1,4 +1,4 @@
-"""The numbers of a training: averaged, logged, written as JSON lines and TensorBoard events, shown as a progress bar.
+"""Averaging the numbers of a training, and showing them: log, JSON lines, TensorBoard events, progress bar.
 
 Notable: tensors stay on the device between two log lines; a line is one JSON object, with `null` for what is not
 finite; no batch is fetched beyond the last iteration.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dinov3.distributed import is_main_process, is_subgroup_main_process, runtime
 from dinov3.logging.smoothed_value import SmoothedValue, settle, synchronize
+from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
 
@@ -45,7 +46,7 @@ class MetricLogger:
     Args:
         delimiter: between the entries of a log line.
         output_file: JSON lines are appended here, by the main process of the subgroup.
-        tensorboard_dir: TensorBoard events with the same numbers at the same iterations go here.
+        tensorboard_dir: directory of TensorBoard events with the same numbers at the same iterations.
 
     Attributes:
         meters: the series by name; also attributes of this object.
@@ -68,7 +69,7 @@ class MetricLogger:
         """Append one value to each named series, making series that do not exist yet.
 
         Args:
-            values: numbers, NumPy scalars, bools or tensors of one element; tensors are not waited for.
+            values: numbers, NumPy scalars, bools or tensors of one element; this does not wait for tensors.
 
         Raises:
             TypeError: a value is none of these.
@@ -97,11 +98,11 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def synchronize_between_processes(self) -> None:
-        """Make the global averages those of all ranks of the subgroup; all of them must have the same series."""
+        """Make the global averages those over all ranks of the subgroup, which must have the same series."""
         synchronize(self.meters.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every series."""
+        """Return the state of every series."""
         settle(self.meters.values())
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
@@ -141,14 +142,15 @@ class MetricLogger:
         try:
             iteration = start_iteration
             while n_iterations is None or iteration < n_iterations:
-                log.before_fetch()
+                started = time.perf_counter()
                 try:
                     item = next(iterator)
                 except StopIteration:
                     break
-                log.after_fetch()
+                log.data_time.update(time.perf_counter() - started)
                 yield item
-                log.after_iteration()
+                log.iter_time.update(time.perf_counter() - started)
+                log.bar.update()
                 if iteration % print_freq == 0 or iteration + 1 == n_iterations:
                     log.write(iteration)
                 iteration += 1
@@ -157,7 +159,7 @@ class MetricLogger:
 
 
 class _IterationLog:
-    """Timing and output of one pass of `MetricLogger.log_every`."""
+    """Times and output of one pass of `MetricLogger.log_every`."""
 
     def __init__(
         self, metrics: MetricLogger, header: str, start_iteration: int, n_iterations: int | None, show_bar: bool
@@ -175,16 +177,6 @@ class _IterationLog:
             disable=not show_bar,
             dynamic_ncols=True,
         )
-
-    def before_fetch(self) -> None:
-        self.started = time.perf_counter()
-
-    def after_fetch(self) -> None:
-        self.data_time.update(time.perf_counter() - self.started)
-
-    def after_iteration(self) -> None:
-        self.iter_time.update(time.perf_counter() - self.started)
-        self.bar.update()
 
     def write(self, iteration: int) -> None:
         settle(self.metrics.meters.values())
@@ -227,19 +219,18 @@ class _IterationLog:
 
 
 def truncate_metrics_file(path: str | os.PathLike[str], first_dropped_iteration: int) -> None:
-    """Drop the lines of a metrics file from an iteration on, and a torn last line; the file is replaced atomically.
+    """Drop the lines of a metrics file from an iteration on, and an incomplete last line; replaces the file atomically.
 
     Args:
         path: a file of JSON lines with the key `iteration`; nothing happens if it does not exist.
-        first_dropped_iteration: lines with this or a later iteration go.
+        first_dropped_iteration: lines with this or a later iteration are dropped.
     """
     path = Path(path)
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _iteration_of(line) < first_dropped_iteration]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    remaining = [line for line in path.read_text().splitlines() if _iteration_of(line) < first_dropped_iteration]
+    with atomic_write(path, "w") as file:
+        file.writelines(line + "\n" for line in remaining)
 
 
 def _iteration_of(line: str) -> float:

@@ -1,6 +1,6 @@
 """A series of numbers: statistics of its newest values, and the average of all.
 
-Notable: `update` with a tensor does not wait for the device; tensors become numbers when somebody asks for a statistic.
+Notable: `update` with a tensor does not wait for the device; tensors become numbers when a statistic is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SmoothedValue:
     """Window statistics and global average of a series.
 
     Args:
-        window_size: number of newest values that `median`, `avg` and `max` look at.
+        window_size: number of newest values that `median`, `avg` and `max` are taken over.
         fmt: what `str` shows; may name `median`, `avg`, `global_avg`, `max` and `value`.
     """
 
@@ -81,12 +81,8 @@ class SmoothedValue:
         settle([self])
         return self._total / self._count if self._count else math.nan
 
-    def synchronize_between_processes(self) -> None:
-        """Sum count and total over the ranks, so that `global_avg` is theirs together; the window stays."""
-        synchronize([self])
-
     def state_dict(self) -> dict[str, Any]:
-        """Window, total and count, as plain numbers."""
+        """Return window, total and count, as plain numbers."""
         return {"window": list(self._values()), "total": self._total, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,21 +100,19 @@ class SmoothedValue:
         settle([self])
         return self._window
 
-    def _take_in(self, value: float, num: int) -> None:
-        self._window.append(value)
-        self._total += value * num
-        self._count += num
-
 
 def settle(meters: Iterable[SmoothedValue]) -> None:
-    """Turn the tensors that `meters` hold into numbers, all with one wait for the device."""
+    """Turn the tensors that `meters` hold into numbers, with one wait for the device."""
     pending = [(meter, value, num) for meter in meters for value, num in meter._pending]
     tensors = [value for _, value, _ in pending if isinstance(value, Tensor)]
     if tensors:
         device = tensors[0].device
         numbers = iter(torch.stack([tensor.to(device, torch.float32).reshape(()) for tensor in tensors]).tolist())
     for meter, value, num in pending:
-        meter._take_in(next(numbers) if isinstance(value, Tensor) else value, num)
+        number = next(numbers) if isinstance(value, Tensor) else value
+        meter._window.append(number)
+        meter._total += number * num
+        meter._count += num
         meter._pending.clear()
 
 

@@ -25,7 +25,6 @@ import pickle
 import re
 import shlex
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,16 +35,15 @@ from dinov3.env import clean_env
 from dinov3.run.arguments import choose_cluster, get_run_parser, get_submitit_parser, parse_arguments
 from dinov3.run.job import FLAG, JOB_ID, CheckpointableSubmitter
 from dinov3.run.watch_job import watch_job
-from dinov3.utils import get_sha
 from dinov3.utils.cluster import get_slurm_executor_parameters
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.environment import get_sha, run_git
 from dinov3.utils.messages import did_you_mean
 
 __all__ = ["CheckpointableSubmitter", "get_run_parser", "get_submitit_parser", "main", "submit_jobs"]
 
 MAX_REQUEUES_AFTER_TIMEOUT = 30
 SIGNAL_BEFORE_TIMEOUT_S = 120
-GIT_TIMEOUT_S = 60
 UNNAMED_PICKLE = re.compile(r"[0-9a-f]{32}\.pkl")
 
 
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_output_dir(_part_without_job_id(args.output_dir))
     # Taken before the job can start, written when its id is known.
     record = {"script": vars(task), "parameters": _parameters(args, name)} | _describe_launch(script, command)
-    patch = _git(script.parent, "diff", "HEAD")
+    patch = run_git(script.parent, "diff", "HEAD")
     (job,) = submit_jobs([task], args, name=name)
     job.paths.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"job_id": job.job_id, **record}, indent=2) + "\n"
@@ -285,14 +283,14 @@ def _announce(job: Any, args: argparse.Namespace, name: str) -> None:
 
 def _describe_launch(script: Path, command: Sequence[str]) -> dict[str, Any]:
     directory, git = script.parent, None
-    head = _git(directory, "rev-parse", "HEAD", "--show-toplevel")
+    head = run_git(directory, "rev-parse", "HEAD", "--show-toplevel")
     if head:
         commit, checkout = head.splitlines()
         git = {
             "checkout": checkout,
             "commit": commit,
-            "branch": _git(directory, "rev-parse", "--abbrev-ref", "HEAD").strip(),
-            "status": _git(directory, "status", "--porcelain").splitlines(),
+            "branch": run_git(directory, "rev-parse", "--abbrev-ref", "HEAD").strip(),
+            "status": run_git(directory, "status", "--porcelain").splitlines(),
         }
     return {
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -303,15 +301,6 @@ def _describe_launch(script: Path, command: Sequence[str]) -> dict[str, Any]:
         "git": git,
         "dinov3": get_sha(),
     }
-
-
-def _git(directory: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(directory), *arguments]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, timeout=GIT_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
-        return ""  # not in a git repository, or no git
-    return done.stdout.decode(errors="replace")
 
 
 def _import_submitit() -> Any:

@@ -1,4 +1,4 @@
-"""The little that every floor needs: token lists, walks over modules, dtypes by name, seeds, the git state."""
+"""What every floor needs: token lists, walks over modules, dtypes by name, messages, files, seeds, the git state."""
 
 from dinov3.utils.dtype import as_torch_dtype
 from dinov3.utils.environment import fix_random_seeds, get_conda_env, get_sha

@@ -1,4 +1,4 @@
-"""How every command ends: quietly, or with one clear message instead of a traceback when the user can mend it."""
+"""Ending a command: quietly, or with one clear message instead of a traceback for an error that the user can fix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ USER_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, ModuleNot
 
 
 def run_command_line(main: Callable[[], Any]) -> NoReturn:
-    """Call `main()` and exit: 0 when done, 130 on Ctrl-C, 1 with `error: ...` on an error that a user can mend.
+    """Call `main()` and exit with 0, with 130 on Ctrl-C, or with 1 and `error: ...` on an error that a user can fix.
 
-    `DINOV3_TRACEBACK=1` shows the traceback as well. Other exceptions are bugs and always show it.
+    `DINOV3_TRACEBACK=1` shows the traceback instead. Other exceptions are bugs and always show it.
     """
     try:
         main()

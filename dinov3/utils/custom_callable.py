@@ -1,11 +1,10 @@
-"""Functions from Python files that are given by path."""
+"""Loading functions from Python files that are given by path."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
     """Import a Python file and return one of its attributes.
 
-    The file is imported under a name of its own, so that it can neither shadow nor replace an installed module of the
-    same name. While it is imported, its directory comes first on `sys.path` (see `script_directory_on_path`).
+    The file is imported under a unique name, so that it can neither shadow nor replace an installed module of the same
+    name. While it is imported, its directory comes first on `sys.path` (see `script_directory_on_path`).
 
     Args:
-        module_path: the file.
         callable_name: the attribute, usually a function.
 
     Raises:
@@ -29,7 +27,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
     """
     path = Path(module_path).expanduser().resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"no Python file at {str(path)!r} to load {callable_name!r} from")
+        raise FileNotFoundError(f"there is no Python file {str(path)!r} to load {callable_name!r} from")
     name = f"_dinov3_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -49,7 +47,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Any:
 
 @contextlib.contextmanager
 def script_directory_on_path(module_path: str | Path) -> Iterator[None]:
-    """Inside the context a script's directory comes first on `sys.path`, as if Python had been started with it.
+    """Put a script's directory first on `sys.path` inside the context, as if Python had been started with the script.
 
     A file of a package (with an `__init__.py` beside it) gets the directory that holds the package instead: its own
     would hide installed modules behind files such as `dinov3/eval/setup.py`.
@@ -57,25 +55,6 @@ def script_directory_on_path(module_path: str | Path) -> Iterator[None]:
     directory = Path(module_path).expanduser().resolve().parent
     while (directory / "__init__.py").is_file():
         directory = directory.parent
-    with _first_on_path(directory):
-        yield
-
-
-@contextlib.contextmanager
-def change_working_dir_and_pythonpath(new_dir: str | Path) -> Iterator[None]:
-    """Inside the context `new_dir` is the working directory and first on `sys.path`; afterwards both are restored."""
-    old_dir = Path.cwd()
-    new_dir = Path(new_dir).expanduser().resolve()
-    os.chdir(new_dir)
-    try:
-        with _first_on_path(new_dir):
-            yield
-    finally:
-        os.chdir(old_dir)
-
-
-@contextlib.contextmanager
-def _first_on_path(directory: Path) -> Iterator[None]:
     before = sys.path[:]
     sys.path.insert(0, str(directory))
     try:

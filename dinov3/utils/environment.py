@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+GIT_TIMEOUT_S = 60
+
 
 def fix_random_seeds(seed: int = 31) -> None:
     """Seed PyTorch (CPU and accelerators), NumPy's global generator and `random`."""
@@ -19,27 +21,29 @@ def fix_random_seeds(seed: int = 31) -> None:
 
 
 def get_sha() -> str:
-    """The git state of the checkout that holds this package, on one line; never raises.
+    """Describe the git state of the checkout that holds this package on one line; never raises.
 
     Returns:
         `"sha: <commit>, status: clean|has uncommited changes, branch: <name>"`, with `N/A` outside of a checkout.
     """
+    here = Path(__file__).resolve().parent
+    sha = run_git(here, "rev-parse", "HEAD").strip()
+    if not sha:
+        return "sha: N/A, status: clean, branch: N/A"
+    status = "has uncommited changes" if run_git(here, "status", "--porcelain", "--untracked-files=no") else "clean"
+    return f"sha: {sha}, status: {status}, branch: {run_git(here, 'rev-parse', '--abbrev-ref', 'HEAD').strip()}"
+
+
+def run_git(directory: Path, *arguments: str) -> str:
+    """Return what a git command prints in a directory; nothing if it fails, as outside of a checkout or without git."""
+    command = ["git", "-C", str(directory), *arguments]
     try:
-        sha = _git("rev-parse", "HEAD")
-        status = "has uncommited changes" if _git("status", "--porcelain", "--untracked-files=no") else "clean"
-        branch = _git("rev-parse", "--abbrev-ref", "HEAD")
+        done = subprocess.run(command, check=True, capture_output=True, timeout=GIT_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
-        sha, status, branch = "N/A", "clean", "N/A"
-    return f"sha: {sha}, status: {status}, branch: {branch}"
+        return ""
+    return done.stdout.decode(errors="replace")
 
 
 def get_conda_env() -> tuple[str | None, str | None]:
-    """The name and the directory of the active conda environment, None where there is none."""
+    """Return the name and the directory of the active conda environment, None without one."""
     return os.environ.get("CONDA_DEFAULT_ENV"), os.environ.get("CONDA_PREFIX")
-
-
-def _git(*args: str) -> str:
-    here = Path(__file__).resolve().parent
-    return subprocess.run(
-        ["git", *args], cwd=here, check=True, capture_output=True, text=True, timeout=20
-    ).stdout.strip()

@@ -21,8 +21,8 @@ def named_apply(
         fn: called with keyword arguments; what it returns is ignored.
         module: the root.
         name: the root's dotted name, a prefix of all others.
-        depth_first: children before their parent (else after).
-        include_root: call `fn` on the root, too.
+        depth_first: children before their parent, otherwise after it.
+        include_root: call `fn` on the root too.
 
     Returns:
         `module`.
@@ -49,8 +49,8 @@ def named_replace(
         fn: called with keyword arguments; returns the module that takes the place, possibly the same one.
         module: the root, changed in place.
         name: the root's dotted name, a prefix of all others.
-        depth_first: children before their parent (else after: the children of a replacement are then visited).
-        include_root: replace the root, too.
+        depth_first: children before their parent, otherwise after it (then the children of a replacement are visited).
+        include_root: replace the root too.
 
     Returns:
         The root or its replacement.
@@ -65,12 +65,12 @@ def named_replace(
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of elements of all parameters of `module`, trainable or not."""
+    """Count the elements of all parameters of `module`, trainable or not."""
     return sum(p.numel() for p in module.parameters())
 
 
 def has_batchnorms(model: nn.Module) -> bool:
-    """Whether a BatchNorm1d, 2d, 3d or SyncBatchNorm is somewhere in `model`."""
+    """Return whether `model` has a batch norm of any kind."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return any(isinstance(m, kinds) for m in model.modules())
 

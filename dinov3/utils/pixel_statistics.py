@@ -1,6 +1,6 @@
 """Mean and standard deviation of the red, green and blue values in [0, 1] that published models were trained with.
 
-They lie here, and not with the transforms, because these need torchvision.
+They are not defined with the transforms, because those need torchvision.
 """
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)

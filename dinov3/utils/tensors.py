@@ -1,4 +1,4 @@
-"""Running token lists of different lengths through one matrix product: concatenate, compute, split again."""
+"""Concatenating token lists of different lengths for one matrix product, and splitting the result again."""
 
 from __future__ import annotations
 

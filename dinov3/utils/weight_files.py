@@ -1,4 +1,4 @@
-"""What a weights file holds, told by its content and never by its name; no code in it is run. And writing safetensors.
+"""Reading weights files, recognised by their content and not by their name, without running code; writing safetensors.
 
 PyTorch checkpoints in zip form and safetensors are memory-mapped: tensors are read from the disk when they are first
 used, and writing to them changes a private copy. The file must stay in place while its tensors are in use.
@@ -63,7 +63,7 @@ def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
         The mapping that the file holds; its tensors are on the CPU.
 
     Raises:
-        WeightsError: the file is empty, truncated, no checkpoint, or holds more than plain data.
+        WeightsError: the file is empty, truncated or not a checkpoint, or holds more than plain data.
     """
     with path.open("rb") as file:
         head = file.read(512)
@@ -88,8 +88,6 @@ class SafetensorsEntry:
     """What the header of a safetensors file says about one tensor.
 
     Attributes:
-        dtype: of its values.
-        shape: of the tensor.
         begin: its first byte, counted from the end of the header.
         end: the byte after its last.
     """
@@ -105,8 +103,8 @@ class SafetensorsHeader:
     """The header of a safetensors file.
 
     Attributes:
-        entries: what there is, by name.
-        metadata: texts by name, for which the format has a place of its own.
+        entries: the tensors by name.
+        metadata: texts by name, which the format stores beside the tensors.
         start: the byte of the file where the tensors begin.
     """
 
@@ -116,13 +114,13 @@ class SafetensorsHeader:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins like a safetensors file."""
+    """Return whether a file begins like a safetensors file."""
     with path.open("rb") as file:
         return _is_safetensors(file.read(9))
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """Read what a safetensors file holds, without its tensors, and check that it can be true.
+    """Read what a safetensors file holds, without its tensors, and check that it is consistent.
 
     Raises:
         WeightsError: the header is damaged, contradicts itself, or does not match the size of the file.
@@ -133,7 +131,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         text = file.read(min(length, size))
     if 8 + length > size:
         raise WeightsError(
-            f"{path} is a truncated safetensors file: its header should take {length} bytes, but the whole file has "
+            f"{path} is a truncated safetensors file: its header should have {length} bytes, but the whole file has "
             f"{size}; fetch the file again"
         )
     try:
@@ -151,7 +149,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
 def make_safetensors_header(
     layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """What a safetensors file begins with; the bytes of the tensors follow, in the order of `layout`.
+    """Return what a safetensors file begins with; the bytes of the tensors follow, in the order of `layout`.
 
     Args:
         layout: dtype and shape of each tensor by name.
@@ -204,20 +202,20 @@ def _parse_entry(path: Path, name: str, entry: Any) -> SafetensorsEntry:
         is_plausible = False
     if not is_plausible:
         raise WeightsError(
-            f"{path} has a safetensors header that cannot be true: {name!r} needs a dtype, a shape and its first and "
-            f"last byte, but has {str(entry)[:100]}"
+            f"{path} has a damaged safetensors header: {name!r} needs a dtype, a shape and its first and last byte, "
+            f"but has {str(entry)[:100]}"
         )
     if code not in SAFETENSORS_DTYPES:
         raise WeightsError(
-            f"{path} holds values of a kind that cannot be read: {name!r} is {code}, "
+            f"{path} holds values of an unknown type: {name!r} is {code}, "
             f"expected one of {', '.join(SAFETENSORS_DTYPES)}"
         )
     dtype = SAFETENSORS_DTYPES[code]
     needed = math.prod(shape) * dtype.itemsize
     if needed != end - begin:
         raise WeightsError(
-            f"{path} has a safetensors header that contradicts itself: {name!r} is {code} of shape {list(shape)}, "
-            f"which takes {needed} bytes, but its place ({begin} to {end}) has {end - begin}; fetch the file again"
+            f"{path} has a damaged safetensors header: {name!r} is {code} of shape {list(shape)}, which takes {needed} "
+            f"bytes, but its place ({begin} to {end}) has {end - begin}; fetch the file again"
         )
     return SafetensorsEntry(dtype, shape, begin, end)
 
@@ -227,25 +225,20 @@ def _check_places(path: Path, entries: dict[str, SafetensorsEntry], size: int) -
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != reached:
             raise WeightsError(
-                f"{path} has a safetensors header that contradicts itself: {name!r} begins at byte {entry.begin} of "
-                f"the data, but the tensor before it ends at byte {reached}; fetch the file again"
+                f"{path} has a damaged safetensors header: {name!r} begins at byte {entry.begin} of the data, but the "
+                f"tensor before it ends at byte {reached}; fetch the file again"
             )
         reached = entry.end
-    if reached > size:
+    if reached != size:
         raise WeightsError(
-            f"{path} is a truncated safetensors file: its header promises {reached} bytes of data, but there are "
-            f"{size}; fetch the file again"
-        )
-    if reached < size:
-        raise WeightsError(
-            f"{path} is a damaged safetensors file: its header promises {reached} bytes of data, but there are {size}; "
-            "fetch the file again"
+            f"{path} is a {'truncated' if reached > size else 'damaged'} safetensors file: its header promises "
+            f"{reached} bytes of data, but there are {size}; fetch the file again"
         )
 
 
 def _read_pickle(path: Path, *, mmap: bool) -> Any:
     try:
-        if path.suffix == ".safetensors":  # By this name torch.load would take it for what it is not.
+        if path.suffix == ".safetensors":  # torch.load would go by the name
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
@@ -254,7 +247,7 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
         what = f"such as {found[1]}" if found else "or was not written by torch.save"
         raise WeightsError(
             f"{path} holds Python objects other than tensors, numbers and text ({what}); such objects can run code "
-            "when they are loaded, so they are refused: save the state dict alone, torch.save(model.state_dict(), path)"
+            "when they are loaded, so they are refused: save only the state dict, torch.save(model.state_dict(), path)"
         ) from error
     except EOFError as error:
         raise WeightsError(
@@ -272,7 +265,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _read_safetensors(path: Path, *, mmap: bool) -> dict[str, Tensor]:
-    # Read here and not with the package of that name, so that PyTorch alone is enough.
+    # Not read with the package of that name, so that PyTorch is the only requirement.
     header = read_safetensors_header(path)
     size = path.stat().st_size
     if mmap:
@@ -282,18 +275,17 @@ def _read_safetensors(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         with path.open("rb") as file:
             file.readinto(buffer.numpy().data)
         storage = buffer.untyped_storage()
-    return {name: _tensor(entry, storage, header.start) for name, entry in header.entries.items()}
-
-
-def _tensor(entry: SafetensorsEntry, storage: Any, start: int) -> Tensor:
-    tensor = torch.empty(0, dtype=entry.dtype)
-    begin, end = start + entry.begin, start + entry.end
-    if begin == end:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    part = storage[begin:end]
-    if begin % entry.dtype.itemsize:  # Unusual, and slow or forbidden to compute on: move it.
-        part = part.clone()
-    return tensor.set_(part).reshape(entry.shape)
+    tensors = {}
+    for name, entry in header.entries.items():
+        begin, end = header.start + entry.begin, header.start + entry.end
+        if begin == end:
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            continue
+        part = storage[begin:end]
+        if begin % entry.dtype.itemsize:
+            part = part.clone()  # computing on unaligned memory is slow or forbidden
+        tensors[name] = torch.empty(0, dtype=entry.dtype).set_(part).reshape(entry.shape)
+    return tensors
 
 
 def _describe(head: bytes) -> str:
@@ -307,9 +299,9 @@ def _describe(head: bytes) -> str:
     beginning = " ".join(text.split())[:60]
     if beginning.startswith("<"):
         return (
-            f"it is a web page or an XML error message: {beginning!r}, which is what one gets without access or with "
-            "an expired link; fetch the file again"
+            f"it is a web page or an XML error message: {beginning!r}, which servers send without access or for an "
+            "expired link; fetch the file again"
         )
     if beginning.startswith("version https://git-lfs"):
-        return "it is a pointer of git-lfs that stands for the file: git lfs pull fetches it"
+        return "it is a git-lfs pointer instead of the file: git lfs pull fetches the file"
     return f"it is text: {beginning!r}; {expected}"

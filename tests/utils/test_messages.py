@@ -16,6 +16,7 @@ def test_long_lists_of_names_are_cut() -> None:
 def test_suggestions_ignore_case() -> None:
     assert did_you_mean("imagenet", ["ImageNet", "ADE20K"]) == " (did you mean 'ImageNet'?)"
     assert did_you_mean("xyz", ["ImageNet", "ADE20K"]) == ""
+    assert did_you_mean("--times", ["--timeout"]) and not did_you_mean("--times", ["--timeout"], cutoff=0.85)
 
 
 def test_unknown_arguments_are_named_with_the_nearest_known_one() -> None:

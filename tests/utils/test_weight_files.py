@@ -27,7 +27,7 @@ def assert_holds_state(state: Mapping[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights"])
-def test_format_is_told_by_content_and_not_by_name(name: str, tmp_path: Path) -> None:
+def test_format_is_recognised_by_content_and_not_by_name(name: str, tmp_path: Path) -> None:
     save_file(STATE, tmp_path / name)
     assert_holds_state(read_file(tmp_path / name))
     torch.save(STATE, tmp_path / name)
@@ -93,14 +93,14 @@ BAD_FILES = {
     ),
     "truncated safetensors header": (
         safetensors_checkpoint()[:20],
-        "a truncated safetensors file: its header should take 65 bytes",
+        "a truncated safetensors file: its header should have 65 bytes",
     ),
     "web page": (
         b"\n<!DOCTYPE html><html><title>Log in</title>",
         "a web page or an XML .* '<!DOCTYPE html><html>.* fetch",
     ),
     "text": (b"some notes\non weights", "it is text: 'some notes on weights'; expected what torch.save or"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "a pointer of git-lfs .* git lfs pull"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "a git-lfs pointer .* git lfs pull"),
     "picture": (picture(), "is not a checkpoint: it is a PNG picture"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), r"it is a gzip archive \(unpack it first\)"),
     "bytes": (b"\x00\x01\x02\x03" * 20, "it begins with the bytes 00 01 02 03 00 01 02 03"),
@@ -128,35 +128,41 @@ def entry(begin: int, end: int, dtype: str = "F32", shape: Any = (2,)) -> dict[s
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-LYING_HEADERS = {
+DAMAGED_HEADERS = {
     "size": (
         safetensors_with(entry(0, 16)),
-        r"contradicts itself: 'a' is F32 of shape \[2\], which takes 8 bytes, but its place \(0 to 16\) has 16",
+        r"damaged safetensors header: 'a' is F32 of shape \[2\], which takes 8 bytes, but .* \(0 to 16\) has 16",
     ),
-    "huge": (safetensors_with(entry(0, 8, shape=[2**40, 2**40])), "contradicts itself: 'a' is F32 of shape"),
+    "huge": (
+        safetensors_with(entry(0, 8, shape=[2**40, 2**40])),
+        "damaged safetensors header: 'a' is F32 of shape",
+    ),
     "overlap": (safetensors_with(entry(0, 8), entry(4, 12)), "'b' begins at byte 4 .* before it ends at byte 8"),
     "gap": (safetensors_with(entry(0, 8), entry(12, 20)), "'b' begins at byte 12 .* before it ends at byte 8"),
     "beyond": (safetensors_with(entry(0, 8), entry(8, 16), n_bytes=12), "promises 16 bytes of data, but there are 12"),
     "too much": (safetensors_with(entry(0, 8)), "promises 8 bytes of data, but there are 16"),
     "negative": (
         safetensors_with(entry(0, -8, shape=[-2])),
-        "cannot be true: 'a' needs a dtype, a shape and its first",
+        "damaged safetensors header: 'a' needs a dtype, a shape and its first",
     ),
-    "text": (safetensors_with(entry(0, 8, shape="2")), "cannot be true: 'a' needs a dtype"),
-    "fraction": (safetensors_with(entry(0, 8, shape=[2.0])), "cannot be true: 'a' needs a dtype"),
-    "incomplete": (safetensors_with({"dtype": "F32"}), r"cannot be true: 'a' .* but has \{'dtype': 'F32'\}"),
-    "no entry": (safetensors_with("a"), "cannot be true: 'a' needs a dtype"),
-    "unknown dtype": (safetensors_with(entry(0, 8, "F4")), "cannot be read: 'a' is F4, expected one of F64, F32"),
-    "unhashable dtype": (safetensors_with(entry(0, 8, ["F32"])), "cannot be true: 'a' needs a dtype"),  # type: ignore[arg-type]
+    "text": (safetensors_with(entry(0, 8, shape="2")), "damaged safetensors header: 'a' needs a dtype"),
+    "fraction": (safetensors_with(entry(0, 8, shape=[2.0])), "damaged safetensors header: 'a' needs a dtype"),
+    "incomplete": (
+        safetensors_with({"dtype": "F32"}),
+        r"damaged safetensors header: 'a' .* but has \{'dtype': 'F32'\}",
+    ),
+    "no entry": (safetensors_with("a"), "damaged safetensors header: 'a' needs a dtype"),
+    "unknown dtype": (safetensors_with(entry(0, 8, "F4")), "an unknown type: 'a' is F4, expected one of F64, F32"),
+    "unhashable dtype": (safetensors_with(entry(0, 8, ["F32"])), "damaged safetensors header: 'a' needs a dtype"),  # type: ignore[arg-type]
     "metadata": (safetensors_with(entry(0, 16, shape=[4]), __metadata__=[1]), "its header cannot be read"),
     "no JSON": (struct.pack("<Q", 9) + b'{"a": 1,}' + bytes(9), "its header cannot be read"),
     "nested": (struct.pack("<Q", 200_005) + b'{"a":' + b"[" * 200_000, "its header cannot be read"),
-    "length": (struct.pack("<Q", 2**31) + b"{}", r"its header should take 2147483648 bytes, but the whole file has 10"),
+    "length": (struct.pack("<Q", 2**31) + b"{}", r"its header should have 2147483648 bytes, but the whole file has 10"),
 }
 
 
-@pytest.mark.parametrize(("content", "message"), LYING_HEADERS.values(), ids=LYING_HEADERS)
-def test_header_of_safetensors_that_lies(content: bytes, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "message"), DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS)
+def test_damaged_header_of_safetensors(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=message) as caught:
