@@ -9,8 +9,8 @@ import torch
 
 from dinov3.utils.messages import did_you_mean
 
-_NAMES = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-_NAMES += ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
+_INTEGERS = [f"{kind}{bits}" for kind in ("uint", "int") for bits in (8, 16, 32, 64)]
+_NAMES = ["bool", *_INTEGERS, "bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
 _SHORT_NAMES: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
