@@ -151,9 +151,7 @@ def image_loader(root: Path, *, index: int = 0, size: int = 32, **kwargs: Any) -
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_number_of_workers_makes_no_difference_to_augmented_and_masked_batches(images: Path) -> None:
-    alone = take(image_loader(images), 5)
-    for num_workers in (1, 3):
-        assert_same(take(image_loader(images, num_workers=num_workers), 5), alone)
+    assert_same(take(image_loader(images, num_workers=3), 5), take(image_loader(images), 5))
 
 
 @pytest.mark.distributed
@@ -165,7 +163,7 @@ def test_spawned_workers_load_the_same_batches(images: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.distributed)])
 def test_a_resumed_loader_continues_bit_for_bit(num_workers: int) -> None:
     whole = take(train_loader(), 20)
-    for first in (1, 7, 13):
+    for first in (1, 7, 13) if num_workers == 0 else (7,):
         assert_same(take(train_loader(first_batch=first, num_workers=num_workers), 20 - first), whole[first:])
 
 
@@ -354,20 +352,20 @@ def collate_memory(samples: list[Any]) -> dict[str, Any]:
 
 
 class LeavesCycles:
-    """The augmentation, and a cycle of 40 kB behind each image, as torchvision's transforms leave it."""
+    """The augmentation, and a cycle of 500 objects and 200 kB behind each image, as torchvision leaves smaller ones."""
 
     def __init__(self) -> None:
-        self.augmentation = DataAugmentationDINO((0.3, 1.0), (0.1, 0.3), 2, global_crops_size=32, local_crops_size=16)
+        self.augmentation = DataAugmentationDINO((0.3, 1.0), (0.1, 0.3), 1, global_crops_size=32, local_crops_size=16)
 
     def __call__(self, image: Any) -> Any:
-        cycle: list[Any] = [bytearray(40_000)]
+        cycle: list[Any] = [bytearray(200_000), *([] for _ in range(500))]
         cycle.append(cycle)
         return self.augmentation(image)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("source", ["ImageFolder", "WebDataset", "stream"])
-def test_memory_of_a_worker_stays_level_over_two_thousand_images(source: str, images: Path, tmp_path: Path) -> None:
+def test_memory_of_a_worker_stays_level(source: str, images: Path, tmp_path: Path) -> None:
     files = sorted(images.rglob("*.png"))
     mode = "w:gz" if source == "stream" else "w"
     for shard in range(4):
@@ -382,10 +380,10 @@ def test_memory_of_a_worker_stays_level_over_two_thousand_images(source: str, im
     gc.disable()
     try:
         loader = train_loader(dataset, batch_size=20, num_workers=1, collate_fn=collate_memory)
-        used = [batch["megabytes"] for batch in itertools.islice(loader, 100 + 15)]
+        used = [batch["megabytes"] for batch in itertools.islice(loader, 10 + 25)]
     finally:
         gc.enable()
-    assert max(used[15:]) - used[15] < 20
+    assert max(used[10:]) - used[10] < 20  # the cycles of 500 images would take 100 MB
 
 
 # Ordinary loaders

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*do not divide")
 @SHUFFLE
 def test_advance_drops_that_many_entries(make: Callable[..., Any], shuffle: bool) -> None:
     generator = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(10):
         step = int(generator.integers(1, 6))
         count = int(generator.integers(step, 40))
         advance = int(generator.integers(0, 5 * count))
