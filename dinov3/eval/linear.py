@@ -32,9 +32,14 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.checkpointer import cleanup_checkpoint
-from dinov3.data import make_classification_eval_transform, make_classification_train_transform, make_dataset
-from dinov3.data.transforms import get_target_transform
-from dinov3.eval.classification.data import create_train_dataset_dict, get_labels
+from dinov3.data import make_classification_train_transform
+from dinov3.eval.classification.data import (
+    count_classes,
+    create_train_dataset_dict,
+    make_transform,
+    open_dataset,
+    read_train_labels,
+)
 from dinov3.eval.classification.linear_config import RESULTS_FILENAME, LinearEvalConfig, LossType
 from dinov3.eval.classification.linear_heads import names_in_state
 from dinov3.eval.classification.linear_scoring import (
@@ -149,32 +154,17 @@ def evaluate_linear(backbone: FrozenBackbone, config: LinearEvalConfig) -> Evalu
 
 
 def _make_train_dataset(config: LinearEvalConfig) -> tuple[Any, int]:
-    size, crop = config.transform.resize_size, config.transform.crop_size
-    mean, std = config.transform.mean, config.transform.std
-    if abs(size - crop * 256 / 224) > 1:
-        logger.warning("transform: resize to %d and crop %d; customary is 8:7", size, crop)
+    transform = make_transform(config.transform)
     if config.train.augment:
+        crop, mean, std = config.transform.crop_size, config.transform.mean, config.transform.std
         transform = make_classification_train_transform(crop_size=crop, mean=mean, std=std)
-    else:
-        transform = make_classification_eval_transform(resize_size=size, crop_size=crop, mean=mean, std=std)
-    dataset = make_dataset(
-        dataset_str=config.train.dataset,
-        transform=transform,
-        target_transform=get_target_transform(config.train.dataset),
-    )
-    if len(dataset) == 0:
-        raise ValueError(f"train.dataset={config.train.dataset} is empty")
-    labels = get_labels(dataset)
+    dataset = open_dataset(config.train.dataset, transform, "train.dataset")
+    labels = read_train_labels(dataset)
     is_multi_hot = labels.ndim > 1
     if is_multi_hot != (config.train.loss_type is LossType.BINARY_CROSS_ENTROPY):
         have = "multi-hot rows" if is_multi_hot else "one class per image"
         raise ValueError(f"train.loss_type={config.train.loss_type.name} does not go with {have} in train.dataset")
-    num_classes = labels.shape[1] if is_multi_hot else int(labels.max()) + 1
-    if not is_multi_hot and len(labels.unique()) < 2:
-        raise ValueError(
-            f"train.dataset has images of a single class, {int(labels[0])}: there is nothing to tell apart"
-        )
-    return dataset, num_classes
+    return dataset, count_classes(labels)
 
 
 def _evaluate_try(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.eval import linear
-from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification import data
 from dinov3.eval.classification.config import FewShotConfig
 from dinov3.eval.classification.linear_config import EvalConfig, LinearEvalConfig, TrainConfig
 from dinov3.eval.command.model import ModelConfig
@@ -84,13 +84,7 @@ def make_images(*, dataset_str: str, **_: Any) -> Images:
 
 def use_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let dataset strings stand for `Images`."""
-    replace_datasets(monkeypatch, make_images)
-
-
-def replace_datasets(monkeypatch: pytest.MonkeyPatch, make_dataset: Any) -> None:
-    """Let `make_dataset` make all datasets of linear probing."""
-    for module in (linear, linear_scoring):
-        monkeypatch.setattr(module, "make_dataset", make_dataset)
+    monkeypatch.setattr(data, "make_dataset", make_images)
 
 
 def make_config(output_dir: Any, *, save_results: bool = False, **sections: Any) -> LinearEvalConfig:

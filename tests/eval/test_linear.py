@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.eval import linear
-from dinov3.eval.classification import linear_training
+from dinov3.eval.classification import data, linear_training
 from dinov3.eval.classification.linear_config import (
     LinearEvalConfig,
     LossType,
@@ -394,7 +394,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, dataset: Any) -> None:
     def make(*, dataset_str: str, **_: Any) -> Any:
         return dataset if dataset_str.startswith(name) else toy.make_images(dataset_str=dataset_str)
 
-    toy.replace_datasets(monkeypatch, make)
+    monkeypatch.setattr(data, "make_dataset", make)
 
 
 class Lists(toy.Images):
@@ -472,7 +472,7 @@ def test_multi_hot_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "name, labels, message",
     [
-        ("TOY_TRAIN", [0] * 8, "a single class"),
+        ("TOY_TRAIN", [0] * 8, "all 8 training images are of class 0"),
         ("TOY_TRAIN", [], "is empty"),
         ("TOY_VAL", [0, 1, 2, 9], "class 9.*only 6"),
         ("TOY_VAL", [[0, 1]] * 4, "MEAN_ACCURACY needs one class per image"),
@@ -513,7 +513,7 @@ def test_classes_with_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         dataset.classes = ["cat", "dog" if dataset_str == "TOY_TRAIN" else "eel"]
         return dataset
 
-    toy.replace_datasets(monkeypatch, make)
+    monkeypatch.setattr(data, "make_dataset", make)
     with pytest.raises(
         ValueError, match="1 of the 2 classes of TOY_VAL are not in the training set, the first is 'eel'"
     ):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
-from dinov3.eval import linear
-from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification import data
 from dinov3.eval.classification.linear_config import RESULTS_FILENAME
 from dinov3.eval.classification.linear_training import read_checkpoint
 from dinov3.eval.command.results import write_results
@@ -28,7 +27,7 @@ GLOBAL_BATCH = 12
 
 
 def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
-    linear.make_dataset = linear_scoring.make_dataset = toy.make_images  # type: ignore[assignment]
+    data.make_dataset = toy.make_images  # type: ignore[assignment]
     results = {}
     for name, options in EVALUATIONS.items():
         config = toy.make_config(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.data.samplers import InfiniteSampler
-from dinov3.eval.classification import linear_scoring
+from dinov3.eval.classification import data
 from dinov3.eval.classification.config import TransformConfig
 from dinov3.eval.classification.linear_config import (
     MAIN_METRICS,
@@ -195,7 +195,7 @@ def test_training_steps(case_id: str) -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_choice_of_the_best_and_its_record(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = case_of("linear.select")["outputs"]["cases"]["value"][number]
-    monkeypatch.setattr(linear_scoring, "make_dataset", lambda **_: linear_toy.Images("val", 10))
+    monkeypatch.setattr(data, "make_dataset", lambda **_: linear_toy.Images("val", 10))
     path = tmp_path / "results_eval_linear.json"
     evaluator = Evaluator(4, 0, TransformConfig(), "VALSET", ClassificationMetricType.MEAN_ACCURACY, path, 6, None)
     scores = {name: {"top-1": value} for name, value in entry["top1"]}

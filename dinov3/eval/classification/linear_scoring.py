@@ -14,23 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.data import make_classification_eval_transform, make_dataset
-from dinov3.data.transforms import get_target_transform
+from dinov3.data import make_classification_eval_transform
 from dinov3.eval.classification.config import TransformConfig
-from dinov3.eval.classification.data import (
-    check_class_mapping,
-    check_test_labels,
-    find_class_mapping,
-    pad_multilabel_and_collate,
-)
+from dinov3.eval.classification.data import make_scored_dataset, open_dataset
 from dinov3.eval.classification.linear_config import LinearEvalConfig, TrainConfig
 from dinov3.eval.classification.linear_heads import AllClassifiers, LinearInputs, classifier_names, scale_lr
-from dinov3.eval.classification.metrics import (
-    ClassificationMetricType,
-    TargetKind,
-    build_classification_metric,
-    scalar_results,
-)
+from dinov3.eval.classification.metrics import ClassificationMetricType, scalar_results
 from dinov3.eval.classification.scoring import save_per_class, save_results
 from dinov3.eval.command.progress import track
 from dinov3.eval.command.results import as_file_name
@@ -86,20 +75,17 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         config = self.transform_config
-        self.dataset = make_dataset(
-            dataset_str=self.dataset_str,
-            transform=make_classification_eval_transform(
-                resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
-            ),
-            target_transform=get_target_transform(self.dataset_str),
+        transform = make_classification_eval_transform(
+            resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
         )
-        self._class_mapping = find_class_mapping(self.train_dataset, self.dataset, self.dataset_str)
-        check_class_mapping(self._class_mapping, self.training_num_classes, self.dataset_str)
-        num_classes = self.training_num_classes if self._class_mapping is None else len(self._class_mapping)
-        if len(self.dataset) == 0:
-            raise ValueError(f"{self.dataset_str} is empty")
-        check_test_labels(self.dataset, self.metric_type, num_classes, self.dataset_str)
-        self._metric = build_classification_metric(self.metric_type, num_classes=num_classes, dataset=self.dataset)
+        self.dataset = open_dataset(self.dataset_str, transform, self.dataset_str)
+        self._scored = make_scored_dataset(
+            self.dataset,
+            self.metric_type,
+            train_dataset=self.train_dataset,
+            num_classes=self.training_num_classes,
+            name=self.dataset_str,
+        )
         self._rows: FeatureRows | None = None
         self._model: nn.Module | None = None  # whose features the rows are
 
@@ -162,18 +148,18 @@ class Evaluator:
                 save_per_class(vectors[best], Path(self.metrics_file_path).parent, name, save_filename_suffix)
             if self.save_results_func is not None:
                 batches = self._batches(feature_model, linear_classifiers)
-                predictions = predict(linear_classifiers, best, batches, self._class_mapping)  # type: ignore[arg-type]
+                predictions = predict(linear_classifiers, best, batches, self._scored.class_mapping)  # type: ignore[arg-type]
                 self.save_results_func(**predictions, filename_suffix=as_file_name(name) + save_filename_suffix)
         return {self.main_metric_name: 100.0 * self.top_1[best], BEST_CLASSIFIER: best}
 
     def _score(self, feature_model: Any, classifiers: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
         batches = self._batches(feature_model, classifiers)
-        return score_classifiers(classifiers, batches, self._metric, self._class_mapping)
+        return score_classifiers(classifiers, batches, self._scored.metric, self._scored.class_mapping)
 
     def _batches(self, feature_model: Any, classifiers: Any) -> Iterable[Batch]:
         n_blocks = max(classifier.use_n_blocks for classifier in classifiers.classifiers_dict.values())
         model = LinearInputs(feature_model, n_blocks).eval()
-        collate_fn = pad_multilabel_and_collate if self.metric_type.target_kind is TargetKind.LISTS else None
+        collate_fn = self._scored.collate_fn
         if self._model is not feature_model and not model.fit_into(self.memory_budget_mb, self.dataset):
             loader = make_enumerated_loader(self.dataset, self.batch_size, self.num_workers, collate_fn)
             return _batches_of_images(model, loader)

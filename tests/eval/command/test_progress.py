@@ -120,8 +120,8 @@ def test_sweep_counts_the_values_of_C(solver: Solver, monkeypatch: pytest.Monkey
 def test_every_part_of_an_evaluation_shows_progress(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = use_terminal(monkeypatch)
     toy.use_vectors(monkeypatch)
-    linear_toy.use_images(monkeypatch)
     toy.run(toy.make_config(tmp_path / "knn"))
+    linear_toy.use_images(monkeypatch)
     linear_toy.run(linear_toy.make_config(tmp_path / "kept", train__augment=False))
     linear_toy.run(linear_toy.make_config(tmp_path / "streamed", train__memory_budget_mb=1e-6))
     shown = terminal.getvalue()
