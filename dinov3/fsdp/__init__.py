@@ -1,4 +1,4 @@
-"""What wraps a model for training, and defines none: activation checkpointing, compilation, sharding."""
+"""Wrapping a model for training: activation checkpointing, compilation, sharding."""
 
 from __future__ import annotations
 

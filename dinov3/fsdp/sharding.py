@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) for backbones and heads, and what is needed to read sharded modules."""
+"""Sharding backbones and heads with FSDP2 (`fully_shard`), and gradients and state dicts of sharded modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinov3.distributed import get_default_process_group, is_subgroup_main_proce
 
 
 def make_mesh(group: ProcessGroup | None, device: torch.device) -> DeviceMesh:
-    """A one-dimensional mesh over `group`, by default over all processes."""
+    """Make a one-dimensional mesh over `group`, by default over all processes."""
     group = group or get_default_process_group()
     assert group is not None, "sharding needs a process group"
     return DeviceMesh.from_group(group, device.type)
@@ -28,26 +28,21 @@ def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh
     """Shard each part, then the rest of the backbone, gathering the next part while one computes.
 
     Args:
-        backbone: the root.
-        parts: its submodules in the order of the forward pass.
+        parts: submodules of `backbone` in the order of the forward pass.
         mesh: processes to shard over.
         policy: precision of parameters and gradient reduction.
     """
-    _silence_warnings()
+    # Features are views of one tensor, and nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Each process draws the weights of its shards with its own seed; that is all that torch falls back to.
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
     sharded = [fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for part in parts]
-    for part, following in pairwise(sharded):
-        part.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([part])
+    for part, next_part in pairwise(sharded):
+        part.set_modules_to_forward_prefetch([next_part])
+        next_part.set_modules_to_backward_prefetch([part])
     fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if hasattr(backbone, "get_intermediate_layers"):
         register_fsdp_forward_method(backbone, "get_intermediate_layers")
-
-
-def _silence_warnings() -> None:
-    # Features are views of one tensor, and nothing writes into them.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # Each process draws the weights of its shards with its own seed, which is all that this falls back to.
-    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
 
 
 def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
@@ -56,11 +51,11 @@ def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) 
 
 
 def set_gradient_sync(networks: nn.ModuleDict, is_on: bool) -> None:
-    """Whether the next backward pass sums gradients over the processes, or keeps them for a later one; if sharded.
+    """Let the next backward pass of sharded networks sum gradients over the processes, or keep them for a later one.
 
     Args:
         networks: backbone and heads, each sharded on its own or plain.
-        is_on: sum them up, with what was kept.
+        is_on: sum them, including those that were kept.
     """
     for network in networks.values():
         if isinstance(network, FSDPModule):
@@ -72,10 +67,10 @@ def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor], max_norm: float) -
 
     Args:
         parameters: a module, or parameters that are all sharded alike.
-        max_norm: infinite: only measure.
+        max_norm: infinity only measures.
 
     Returns:
-        The total norm before, of the whole gradients, 0-dim, equal on all ranks that share the parameters.
+        The total norm before scaling, 0-dim, of the whole gradients: equal on all ranks that share the parameters.
     """
     parameters = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -85,7 +80,7 @@ def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor], max_norm: float) -
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The whole tensors of a plain or sharded module; all ranks that share it call this.
+    """Gather the whole tensors of a plain or sharded module; all ranks that share it call this.
 
     Returns:
         CPU copies by name, in rank 0 of the subgroup; empty elsewhere.

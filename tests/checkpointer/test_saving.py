@@ -117,7 +117,7 @@ def test_existing_directory_is_replaced_or_refused(tmp_path: Path) -> None:
 
 
 def test_compiled_and_activation_checkpointed_modules_save_plain_names(tmp_path: Path) -> None:
-    from dinov3.fsdp.activation_checkpointing import checkpoint_activations
+    from dinov3.fsdp.ac_compile_parallelize import checkpoint_activations
 
     model, _ = toy.make()
     checkpoint_activations(model.student["backbone"].blocks, full=True)

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
-from dinov3.fsdp import ac_compile_parallelize, clip_grad_norm_, compiling, full_state_dict
-from dinov3.fsdp.activation_checkpointing import checkpoint_activations
+from dinov3.fsdp import ac_compile_parallelize, clip_grad_norm_, full_state_dict
+from dinov3.fsdp.ac_compile_parallelize import checkpoint_activations, wants_compilation
 from tests.checkpointer import toy
 
 
@@ -222,21 +222,21 @@ def test_checkpointing_repeats_the_random_numbers_of_the_forward_pass() -> None:
 def test_compilation_is_asked_for_only_where_it_helps_and_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiling, "_compilation_problem", lambda device: None)
+    monkeypatch.setitem(wants_compilation.__globals__, "_compilation_problem", lambda device: None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert compiling.wants_compilation(True, cpu) and compiling.wants_compilation("auto", cuda)
-    assert not compiling.wants_compilation("auto", cpu) and not compiling.wants_compilation(False, cuda)
-    with pytest.raises(ValueError, match="train.compile='yes' is unknown; use auto, true or false"):
-        compiling.wants_compilation("yes", cpu)  # type: ignore[arg-type]
-    monkeypatch.setattr(compiling, "_compilation_problem", lambda device: "no C++ compiler")
+    assert wants_compilation(True, cpu) and wants_compilation("auto", cuda)
+    assert not wants_compilation("auto", cpu) and not wants_compilation(False, cuda)
+    with pytest.raises(ValueError, match="unknown train.compile='yes'; use auto, true or false"):
+        wants_compilation("yes", cpu)  # type: ignore[arg-type]
+    monkeypatch.setitem(wants_compilation.__globals__, "_compilation_problem", lambda device: "no C++ compiler")
     with caplog.at_level(logging.WARNING, logger="dinov3"):
-        assert not compiling.wants_compilation(True, cpu)
-    assert "running without (no C++ compiler)" in caplog.text
+        assert not wants_compilation(True, cpu)
+    assert "is not compiled: no C++ compiler" in caplog.text
 
 
 def test_every_part_is_compiled_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(compiling, "_compilation_problem", lambda device: None)
+    monkeypatch.setitem(wants_compilation.__globals__, "_compilation_problem", lambda device: None)
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(module))
     vit, convnext = make("vit"), make("convnext")
     ac_compile_parallelize(vit, [convnext], config(compile=True))
@@ -255,9 +255,9 @@ def test_every_part_is_compiled_under_its_own_name(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"fsdp": "sometimes"}, "train.fsdp='sometimes' is unknown; use auto, always or never"),
+        ({"fsdp": "sometimes"}, "unknown train.fsdp='sometimes'; use auto, always or never"),
         ({"fsdp": "never", "param_dtype": "bf16"}, "train.fsdp=never computes in float32"),
-        ({"sharding_strategy": "FULL_SHARD"}, "sharding_strategy='FULL_SHARD' is unknown"),
+        ({"sharding_strategy": "FULL_SHARD"}, "unknown compute_precision.sharding_strategy='FULL_SHARD'"),
     ],
 )
 def test_impossible_setting_is_named(settings: dict[str, Any], message: str) -> None:
