@@ -72,9 +72,6 @@ class CocoCaptions(ExtendedVisionDataset):
     def get_image_relpath(self, index: int) -> str:
         return os.path.relpath(self.image_captions[index]["image"], self.root)
 
-    def get_image_data(self, index: int) -> bytes:
-        return Path(self.image_captions[index]["image"]).read_bytes()
-
     def get_captions(self, index: int) -> list[str]:
         """Return all captions of sample `index`."""
         return list(self.image_captions[index]["captions"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -37,7 +38,8 @@ class Transforms(TypedDict, total=False):
 class ExtendedVisionDataset(VisionDataset):
     """A torchvision dataset in two halves: reading (`get_image_data`, `get_target`) and decoding.
 
-    A concrete dataset implements `get_image_data`, `get_image_relpath`, `get_target` and `__len__`.
+    A concrete dataset implements `get_image_relpath`, `get_target` and `__len__`, and `get_image_data` if its images
+    are not files of their own.
 
     Args:
         image_decoder: makes the decoder of what `get_image_data` returns.
@@ -58,7 +60,7 @@ class ExtendedVisionDataset(VisionDataset):
 
     def get_image_data(self, index: int) -> bytes:
         """Return the encoded image of sample `index`."""
-        raise NotImplementedError
+        return Path(self.root, self.get_image_relpath(index)).read_bytes()
 
     def get_image_relpath(self, index: int) -> str:
         """Return the path of the image of sample `index`, relative to the root."""

@@ -92,16 +92,14 @@ class HFDataset(ExtendedVisionDataset):
         """
         return None if self._labels is None else all_or_no_labels(self._labels, "HFDataset", self.get_image_relpath)
 
-    def find_class_name(self, class_index: int) -> str:
-        """Return the name of a class index."""
-        if self.classes is None:
-            raise ValueError(f"HFDataset: the labels of {self.root} have no names")
-        return self.classes[class_index]
-
     def get_class_name(self, index: int) -> str | None:
         """Return the class name of row `index`, or None without a label."""
         target = self.get_target(index)
-        return None if target is None else self.find_class_name(target)
+        if target is None:
+            return None
+        if self.classes is None:
+            raise ValueError(f"HFDataset: the labels of {self.root} have no names")
+        return self.classes[target]
 
     def __len__(self) -> int:
         return len(self._images)

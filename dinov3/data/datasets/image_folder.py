@@ -61,17 +61,11 @@ class ImageFolder(ExtendedVisionDataset):
         self._paths = listing.images
         self.classes, self._targets = self._find_labels(labels)
 
-    def find_class_id(self, class_index: int) -> str:
-        """Return the folder of a class index."""
-        return self._require_classes()[class_index]
-
     def find_class_name(self, class_index: int) -> str:
-        """Return the name of a class index: its folder."""
-        return self._require_classes()[class_index]
-
-    def get_class_id(self, index: int) -> str | None:
-        """Return the folder of the class of sample `index`, or None without labels."""
-        return self.get_class_name(index)
+        """Return the name of a class index, which is its folder."""
+        if self.classes is None:
+            raise ValueError(f"ImageFolder: {self._directory} was read without labels, so it has no classes")
+        return self.classes[class_index]
 
     def get_class_name(self, index: int) -> str | None:
         """Return the class name of sample `index`, or None without labels."""
@@ -80,9 +74,6 @@ class ImageFolder(ExtendedVisionDataset):
 
     def get_image_relpath(self, index: int) -> str:
         return self._prefix + self._paths[index]
-
-    def get_image_data(self, index: int) -> bytes:
-        return Path(self.root, self.get_image_relpath(index)).read_bytes()
 
     def get_target(self, index: int) -> int | None:
         """Return the class index of sample `index`, or None without labels."""
@@ -98,22 +89,14 @@ class ImageFolder(ExtendedVisionDataset):
     def _find_labels(self, labels: str) -> tuple[list[str] | None, np.ndarray | None]:
         if labels == "none":
             return None, None
-        loose = next((path for path in self._paths if "/" not in path), None)
-        if loose is not None and labels == "folder":
-            raise ValueError(
-                f"ImageFolder: labels=folder, but {self._directory / loose} is not in a class folder; move it into "
-                "one, or use labels=none"
-            )
-        if loose is not None:
-            return None, None
-        folders = [path.partition("/")[0] for path in self._paths]
+        folders = [path.rpartition("/")[0].partition("/")[0] for path in self._paths]
         classes = sorted(set(folders))
-        if len(classes) < 2 and labels == "auto":
+        if labels == "auto" and ("" in classes or len(classes) < 2):
             return None, None
+        if "" in classes:
+            raise ValueError(
+                f"ImageFolder: labels=folder, but {self._directory / self._paths[folders.index('')]} is not in a class "
+                "folder; move it into one, or use labels=none"
+            )
         ranks = {name: rank for rank, name in enumerate(classes)}
         return classes, np.array([ranks[folder] for folder in folders], dtype=np.int64)
-
-    def _require_classes(self) -> list[str]:
-        if self.classes is None:
-            raise ValueError(f"ImageFolder: {self._directory} was read without labels, so it has no classes")
-        return self.classes

@@ -133,9 +133,6 @@ class ImageNet(ExtendedVisionDataset):
         class_id = None if self.split is ImageNetSplit.TEST else str(entry["class_id"])
         return self.split.get_image_relpath(int(entry["actual_index"]), class_id)
 
-    def get_image_data(self, index: int) -> bytes:
-        return Path(self.root, self.get_image_relpath(index)).read_bytes()
-
     def get_target(self, index: int) -> int | None:
         """Return the class index of sample `index`, or None for TEST."""
         return None if self.split is ImageNetSplit.TEST else int(self._entries["class_index"][index])

@@ -35,9 +35,6 @@ class _ListedImages(ExtendedVisionDataset):
     def get_image_relpath(self, index: int) -> str:
         return self._paths[index]
 
-    def get_image_data(self, index: int) -> bytes:
-        return Path(self.root, self._paths[index]).read_bytes()
-
     def _match(self, pattern: re.Pattern[str], expected: str) -> list[re.Match[str]]:
         matches = [pattern.fullmatch(path) for path in self._paths]
         for path, match in zip(self._paths, matches, strict=True):

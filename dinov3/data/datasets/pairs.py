@@ -55,9 +55,6 @@ class PairedImageDataset(ExtendedVisionDataset):
         """Return the path of the target of sample `index`, relative to the root."""
         return self.target_paths[index]
 
-    def get_image_data(self, index: int) -> bytes:
-        return Path(self.root, self.image_paths[index]).read_bytes()
-
     def get_target(self, index: int) -> bytes:
         """Return the encoded target of sample `index`."""
         return Path(self.root, self.target_paths[index]).read_bytes()
