@@ -30,12 +30,12 @@ __all__ = ["BackboneLayersSet", "FeatureDecoder", "FrozenBackbone", "build_segme
 
 
 class FrozenBackbone(ModelWithIntermediateLayers):
-    """Return the maps of some blocks of a backbone that is not trained.
+    """Return the maps of some blocks of a backbone that is not trained, shallow to deep.
 
     Args:
         feature_model: a ViT or ConvNeXt; put into evaluation mode, its parameters frozen.
         n: the indices of blocks.
-        norm: apply the backbone's final norm to every level (a ConvNeXt has one for its last stage only).
+        norm: see `ModelWithIntermediateLayers`.
         return_class_token: return pairs of map and class token.
     """
 
@@ -43,25 +43,14 @@ class FrozenBackbone(ModelWithIntermediateLayers):
         self, feature_model: nn.Module, n: Sequence[int], *, norm: bool = True, return_class_token: bool = False
     ) -> None:
         feature_model.requires_grad_(False)
-        # The autocast of the whole model applies here, too.
-        super().__init__(feature_model, list(n), nullcontext, reshape=True, return_class_token=return_class_token)
-        self.norm = norm
+        # No context of its own, because the autocast of the whole model applies here, too.
+        super().__init__(feature_model, list(n), nullcontext, True, return_class_token, norm=norm)
 
     def train(self, mode: bool = True) -> Self:
         """Keep the backbone in evaluation mode, because nothing is trained here."""
         super().train(mode)
         self.feature_model.eval()
         return self
-
-    def forward(self, images: Tensor) -> tuple[Any, ...]:
-        """Map images [B, 3, H, W] to a map [B, C, h, w] of each level, shallow to deep, or (map, class token [B, C]).
-
-        The outputs are inference tensors: copy them before autograd sees them.
-        """
-        with torch.inference_mode(), self.autocast_ctx():
-            return self.feature_model.get_intermediate_layers(
-                images, n=self.n, reshape=True, return_class_token=self.return_class_token, norm=self.norm
-            )
 
 
 class FeatureDecoder(nn.Module):

@@ -155,7 +155,7 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **argument: Any) -> Any:
-    """Declare a field of a dataclass that `add_options` makes an option of the command line.
+    """Declare a field of a dataclass that `parse_options` makes an option of the command line.
 
     Args:
         help: what the option means.
@@ -165,13 +165,22 @@ def option(help: str, default: Any = dataclasses.MISSING, **argument: Any) -> An
     return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def add_options(parser: argparse.ArgumentParser, options_class: type[Any]) -> None:
-    """Add an option `--some-name` to a parser for each field `some_name` that was declared with `option`."""
+def parse_options(parser: argparse.ArgumentParser, options_class: type[Any], argv: list[str] | None) -> Any:
+    """Parse a command line into a dataclass, of which `model` is a `ModelChoice`.
+
+    Args:
+        parser: has the arguments `model` and `weights`; gets an option `--some-name` for each field `some_name` that
+            was declared with `option`.
+        options_class: the dataclass.
+        argv: what follows the program's name. Default: that of this process.
+    """
     for field in dataclasses.fields(options_class):
         if field.metadata:
             is_required = field.default is dataclasses.MISSING
-            rest = {"required": True} if is_required else {"default": field.default}
+            rest: dict[str, Any] = {"required": True} if is_required else {"default": field.default}
             parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata, **rest)
+    given = vars(parser.parse_args(argv))
+    return options_class(model=ModelChoice(given.pop("model"), given.pop("weights")), **given)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -15,13 +15,15 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.command_line import describe_bytes, make_parser, names_satellite_weights
@@ -120,12 +122,15 @@ def convert(
     name, size = published_name(weights.state), sum(tensor.nbytes for tensor in tensors.values())
     _check_space(destination, size)
     files: tuple[Path, ...] = (destination,)
-    with _Progress(size, progress) as bar:
+    unit: Any = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(total=size, disable=not progress, desc="writing", **unit) as bar:
         if destination.suffix == ".safetensors":
-            write_safetensors(destination, tensors, metadata, on_written=bar)
+            write_safetensors(destination, tensors, metadata, on_written=bar.update)
         elif to == "release":
             with atomic_write(destination) as file:
-                torch.save(_without_shared_storage(tensors), _Counted(file, bar))  # type: ignore[arg-type]
+                # A file has some bytes more than its tensors.
+                counted = CallbackIOWrapper(lambda n_bytes: bar.update(min(n_bytes, size - bar.n)), file, "write")
+                torch.save(_without_shared_storage(tensors), counted)
         else:
             mean, std = normalization_of(data or _recognise_data(path, weights.state, name))
             if to == "huggingface":
@@ -134,7 +139,7 @@ def convert(
             else:
                 texts = {CONFIG_FILE: timm_config(weights.state, tensors, name, (mean, std))}
                 max_shard_bytes = size  # timm reads one file.
-            files = _write_directory(destination, tensors, metadata, texts, max_shard_bytes, bar)
+            files = _write_directory(destination, tensors, metadata, texts, max_shard_bytes, bar.update)
     return Written(name, len(tensors), size, files)
 
 
@@ -216,44 +221,6 @@ def _recognise_data(path: Path, state: Mapping[str, Tensor], name: str | None) -
     return "sat493m" if is_named or (name == "dinov3_vitl16" and "local_cls_norm.weight" in state) else "lvd1689m"
 
 
-class _Progress:
-    """A bar of bytes, shown or not; it starts with the first of them."""
-
-    def __init__(self, total: int, is_shown: bool) -> None:
-        self.total, self.is_shown = total, is_shown
-        self.bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, n_bytes: int) -> None:
-        if self.bar is None:
-            from tqdm import tqdm
-
-            unit: Any = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            self.bar = tqdm(total=self.total, disable=not self.is_shown, desc="writing", **unit)
-        # A file has some bytes more than its tensors.
-        self.bar.update(min(n_bytes, self.total - self.bar.n))
-
-
-class _Counted:
-    """A file that reports what is written to it."""
-
-    def __init__(self, file: Any, bar: _Progress) -> None:
-        self.file, self.bar = file, bar
-
-    def write(self, data: Any) -> int:
-        self.bar(len(data))
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def _without_shared_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # torch.save writes the whole storage that a tensor is a part of.
     return {
@@ -268,7 +235,7 @@ def _write_directory(
     metadata: Mapping[str, str],
     texts: dict[str, dict[str, Any]],
     max_shard_bytes: int,
-    bar: _Progress,
+    on_written: Callable[[int], Any],
 ) -> tuple[Path, ...]:
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
@@ -290,7 +257,7 @@ def _write_directory(
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards, strict=True):
             of_shard = metadata if name == names[0] else {"format": "pt"}
-            write_safetensors(temporary / name, shard, of_shard, on_written=bar)
+            write_safetensors(temporary / name, shard, of_shard, on_written=on_written)
         publish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

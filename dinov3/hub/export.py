@@ -11,7 +11,6 @@ Notable:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import importlib
@@ -35,13 +34,13 @@ from dinov3.hub.command_line import (
     MODEL_HELP,
     WEIGHTS_HELP,
     ModelChoice,
-    add_options,
     check_image_size,
     check_output,
     describe_bytes,
     find_normalization,
     make_parser,
     option,
+    parse_options,
     parse_size,
     positive,
 )
@@ -353,20 +352,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Make the parser of `python -m dinov3.hub.export`."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, given what follows the program's name."""
     description = "Export a backbone to ONNX or torch.export, for any batch size, height and width, and check the file."
     parser = make_parser("export", description, EPILOG)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    add_options(parser, ExportOptions)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line, given what follows the program's name."""
-    given = vars(get_args_parser().parse_args(argv))
-    export(ExportOptions(ModelChoice(given.pop("model"), given.pop("weights")), **given))
+    export(parse_options(parser, ExportOptions, argv))
 
 
 if __name__ == "__main__":

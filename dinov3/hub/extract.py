@@ -12,7 +12,6 @@ Notable:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -34,7 +33,6 @@ from dinov3.hub.command_line import (
     NORMALIZATIONS,
     WEIGHTS_HELP,
     ModelChoice,
-    add_options,
     check_image_size,
     check_output,
     describe_bytes,
@@ -43,6 +41,7 @@ from dinov3.hub.command_line import (
     make_parser,
     option,
     parse_dtype,
+    parse_options,
     parse_size,
     positive,
 )
@@ -440,19 +439,12 @@ def _decode_names(encoded: Tensor) -> list[str]:
     return [os.fsdecode(name) for name in encoded.numpy().tobytes().split(b"\0")[:-1]]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Make the parser of `python -m dinov3.hub.extract`."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, given what follows the program's name."""
     parser = make_parser("extract", "Write the features of every image in a folder into one file.", EPILOG)
     parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    add_options(parser, ExtractOptions)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line, given what follows the program's name."""
-    given = vars(get_args_parser().parse_args(argv))
-    extract(ExtractOptions(ModelChoice(given.pop("model"), given.pop("weights")), **given))
+    extract(parse_options(parser, ExtractOptions, argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Notable: nothing is downloaded or computed; the 7B model takes as long as the sm
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,13 +15,13 @@ import torch
 from dinov3.hub.command_line import (
     MODEL_HELP,
     ModelChoice,
-    add_options,
     check_image_size,
     describe_bytes,
     describe_tokens,
     make_parser,
     option,
     parse_dtype,
+    parse_options,
     parse_size,
     positive,
 )
@@ -94,8 +93,8 @@ def describe(options: SummaryOptions) -> Iterator[str]:
     yield module_table(model, flops, max_depth=options.depth)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Make the parser of `python -m dinov3.hub.summary`."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, given what follows the program's name."""
     parser = make_parser(
         "summary", "Parameters, tokens, arithmetic and memory of a backbone, module by module.", EPILOG
     )
@@ -105,14 +104,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=("LVD1689M", "SAT493M"),
         help="which published weights the structure is for; nothing is downloaded (default: LVD1689M)",
     )
-    add_options(parser, SummaryOptions)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line, given what follows the program's name."""
-    given = vars(get_args_parser().parse_args(argv))
-    for line in describe(SummaryOptions(ModelChoice(given.pop("model"), given.pop("weights")), **given)):
+    for line in describe(parse_options(parser, SummaryOptions, argv)):
         print(line)
 
 

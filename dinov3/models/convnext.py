@@ -47,12 +47,12 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tens
     if drop_prob == 0.0 or not training:
         return x
     keep_prob = 1 - drop_prob
-    kept = torch.rand((len(x),) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).add_(keep_prob).floor_()
-    return x * (kept / keep_prob)
+    is_kept = torch.rand((len(x),) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).add_(keep_prob).floor_()
+    return x * (is_kept / keep_prob)
 
 
 class DropPath(nn.Module):
-    """`drop_path` as a module.
+    """Apply `drop_path` in training.
 
     Args:
         drop_prob: probability of each sample to lose the branch, in [0, 1).
@@ -68,7 +68,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, ...] to [B, ...]."""
+        """Return a tensor of the shape of x, [B, ...]."""
         return drop_path(x, self.drop_prob, self.training)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ModelWithIntermediateLayers(nn.Module):
-    """Return the normed tokens of some blocks of a frozen backbone.
+    """Return the tokens of some blocks of a frozen backbone.
 
     Args:
         feature_model: a backbone; put into evaluation mode.
@@ -19,6 +19,7 @@ class ModelWithIntermediateLayers(nn.Module):
         autocast_ctx: makes the context that the backbone runs in.
         reshape: return patch tokens as maps [B, D, H, W].
         return_class_token: return pairs of patch tokens and class token.
+        norm: apply the backbone's final norm to every block (a ConvNeXt has one for its last stage only).
     """
 
     feature_model: Any
@@ -30,6 +31,8 @@ class ModelWithIntermediateLayers(nn.Module):
         autocast_ctx: Callable[[], AbstractContextManager[Any]],
         reshape: bool = False,
         return_class_token: bool = True,
+        *,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.feature_model = feature_model.eval()
@@ -37,6 +40,7 @@ class ModelWithIntermediateLayers(nn.Module):
         self.autocast_ctx = autocast_ctx
         self.reshape = reshape
         self.return_class_token = return_class_token
+        self.norm = norm
 
     def forward(self, images: Tensor) -> tuple[Any, ...]:
         """Return for each block, shallow to deep, (patch tokens [B, P, D], class token [B, D]), or only patch tokens.
@@ -45,5 +49,5 @@ class ModelWithIntermediateLayers(nn.Module):
         """
         with torch.inference_mode(), self.autocast_ctx():
             return self.feature_model.get_intermediate_layers(
-                images, n=self.n, reshape=self.reshape, return_class_token=self.return_class_token
+                images, n=self.n, reshape=self.reshape, return_class_token=self.return_class_token, norm=self.norm
             )

@@ -298,7 +298,7 @@ def test_failure_in_the_middle_leaves_no_half_of_a_file(
     def break_off(self: Any, n_bytes: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module._Progress, "__call__", break_off)
+    monkeypatch.setattr(convert_module.tqdm, "update", break_off)
     with pytest.raises((OSError, RuntimeError)):
         convert(release, tmp_path / name, to=to, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
