@@ -1,14 +1,14 @@
-"""From the levels of a backbone to depth: our DPT head and bins, beside their definition taken at its word, on the CPU.
+"""From the levels of a backbone to depth: our DPT head and bins, next to a literal form of their definition, on CPUs.
 
     python benchmarks/dpt.py [--heads chmv2 dd] [--sizes 224 384] [--rounds 3] [--cpu-time --threads 1]
     python benchmarks/dpt.py --memory [--sizes 512]
 
-Both have the same random weights, and see the same random levels of one image. The definition repeats class tokens and
+Both have the same random weights and get the same random levels of one image. The definition repeats class tokens and
 concatenates them, upsamples before the 1x1 convolutions, keeps channels first, and turns all logits at once into
-shifted values, weights and weighted bins. Three parts: `depth`, from levels to metres without gradients; `head`, from
-levels to logits; `bins`, from given logits of the same size to metres. Rounds interleave the two, in an order that
-alternates; ratios are medians of the rounds' own ratios. With `--memory`: what `depth` adds to the process at its peak,
-each case in a process of its own.
+shifted values, weights and weighted bins. Three parts are timed: `depth`, from levels to metres without gradients;
+`head`, from levels to logits; `bins`, from given logits of the same size to metres. Rounds interleave the two versions
+in alternating order; ratios are medians of the rounds' own ratios. `--memory` measures what `depth` adds to the process
+at its peak, each case in its own process.
 """
 
 from __future__ import annotations

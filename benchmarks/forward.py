@@ -1,12 +1,12 @@
-"""Time of a backbone's forward pass on the CPU, beside timm, transformers and the matrix products alone.
+"""Time of a backbone's forward pass on the CPU, next to timm, transformers and only the matrix products.
 
     python benchmarks/forward.py [--models vits16 convnext_tiny] [--sizes 224] [--batches 1] [--dtypes fp32] ...
 
 All models of a row hold the same random weights, and their features are checked to be equal first. `optimized` is ours
-after `dinov3.hub.optimize.optimize`, in bfloat16 for `autocast`, which it then needs no region for. The floor computes
-the row's matrix products, convolutions and attentions (queries times keys, softmax, times values: one fused operation)
-on tensors of the same shapes and dtypes, and nothing else: no bias, norm, activation, rotation, residual or cast.
-Rounds interleave the five, in an order that rotates; ratios are medians of the rounds' own ratios.
+after `dinov3.hub.optimize.optimize`, for `autocast` in bfloat16, so it needs no region. The floor computes the row's
+matrix products, convolutions and attentions (queries times keys, softmax, times values: one fused operation) on tensors
+of the same shapes and dtypes, and nothing else: no bias, norm, activation, rotation, residual or cast. Rounds
+interleave the five in a rotating order; ratios are medians of the rounds' own ratios.
 
 Dtypes: `fp32`; `autocast`, where each call enters an autocast region in bfloat16, as the loop of an evaluation does;
 `bf16`, with weights and images in bfloat16. The floor of `autocast` has its weights in bfloat16 from the start.

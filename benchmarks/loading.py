@@ -1,4 +1,4 @@
-"""Time and memory of loading weights from a local file, each measurement in a process of its own.
+"""Time and memory of loading weights from a local file, each measurement in its own process.
 
     python benchmarks/loading.py vitl16 [--rounds 7] [--directory DIR]
     python benchmarks/loading.py vit7b16 [--directory DIR]
@@ -7,8 +7,8 @@
 `vitl16` (needs 1.3 GB of disk) interleaves the hub's load of a float32 ViT-L/16 with the floor, which maps the file and
 assigns its tensors without any check, and with the plain way: build, initialise, read, copy. `vit7b16` (needs 13.5 GB)
 loads a bfloat16 ViT-7B/16 and runs one image of 224 px. The checkpoints, of random numbers, are made in DIR (by default
-the directory for temporary files), and deleted. `imports` interleaves the import of `dinov3.hub.backbones` with that of
-`torch` alone.
+the directory for temporary files) and deleted afterwards. `imports` interleaves the import of `dinov3.hub.backbones`
+with that of only `torch`.
 """
 
 from __future__ import annotations

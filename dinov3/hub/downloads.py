@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 from uuid import uuid4
 
@@ -137,10 +138,11 @@ def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool)
 def _request_rest(url: str, file: BinaryIO, validator: str | None, bar: Any) -> Response:
     start = file.tell()
     if validator is not None:
+        # If-Range lets a server that has another version by now send the whole file instead of the rest of a mixture.
         response = _request(url, {"Range": f"bytes={start}-", "If-Range": validator})
         if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             return response
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        if response.status == http.HTTPStatus.PARTIAL_CONTENT:  # Another part than the one that was requested.
             response.close()
             response = _request(url)
     else:
@@ -224,11 +226,6 @@ def _locked(partial: Path) -> Iterator[None]:
                 return
 
 
-class _NoBar:
-    def update(self, n: int) -> None:
-        pass
-
-
 def _bar(name: str, start: int, length: int | None, *, shown: bool) -> contextlib.AbstractContextManager[Any]:
     try:
         from tqdm import tqdm
@@ -236,5 +233,5 @@ def _bar(name: str, start: int, length: int | None, *, shown: bool) -> contextli
         if shown:
             size = "" if length is None else f" ({length / 1e6:.1f} MB)"
             print(f"downloading {name}{size}", file=sys.stderr)
-        return contextlib.nullcontext(_NoBar())
+        return contextlib.nullcontext(SimpleNamespace(update=lambda n_bytes: None))
     return tqdm(desc=name, initial=start, total=length, unit="B", unit_scale=True, unit_divisor=1000, disable=not shown)

@@ -57,7 +57,9 @@ class PublishedHead:
         return f"{BASE_URL}/{self.file}-{file_hash or self.file_hash}.pth"
 
 
-def document_arguments(head: PublishedHead, *, returns: str, arguments: str = "", keywords: str = "") -> Any:
+def document_arguments(
+    head: PublishedHead, *, returns: str, arguments: str = "", keywords: str = ""
+) -> Callable[[Entry], Entry]:
     """Return a decorator that documents the arguments which all entries with a head share.
 
     Args:
@@ -73,8 +75,8 @@ def document_arguments(head: PublishedHead, *, returns: str, arguments: str = ""
     Args:
         pretrained: load the weights of backbone and head; if False, initialise both at random and read nothing.
         weights: of the head: `{head.weights}` or its name; or a local path (the file is mapped, so keep it in place
-            while the model lives), a file:// or https:// URL, or a state dict. They may hold the head alone, as
-            published or as a training saved it, or the whole model.
+            while the model lives), a file:// or https:// URL, or a state dict. They may hold only the head,
+            as published or as a training saved it, or the whole model.
         backbone_weights: of the backbone, as `weights=` of `{head.backbone}`.
         check_hash: compare both files with the SHA-256 digits at the end of their names.{arguments}
         **kwargs: as for `{head.backbone}`, e.g. `device` and `dtype`, which hold for the head too; `hash` selects

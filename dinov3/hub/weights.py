@@ -31,7 +31,7 @@ logger = logging.getLogger("dinov3")
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Where a distributed checkpoint holds the teacher: in training checkpoints, and in an export of the teacher alone.
+#: Where a distributed checkpoint holds the teacher: in training checkpoints, and in exports of only the teacher.
 TEACHER_PREFIXES = ("model.teacher.backbone.", "model.model_ema.backbone.", "model.backbone.")
 HEADS = ("dino_head.", "ibot_head.")
 

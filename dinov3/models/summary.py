@@ -67,13 +67,12 @@ class Memory:
     backward: int
 
 
-def patch_stride(model: nn.Module) -> int:
+def patch_stride(model: Any) -> int:
     """Return the pixels between the tokens of `forward_features`: the patch of a ViT, the last stride of a ConvNeXt."""
-    backbone: Any = model
-    return STEM_STRIDE * 2 ** (N_STAGES - 1) if isinstance(model, ConvNeXt) else int(backbone.patch_size)
+    return STEM_STRIDE * 2 ** (N_STAGES - 1) if isinstance(model, ConvNeXt) else int(model.patch_size)
 
 
-def count_tokens(model: nn.Module, image_size: Size = 224) -> Tokens:
+def count_tokens(model: Any, image_size: Size = 224) -> Tokens:
     """Count the tokens of one image.
 
     Args:
@@ -89,9 +88,7 @@ def count_tokens(model: nn.Module, image_size: Size = 224) -> Tokens:
             f"an image of {height} x {width} pixels is smaller than a patch: {type(model).__name__} needs sides of at "
             f"least {stride} pixels"
         )
-    grid = height // stride, width // stride
-    backbone: Any = model
-    return Tokens(1, backbone.n_storage_tokens, grid, backbone.embed_dim)
+    return Tokens(1, model.n_storage_tokens, (height // stride, width // stride), model.embed_dim)
 
 
 def count_flops(model: nn.Module, image_size: Size = 224, in_chans: int = 3) -> int:

@@ -253,14 +253,6 @@ def test_dtype_that_is_none(dtype: Any) -> None:
         dinov3_vits16(pretrained=False, dtype=dtype)
 
 
-@pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
-def test_model_compiles_as_one_graph(entry: Any) -> None:
-    model = entry(weights=random_state(entry=entry))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
 def test_model_compiles_to_machine_code(entry: Any) -> None:

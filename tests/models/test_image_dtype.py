@@ -85,9 +85,8 @@ def test_compiled_graphs_are_whole(model: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True])
-def test_programs_are_exported(strict: bool, model: Any) -> None:
-    program = torch.export.export(model, (IMAGES,), dynamic_shapes=(({0: Dim("batch")},),), strict=strict)
+def test_programs_are_exported(model: Any) -> None:
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=(({0: Dim("batch")},),), strict=True)
     torch.testing.assert_close(program.module()(IMAGES[:1].expand(3, -1, -1, -1))[:1], model(IMAGES[:1]))
 
 
