@@ -106,7 +106,7 @@ class Evaluator:
     def evaluate_and_maybe_save(
         self,
         feature_model: nn.Module,
-        linear_classifiers: nn.Module,
+        linear_classifiers: AllClassifiers,
         iteration: int,
         best_classifier_on_val: str | None = None,
         save_filename_suffix: str = "",
@@ -117,7 +117,7 @@ class Evaluator:
 
         Args:
             feature_model: gives the tokens of as many blocks as the largest classifier sees.
-            linear_classifiers: `AllClassifiers`.
+            linear_classifiers: the grid; those that diverged are left out.
             iteration: steps done, for the record.
             best_classifier_on_val: the classifier to report. Default: the best one here.
             save_filename_suffix: of saved predictions.
@@ -148,15 +148,17 @@ class Evaluator:
                 save_per_class(vectors[best], Path(self.metrics_file_path).parent, name, save_filename_suffix)
             if self.save_results_func is not None:
                 batches = self._batches(feature_model, linear_classifiers)
-                predictions = predict(linear_classifiers, best, batches, self._scored.class_mapping)  # type: ignore[arg-type]
+                predictions = predict(linear_classifiers, best, batches, self._scored.class_mapping)
                 self.save_results_func(**predictions, filename_suffix=as_file_name(name) + save_filename_suffix)
         return {self.main_metric_name: 100.0 * self.top_1[best], BEST_CLASSIFIER: best}
 
-    def _score(self, feature_model: Any, classifiers: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    def _score(
+        self, feature_model: nn.Module, classifiers: AllClassifiers
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
         batches = self._batches(feature_model, classifiers)
         return score_classifiers(classifiers, batches, self._scored.metric, self._scored.class_mapping)
 
-    def _batches(self, feature_model: Any, classifiers: Any) -> Iterable[Batch]:
+    def _batches(self, feature_model: Any, classifiers: AllClassifiers) -> Iterable[Batch]:
         n_blocks = max(classifier.use_n_blocks for classifier in classifiers.classifiers_dict.values())
         model = LinearInputs(feature_model, n_blocks).eval()
         collate_fn = self._scored.collate_fn

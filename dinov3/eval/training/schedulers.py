@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch.optim import Optimizer, lr_scheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3.eval.dense.config import OptimizerConfig, SchedulerConfig
@@ -111,7 +111,7 @@ class WarmupOneCycleLR(LRScheduler):
             elif self.update_momentum:
                 group["momentum"] = momentum
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]
+    def get_lr(self) -> list[float | Tensor]:
         """Return the rate of each group after as many steps as were made."""
         return [self._rate(self.last_epoch, peak) for peak in self.max_lrs]
 
@@ -173,7 +173,7 @@ class WarmupMultiStepLR(LRScheduler):
         self.max_lrs = _peaks(optimizer, max_lr)
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]
+    def get_lr(self) -> list[float | Tensor]:
         """Return the rate of each group after as many steps as were made."""
         count = self.last_epoch + 1
         if count < self.warmup_iters:
@@ -238,12 +238,10 @@ def build_scheduler(
 
 
 def build_adamw(
-    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, schedule: SchedulerConfig
-) -> tuple[torch.optim.AdamW, LRScheduler]:
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, schedule: SchedulerConfig
+) -> tuple[AdamW, LRScheduler]:
     """Build AdamW and its schedule from the sections `optimizer` and `scheduler` of a configuration."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    optimizer = AdamW(parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     return optimizer, build_scheduler(
         schedule.type, optimizer, config.lr, schedule.total_iter, schedule.constructor_kwargs
     )

@@ -1,4 +1,4 @@
-"""Schedules of dense heads: what reaches the optimizer, where they end, and how they go on after a resume."""
+"""Schedules of dense heads: what reaches the optimizer, where they end, and how they continue after a resume."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ KWARGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_resumed_schedule_goes_on_exactly(name: str) -> None:
+def test_a_resumed_schedule_continues_exactly(name: str) -> None:
     def build() -> Any:
         return build_scheduler(name, adamw(0.1), 0.1, 12, KWARGS[name])
 
