@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -21,9 +20,11 @@ from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
 from dinov3.data.datasets.strings import DatasetStringError, parse_dataset_string
 from dinov3.data.datasets.web_dataset import WebDataset
+from dinov3.utils.command_line import run_command_line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the files of the dataset that the command line names; None takes the arguments of the program."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov3.data.datasets.dump",
         description=__doc__,
@@ -31,12 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dataset", help="for example ImageNet:root=/data/imagenet:extra=/data/imagenet-extra")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        dump(parser.parse_args(argv).dataset)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    dump(parser.parse_args(argv).dataset)
 
 
 def dump(dataset_str: str) -> None:
@@ -94,4 +90,4 @@ _DUMPS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command_line(main)

@@ -1,8 +1,7 @@
 """Test sets for classifiers of ImageNet-1k: its validation images with re-assessed labels, and corrupted ones.
 
-Notable: a sample of `ImageNetReaL` has a list of classes, which may be empty (arXiv 2006.07159); one of `ImageNetC` has
-a row of class, corruption and level (arXiv 1903.12261). Metrics that take these are `ANY_MATCH_ACCURACY` and
-`IMAGENET_C_METRIC`.
+A sample of `ImageNetReaL` has a list of classes, which may be empty (arXiv 2006.07159); one of `ImageNetC` has a row of
+class, corruption and level (arXiv 1903.12261). The metrics `ANY_MATCH_ACCURACY` and `IMAGENET_C_METRIC` take these.
 """
 
 from __future__ import annotations
