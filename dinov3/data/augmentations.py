@@ -267,6 +267,7 @@ def _distort(view: Tensor, *, jitter: bool, blur: float = 0.0, solarize: float =
     to_gray = jitter and _happens(GRAYSCALE_PROBABILITY)
     taps = _gaussian_taps(_between(*BLUR_SIGMA, _uniforms(1)[0])) if blur and _happens(blur) else []
     if adjust or to_gray or len(taps) > 1:
+        # In float32 and in place, rounded once at the end.
         levels = view.to(torch.float32, memory_format=torch.contiguous_format)
         if adjust:
             levels = _jitter_color(levels)

@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 
 from dinov3 import distributed
 
-# From these sizes on torch's `randperm` and `randint` draw 64-bit words, and the array operations below would no longer
+# From these sizes on, torch's `randperm` and `randint` draw 64-bit words, and the array operations below would no longer
 # repeat the loops that define the orders.
 RANDPERM_64BIT_FROM = 2**32 // 20
 RANDINT_64BIT_FROM = 2**28
@@ -37,7 +37,7 @@ _WORDS_PER_DISCARD = 2**22
 class EpochSampler(Sampler[int]):
     """A finite number of samples per epoch, which may be fewer or more than there are.
 
-    The order of an epoch is a function of `seed * epoch` (of `epoch` alone where the seed is 0): epoch 0 is the same
+    The order of an epoch is a function of `seed * epoch` (of only `epoch` if the seed is 0): epoch 0 is the same
     for every seed, and seed 2 in epoch 3 repeats seed 3 in epoch 2. Published behaviour, kept for reproducibility.
 
     Args:

@@ -138,7 +138,7 @@ def test_a_wrong_setting_is_an_error_before_anything_is_trained(tmp_path):
 @pytest.mark.slow
 def test_packaged_images_go_through_the_whole_demo(tmp_path, small, monkeypatch):
     digits, labels = packaged.load_digits()
-    monkeypatch.setattr(packaged, "load_digits", lambda: (digits[:600], labels[:600]))
+    monkeypatch.setattr(packaged, "load_digits", lambda: (digits[:300], labels[:300]))
     results = run_demo(options(tmp_path))
     assert results.accuracy.keys() == {"digits", "faces"}
     # Ten classes, and two: even random features are better than guessing.
