@@ -15,9 +15,17 @@ from typing import Any
 from dinov3.configs.settings import key
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense import config as dense
-from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig, are_pixels, check_image_size
+from dinov3.eval.dense.config import (
+    Dtype,
+    OptimizerConfig,
+    SchedulerConfig,
+    check_declared,
+    check_factors,
+    check_image_size,
+)
 from dinov3.eval.depth.loss import LossType
 from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME, EvalCropType
+from dinov3.eval.depth.transforms import FIXED_CROPS
 from dinov3.heads.depth.depther import DecoderConfig
 from dinov3.heads.depth.dpt import DPTHead
 from dinov3.hub import depthers
@@ -59,24 +67,11 @@ class TrainTransformConfig:
     img_size: Any = key(
         None, "short side, or [height, width], that images and depths are resized to; null: as they are"
     )
-    random_crop: list[int] | None = key(None, "[height, width] of a random crop; null: none")
-    brightness_range: list[float] = key([0.9, 1.1], "factor of the colours")
-    rotation_angle: float = key(2.5, "largest angle, in degrees")
-    fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
+    random_crop: list[int] | None = key(None, "[height, width] of a random crop; null: none", length=2, minimum=1)
+    brightness_range: list[float] = key([0.9, 1.1], "factor of the colours", length=2, above=0)
+    rotation_angle: float = key(2.5, "largest angle, in degrees", minimum=0)
+    fixed_crop: str = key("FULL", "NYU is without the border of NYU's images", choices=tuple(FIXED_CROPS))
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
-
-    def __post_init__(self) -> None:
-        check_image_size("transforms.train.img_size", self.img_size)
-        if self.random_crop is not None and not (len(self.random_crop) == 2 and are_pixels(self.random_crop)):
-            raise ValueError(
-                f"transforms.train.random_crop={self.random_crop}: expected [height, width] in pixels, or null"
-            )
-        factors = self.brightness_range
-        if not (len(factors) == 2 and 0 < factors[0] <= factors[1]):
-            raise ValueError(
-                f"transforms.train.brightness_range={factors}: expected the smallest and the largest "
-                "factor, e.g. [0.9,1.1]"
-            )
 
 
 @dataclass
@@ -84,11 +79,8 @@ class EvalTransformConfig:
     """Preprocessing of evaluated images."""
 
     img_size: Any = key(None, "short side, or [height, width], that images are resized to; null: as they are")
-    fixed_crop: str = key("FULL", "FULL, or NYU: without the border of NYU's images")
+    fixed_crop: str = key("FULL", "NYU is without the border of NYU's images", choices=tuple(FIXED_CROPS))
     eval_mask: EvalCropType = key(EvalCropType.FULL, "pixels that count: FULL or NYU_EIGEN")
-
-    def __post_init__(self) -> None:
-        check_image_size("transforms.eval.img_size", self.img_size)
 
 
 @dataclass
@@ -97,17 +89,9 @@ class TransformConfig:
 
     train: TrainTransformConfig | None = None
     eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
-    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the normalisation, by channel")
-    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "of the normalisation, by channel")
-    normalization_constant: float = key(1000.0, "stored depth of one metre; not used for datasets in metres")
-
-    def __post_init__(self) -> None:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ValueError(
-                    f"transforms.{name}={values}: expected a number for each of red, green and blue"
-                    + (" above 0" if name == "std" else "")
-                )
+    mean: list[float] = key(list(IMAGENET_DEFAULT_MEAN), "of the normalisation, by channel", length=3)
+    std: list[float] = key(list(IMAGENET_DEFAULT_STD), "of the normalisation, by channel", length=3, above=0)
+    normalization_constant: float = key(1000.0, "stored depth of one metre; not used for datasets in metres", above=0)
 
 
 @dataclass
@@ -116,19 +100,11 @@ class EvalConfig:
 
     ignored_value: float = key(0.0, "depth of pixels without measurement")
     align_least_squares: bool = key(False, "fit scale and shift of each prediction to the ground truth first")
-    min_depth: float = key(0.001, "smallest depth that counts, metres")
+    min_depth: float = key(0.001, "smallest depth that counts, metres", minimum=0)
     max_depth: float = key(10.0, "largest depth that counts, metres")
     use_tta: bool = key(True, "average with the prediction of the flipped image")
-    eval_interval: int = key(1600, "steps between validations and checkpoints")
+    eval_interval: int = key(1600, "steps between validations and checkpoints", minimum=1)
     unpad_predictions: bool = key(False, "cut off what the padding to whole patches added; false: as published")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_depth < self.max_depth:
-            raise ValueError(
-                f"eval.min_depth={self.min_depth} must be at least 0 and below eval.max_depth={self.max_depth}"
-            )
-        if self.eval_interval < 1:
-            raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
 
 
 @dataclass
@@ -137,8 +113,10 @@ class ResultConfig:
 
     save_results: bool = key(False, "save every prediction")
     extension: Extension = key(Extension.JPG, "JPG, PNG, or PTH for tensors")
-    save_resolution: int | None = key(None, "short side of saved pictures, pixels; null: that of the ground truth")
-    overlay_alpha: float = key(1.0, "below 1, depth is laid over the image")
+    save_resolution: int | None = key(
+        None, "short side of saved pictures, pixels; null: that of the ground truth", minimum=1
+    )
+    overlay_alpha: float = key(1.0, "below 1, depth is laid over the image", minimum=0, maximum=1)
     save_separate_files: bool = key(False, "also image, prediction and ground truth, each in a file")
 
 
@@ -147,9 +125,9 @@ class DepthConfig:
     """All settings of a run."""
 
     model: ModelConfig | None = None
-    bs: int = key(2, "images per step and process in training")
+    bs: int = key(2, "images per step and process in training", minimum=1)
     n_gpus: int = key(8, "not read: the launcher decides")
-    num_workers: int = key(2, "loader processes")
+    num_workers: int = key(2, "loader processes", minimum=0)
     seed: int = key(321, "of the first weights, the order of the images and their augmentation")
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -173,17 +151,19 @@ class DepthConfig:
     output_dir: str = key("", "where everything goes; . on the command line")
 
     def __post_init__(self) -> None:
+        check_declared(self)
         for name in self.metrics:
             if name not in DEPTH_METRICS_NAME:
                 raise ValueError(
-                    f"metrics: {name!r} is unknown{did_you_mean(name, DEPTH_METRICS_NAME)}; "
-                    f"known are {', '.join(DEPTH_METRICS_NAME)}"
+                    f"metrics: {name!r} is unknown{did_you_mean(name, DEPTH_METRICS_NAME)}: "
+                    f"expected some of {', '.join(DEPTH_METRICS_NAME)}"
                 )
-        if self.bs < 1 or self.num_workers < 0:
-            raise ValueError(f"bs={self.bs} must be at least 1, num_workers={self.num_workers} at least 0")
-        if self.scheduler.total_iter < 1:
-            raise ValueError(f"scheduler.total_iter={self.scheduler.total_iter}: expected 1 or more")
-
+        check_image_size("transforms.eval.img_size", self.transforms.eval.img_size)
+        if self.transforms.train is not None:
+            check_image_size("transforms.train.img_size", self.transforms.train.img_size)
+            check_factors("transforms.train.brightness_range", self.transforms.train.brightness_range)
+        if self.eval.min_depth >= self.eval.max_depth:
+            raise ValueError(f"eval.min_depth={self.eval.min_depth} must be below eval.max_depth={self.eval.max_depth}")
         if self.load_from in HUB_DEPTHERS:
             # What is written and compared is what runs: the head of the released model.
             self.decoder_head = depthers.config_of(self.load_from)

@@ -14,13 +14,19 @@ from typing import Any
 from dinov3.configs.settings import key
 from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense import config as dense
-from dinov3.eval.dense.config import Dtype, OptimizerConfig, SchedulerConfig, are_pixels, check_image_size
+from dinov3.eval.dense.config import (
+    Dtype,
+    OptimizerConfig,
+    SchedulerConfig,
+    check_declared,
+    check_factors,
+    check_image_size,
+)
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
 from dinov3.eval.segmentation.transforms import MEAN, STD
 from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.utils import did_you_mean
 
-N_CHANNELS = 3
 HUB_SEGMENTORS = ("dinov3_vit7b16_ms",)
 MODES = ("slide", "whole")
 
@@ -29,14 +35,14 @@ MODES = ("slide", "whole")
 class SegmentationSchedulerConfig(SchedulerConfig):
     """How the learning rate changes."""
 
-    total_iter: int = key(40000, "number of steps")
+    total_iter: int = key(40000, "number of steps", minimum=1)
 
 
 @dataclass
 class SegmentationOptimizerConfig(OptimizerConfig):
     """AdamW."""
 
-    lr: float = key(1e-3, "peak of the learning rate")
+    lr: float = key(1e-3, "peak of the learning rate", minimum=0)
 
 
 @dataclass
@@ -57,9 +63,9 @@ class DecoderConfig:
     use_batchnorm: bool = key(True, "normalise the channels first (linear head)")
     use_cls_token: bool = key(False, "append the class token to the channels (linear head)")
     use_backbone_norm: bool = key(True, "apply the backbone's final norm (linear head)")
-    num_classes: int = key(150, "number of classes")
+    num_classes: int = key(150, "number of classes", minimum=1)
     hidden_dim: int = key(2048, "width of an m2f head")
-    dropout: float = key(0.1, "share of the channels that training drops (linear head)")
+    dropout: float = key(0.1, "share of the channels that training drops (linear head)", minimum=0, maximum=1)
 
 
 @dataclass
@@ -68,20 +74,12 @@ class TrainTransformConfig:
 
     img_size: Any = key(None, "short side, or [height, width], of images and labels; null: as they are")
     random_img_size_ratio_range: list[float] | None = key(
-        None, "random factor of img_size, e.g. [0.5, 2.0]; null: none"
+        None, "random factor of img_size, e.g. [0.5, 2.0]; null: none", length=2, above=0
     )
-    crop_size: list[int] | None = key(None, "[height, width] of a random crop, padded if need be; null: none")
-    flip_prob: float = key(0.0, "probability of a horizontal flip")
-
-    def __post_init__(self) -> None:
-        check_image_size("transforms.train.img_size", self.img_size)
-        factors, crop = self.random_img_size_ratio_range, self.crop_size
-        if factors is not None and not (len(factors) == 2 and 0 < factors[0] <= factors[1]):
-            raise ValueError(
-                f"transforms.train.random_img_size_ratio_range={factors}: expected [smallest, largest] factor, above 0"
-            )
-        if crop is not None and not (len(crop) == 2 and are_pixels(crop)):
-            raise ValueError(f"transforms.train.crop_size={crop}: expected [height, width] in pixels, or null")
+    crop_size: list[int] | None = key(
+        None, "[height, width] of a random crop, padded if need be; null: none", length=2, minimum=1
+    )
+    flip_prob: float = key(0.0, "probability of a horizontal flip", minimum=0, maximum=1)
 
 
 @dataclass
@@ -89,12 +87,7 @@ class EvalTransformConfig:
     """Preprocessing of evaluated images."""
 
     img_size: Any = key(None, "short side, or [height, width], of images; null: eval.crop_size")
-    tta_ratios: list[float] = key([1.0], "factors of img_size with eval.use_tta")
-
-    def __post_init__(self) -> None:
-        check_image_size("transforms.eval.img_size", self.img_size)
-        if not self.tta_ratios or min(self.tta_ratios) <= 0:
-            raise ValueError(f"transforms.eval.tta_ratios={self.tta_ratios}: expected one or more factors above 0")
+    tta_ratios: list[float] = key([1.0], "factors of img_size with eval.use_tta", above=0)
 
 
 @dataclass
@@ -104,22 +97,15 @@ class TransformConfig:
     train: TrainTransformConfig = field(default_factory=TrainTransformConfig)
     eval: EvalTransformConfig = field(default_factory=EvalTransformConfig)
     mean: list[float] = key(list(MEAN), "of the normalisation, by channel, of pixels from 0 to 255")
-    std: list[float] = key(list(STD), "of the normalisation, by channel, of pixels from 0 to 255")
-
-    def __post_init__(self) -> None:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, N_CHANNELS):
-                raise ValueError(f"transforms.{name}={values}: expected {N_CHANNELS} numbers, or one for all channels")
-        if min(self.std) <= 0:
-            raise ValueError(f"transforms.std={self.std}: expected numbers above 0")
+    std: list[float] = key(list(STD), "of the normalisation, by channel, of pixels from 0 to 255", above=0)
 
 
 @dataclass
 class TrainConfig:
     """The loss."""
 
-    diceloss_weight: float = key(0.0, "factor of the dice loss")
-    celoss_weight: float = key(1.0, "factor of the cross entropy")
+    diceloss_weight: float = key(0.0, "factor of the dice loss", minimum=0)
+    celoss_weight: float = key(1.0, "factor of the cross entropy", minimum=0)
 
 
 @dataclass
@@ -130,29 +116,14 @@ class EvalConfig:
         False, "average the metrics of images; false: metrics of the areas of all images"
     )
     reduce_zero_label: bool = key(True, "label 0 is ignored and the classes begin at 1, in training too")
-    mode: str = key("slide", "slide: windows of crop_size; whole: the image resized to crop_size x crop_size")
-    crop_size: int = key(512, "side of the square windows, pixels")
-    stride: int = key(341, "pixels between windows")
-    eval_interval: int = key(40000, "steps between validations and checkpoints")
+    mode: str = key("slide", "windows of crop_size, or images resized to crop_size x crop_size", choices=MODES)
+    crop_size: int = key(512, "side of the square windows, pixels", minimum=1)
+    stride: int = key(341, "pixels between windows", minimum=1)
+    eval_interval: int = key(40000, "steps between validations and checkpoints", minimum=1)
     use_tta: bool = key(False, "average over transforms.eval.tta_ratios and flips")
     max_windows_per_batch: int | None = key(
-        None, "the most windows in one call of the model, which bounds its memory; null: 1 on the CPU, else 8"
+        None, "windows in one call of the model, which bounds its memory; null: 1 on the CPU, otherwise 8", minimum=1
     )
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"eval.mode={self.mode!r}{did_you_mean(self.mode, MODES)}: expected {' or '.join(MODES)}")
-        if self.crop_size < 1:
-            raise ValueError(f"eval.crop_size={self.crop_size}: expected 1 or more pixels")
-        if self.mode == "slide" and not 1 <= self.stride <= self.crop_size:
-            raise ValueError(
-                f"eval.stride={self.stride} must be from 1 to eval.crop_size={self.crop_size}, otherwise pixels "
-                "between windows would be in none"
-            )
-        if self.eval_interval < 1:
-            raise ValueError(f"eval.eval_interval={self.eval_interval}: expected 1 or more")
-        if self.max_windows_per_batch is not None and self.max_windows_per_batch < 1:
-            raise ValueError(f"eval.max_windows_per_batch={self.max_windows_per_batch}: expected 1 or more, or null")
 
 
 @dataclass
@@ -160,15 +131,13 @@ class SegmentationConfig:
     """All settings of a run."""
 
     model: ModelConfig | None = None
-    bs: int = key(2, "images per step and process in training")
+    bs: int = key(2, "images per step and process in training", minimum=1)
     n_gpus: int = key(8, "not read: the launcher decides")
-    num_workers: int = key(6, "loader processes")
+    num_workers: int = key(6, "loader processes", minimum=0)
     model_dtype: Dtype = key(Dtype.FLOAT32, "FLOAT32 or BFLOAT16")
     seed: int = key(100, "of the first weights, the order of the images and their augmentation")
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
-    metric_to_save: str = key(
-        "mIoU", f"metric by which the best head is chosen: one of {', '.join(SEGMENTATION_METRICS)}"
-    )
+    metric_to_save: str = key("mIoU", "metric by which the best head is chosen", choices=SEGMENTATION_METRICS)
     decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
     scheduler: SegmentationSchedulerConfig = field(default_factory=SegmentationSchedulerConfig)
     optimizer: SegmentationOptimizerConfig = field(default_factory=SegmentationOptimizerConfig)
@@ -180,15 +149,21 @@ class SegmentationConfig:
     load_from: str | None = key(None, "evaluate: a trained head's file")
 
     def __post_init__(self) -> None:
-        if self.metric_to_save not in SEGMENTATION_METRICS:
+        check_declared(self)
+        transforms, evaluation = self.transforms, self.eval
+        check_image_size("transforms.train.img_size", transforms.train.img_size)
+        check_image_size("transforms.eval.img_size", transforms.eval.img_size)
+        check_factors("transforms.train.random_img_size_ratio_range", transforms.train.random_img_size_ratio_range)
+        if not transforms.eval.tta_ratios:
+            raise ValueError("transforms.eval.tta_ratios=[]: expected at least one factor")
+        for name, values in (("mean", transforms.mean), ("std", transforms.std)):
+            if len(values) not in (1, 3):
+                raise ValueError(f"transforms.{name}={values}: expected 3 numbers, or one for all channels")
+        if evaluation.mode == "slide" and evaluation.stride > evaluation.crop_size:
             raise ValueError(
-                f"metric_to_save={self.metric_to_save!r}{did_you_mean(self.metric_to_save, SEGMENTATION_METRICS)}: "
-                f"expected one of {', '.join(SEGMENTATION_METRICS)}"
+                f"eval.stride={evaluation.stride} must be at most eval.crop_size={evaluation.crop_size}, otherwise "
+                "pixels between windows would be in none"
             )
-        if self.bs < 1 or self.num_workers < 0:
-            raise ValueError(f"bs={self.bs} must be at least 1, num_workers={self.num_workers} at least 0")
-        if self.decoder_head.num_classes < 1:
-            raise ValueError(f"decoder_head.num_classes={self.decoder_head.num_classes}: expected 1 or more")
 
     def check(self) -> None:
         """Refuse settings that cannot work, before anything is loaded.
