@@ -57,16 +57,7 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, output: Pa
 
     Fails, and shows ``output``, unless all of them end well.
     """
-    variables: list[dict[str, str]] = [{}]
-    if world_size > 1:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            common = {
-                "TORCHELASTIC_RUN_ID": "x",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(listener.getsockname()[1]),
-            }
-        common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
-        variables = [common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(world_size)]
+    variables = torchrun_variables(world_size) if world_size > 1 else [{}]
     ranks = [start(function, *args, output=output, variables=of_rank) for of_rank in variables]
     for rank in ranks:
         rank.join(TIMEOUT_SECONDS)
@@ -74,6 +65,18 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, output: Pa
     for rank in ranks:
         rank.kill()
     assert codes == [0] * world_size, f"exit codes {codes}:\n{output.read_text()[-5000:]}"
+
+
+def torchrun_variables(world_size: int) -> list[dict[str, str]]:
+    """What torchrun adds to the environment of each rank."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        common = {
+            "TORCHELASTIC_RUN_ID": "x",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+        }
+    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    return [common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(world_size)]
 
 
 def _prepare_server() -> Any:

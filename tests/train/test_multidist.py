@@ -1,4 +1,4 @@
-"""Several students in one job: checkpoints in common, refusals, and a run that is stopped and goes on."""
+"""Several students in one job: checkpoints in common, refusals, and a run that is stopped and continued."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def newest(rank: int, world_size: int, root: Path, saved: list[list[int]]) -> st
 
 
 @pytest.mark.distributed
-def test_students_go_on_from_the_newest_iteration_that_all_have(tmp_path: Path) -> None:
+def test_students_continue_from_the_newest_iteration_that_all_have(tmp_path: Path) -> None:
     found = run_ranks(newest, 2, tmp_path, [[9, 19, 29], [9, 19]])
     assert found == [str(tmp_path / "0" / "19"), str(tmp_path / "1" / "19")]
 
 
 @pytest.mark.distributed
-def test_a_job_that_was_killed_in_its_first_save_starts_anew(tmp_path: Path) -> None:
+def test_a_job_that_was_killed_in_its_first_save_starts_over(tmp_path: Path) -> None:
     assert run_ranks(newest, 2, tmp_path, [[9], []]) == ["None", "None"]
 
 
@@ -153,25 +153,16 @@ def test_a_file_without_students_is_refused(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_students_stopped_half_way_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    images = tiny.write_images(tmp_path / "images")
-    teachers = []
-    for name, lengths in (("whole", ["2"]), ("halves", ["1", "2"])):
-        (tmp_path / name).mkdir()
-        for epochs in lengths:
-            # The learning rate must not depend on where the run is stopped.
-            constant = ("optim.warmup_epochs=0", "optim.min_lr=0.001", "optim.lr=0.001", "optim.scaling_rule=none")
-            momentum = (
-                "optim.weight_decay_end=0.04",
-                "teacher.momentum_teacher=0.9",
-                "teacher.final_momentum_teacher=0.9",
-            )
-            options = (*constant, *momentum, "train.OFFICIAL_EPOCH_LENGTH=2", "checkpointing.period=2")
-            args = arguments(tmp_path / name, images, *options, f"optim.epochs={epochs}")
-            command = ["--multi-distillation", f"--config-file={args.config_file}", f"--output-dir={args.output_dir}"]
-            launch(main, 2, [*command, *args.opts], output=tmp_path / "said.txt")
-        run = tmp_path / name / "run"
+    args = arguments(tmp_path, tiny.write_images(tmp_path / "images"))
+    options = ["--multi-distillation", f"--config-file={args.config_file}", "train.OFFICIAL_EPOCH_LENGTH=2"]
+    whole, halves, students = tmp_path / "whole", tmp_path / "halves", ("large", "small")
+    for run in (whole, halves):
+        if run is halves:
+            for student in students:
+                tiny.copy_as_killed(whole / student, halves / student, after=1)
+        launch(main, 2, [*options, f"--output-dir={run}", "checkpointing.period=2"], output=tmp_path / "said.txt")
         assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["large", "logs", "small"]
-        teachers.append([tiny.read_teacher(run / student) for student in ("small", "large")])
-        assert [line["iteration"] for line in tiny.read_metrics(run / "large")] == [0, 1, 2, 3]
-    for whole, halves in zip(*teachers, strict=True):
-        tiny.assert_same_weights(whole, halves)
+    assert "resumed from" in (halves / "small" / "logs" / "log.txt").read_text()
+    for student in students:
+        assert sorted(tiny.read_losses(halves / student)) == [0, 1, 2, 3]
+        tiny.assert_same_weights(tiny.read_teacher(halves / student), tiny.read_teacher(whole / student))

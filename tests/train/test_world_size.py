@@ -20,7 +20,7 @@ from tests.multiprocess import run_ranks
 
 from . import tiny
 
-N_IMAGES, N_STEPS = 8, 10
+N_IMAGES, N_STEPS = 8, 6
 
 #: What depends on the process count by definition is off: KoLeo inside a rank, random drop path and RoPE.
 COMMON = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from dinov3.checkpointer import find_all_checkpoints
 from dinov3.configs import DinoV3SetupArgs, setup_config
 from dinov3.train.loop import Trainer
 from dinov3.train.preemption import Preemption
@@ -75,6 +77,15 @@ def make_trainer(directory: Path, *, period: int, preemption: Preemption | None 
     )
     cfg = setup_config(DinoV3SetupArgs(config_file=str(config), output_dir=str(directory / "out")))
     return Trainer(cfg, build_model(cfg), preemption=preemption)
+
+
+def copy_as_killed(run: Path, copy: Path, *, after: int) -> None:
+    """Copy a finished run into what a kill leaves: no checkpoint after an iteration, but metrics that ran ahead."""
+    shutil.copytree(run, copy, symlinks=True)
+    for directory in find_all_checkpoints(copy / "ckpt"):
+        if int(directory.name) > after:
+            shutil.rmtree(directory)
+    (copy / "teacher_checkpoint.pth").unlink()
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
