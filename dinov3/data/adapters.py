@@ -11,7 +11,7 @@ class DatasetWithEnumeratedTargets(Dataset):
     """Item i of `dataset` as (image, (i, target)).
 
     Args:
-        dataset: of length n, with items (image, target) and the methods of `ExtendedVisionDataset` that are used.
+        dataset: of length n, with items (image, target).
         pad_dataset: make the length a multiple of `num_replicas` by repeating the first samples with index -1, so that
             every process sees equally many.
         num_replicas: number of processes; needed for padding.
@@ -48,14 +48,6 @@ class DatasetWithEnumeratedTargets(Dataset):
     def get_image_relpath(self, index: int) -> str:
         """Return the path of the image, relative to the root of the dataset."""
         return self._dataset.get_image_relpath(self._inner(index))
-
-    def get_image_data(self, index: int) -> bytes:
-        """Return the encoded image."""
-        return self._dataset.get_image_data(self._inner(index))
-
-    def get_sample_decoder(self, index: int) -> Any:
-        """What the dataset's own `get_sample_decoder` gives."""
-        return self._dataset.get_sample_decoder(self._inner(index))
 
     def _inner(self, index: int) -> int:
         if not 0 <= index < self._padded_size:

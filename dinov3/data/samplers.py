@@ -22,8 +22,8 @@ from torch.utils.data import Sampler
 
 from dinov3 import distributed
 
-# From these sizes on, torch's `randperm` and `randint` draw 64-bit words, and the array operations below would no longer
-# repeat the loops that define the orders.
+# From these sizes on, torch's `randperm` and `randint` draw 64-bit words, and the array operations below would no
+# longer repeat the loops that define the orders.
 RANDPERM_64BIT_FROM = 2**32 // 20
 RANDINT_64BIT_FROM = 2**28
 

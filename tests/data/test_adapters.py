@@ -33,19 +33,6 @@ def test_what_belongs_to_a_sample_is_forwarded_for_padding_too(folder: ImageFold
     assert padded.get_target(2) == (2, 1) and padded.get_target(3) == (-1, 0)
     assert padded.get_image_relpath(2) == "b/1.png"
     assert padded.get_image_relpath(4) == folder.get_image_relpath(1)
-    assert padded.get_image_data(3) == folder.get_image_data(0)
-
-
-def test_sample_decoder_is_forwarded() -> None:
-    class Decoding:
-        def __len__(self) -> int:
-            return 2
-
-        def get_sample_decoder(self, index: int) -> str:
-            return f"decoder {index}"
-
-    padded = DatasetWithEnumeratedTargets(Decoding(), pad_dataset=True, num_replicas=4)
-    assert padded.get_sample_decoder(3) == "decoder 1"
 
 
 @pytest.mark.parametrize("index", [3, 4, -1])
