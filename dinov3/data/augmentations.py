@@ -249,7 +249,7 @@ def _random_box(height: int, width: int, scale: tuple[float, float]) -> tuple[in
 
 
 def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
-    # The largest centred box of an allowed aspect ratio.
+    # The largest centred box of an allowed aspect ratio, as torchvision falls back to.
     box_height = min(height, round(width / ASPECT_RATIO[0]))
     box_width = min(width, round(height * ASPECT_RATIO[1]))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

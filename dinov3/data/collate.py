@@ -78,6 +78,7 @@ def collate_data_and_cast(
         ratios=mask_ratio_tuple,
     )
     masks = [_draw_mask(mask_generator, count, random_circular_shift) for count in counts]
+    # Empty masks are drawn, too: that advances NumPy's generator, as published.
     masks += [mask_generator(0) for _ in range(n_masks - len(counts))]
     random.shuffle(masks)
     return batch | _describe_masks(torch.from_numpy(np.stack(masks)).flatten(1)) | {"upperbound": sum(counts)}
@@ -158,6 +159,7 @@ def _some_masks(masks: Tensor, divide_by: int) -> Tensor:
             f"{divide_by}; raise ibot.mask_sample_probability or the batch size, or lower divide_by"
         )
     rows = list(masks)
+    # Ends, because some row has a masked patch, and a shuffle brings it to the front sooner or later.
     while True:
         kept = torch.stack([row for crop in range(N_GLOBAL_CROPS) for row in rows[crop * per_crop :][:n_kept]])
         if kept.any():

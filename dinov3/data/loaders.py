@@ -284,6 +284,7 @@ class StreamRequests(Sampler[BatchRequest]):
     def __iter__(self) -> Iterator[BatchRequest]:
         for number in itertools.count(self._first_batch):
             turn, lane = divmod(number, len(self._lanes))
+            # The first batch of each lane, also after a resume: its worker holds nothing yet.
             restart = number < self._first_batch + len(self._lanes)
             request = self._lanes[lane].request(turn * self._batch_size, self._batch_size, restart=restart)
             yield BatchRequest(number, request.indices, request.ahead, restart)
@@ -316,6 +317,7 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
         # Without workers this is the training process, whose own generators must not notice.
         with _generators_restored():
             samples = [self._load(index, [*key, position], problems) for position, index in enumerate(request.indices)]
+            # Again, so that the masks do not depend on how much the samples have drawn.
             _seed_generators(key)
             return self._collate_fn(samples), problems
 
@@ -324,6 +326,7 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
         n_tries = min(n_samples, MAX_REPLACEMENTS + 1)
         for attempt in range(n_tries):
             candidate = (index + attempt) % n_samples
+            # Of the position, not of the image: the replacement draws what the image would have drawn.
             _seed_generators(key)
             try:
                 return self._dataset[candidate]

@@ -90,7 +90,7 @@ class MaskingGenerator:
             area = random.uniform(self.min_num_patches, most)
             aspect = math.exp(random.uniform(*self.log_aspect_ratio))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if height >= self.height or width >= self.width:
+            if height >= self.height or width >= self.width:  # a block never spans the grid, as published
                 continue
             top = random.randint(0, self.height - height)
             left = random.randint(0, self.width - width)

@@ -83,7 +83,7 @@ class CombinedDataLoader:
         iterators = [iter(loader) for loader in self.loaders]
         local = self.combining_mode == self.LOCAL_HOMOGENEOUS
         generator = np.random.default_rng([self._seed, distributed.get_rank()] if local else self._seed)
-        generator.random(self._advance)
+        generator.random(self._advance)  # a draw of `choice` takes one number
         self.loader_count = count = np.zeros(len(iterators))
         while True:
             drawn = generator.choice(len(iterators), p=self.ratios)

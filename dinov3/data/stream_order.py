@@ -55,6 +55,7 @@ class LaneOrder:
         self._seed = seed
         self._lane = lane
         self._n_lanes = n_lanes
+        # Rounded down, so that it is the same for every lane.
         self.pass_length = int(self._counts.sum()) // n_lanes
         if self.pass_length < 1:
             raise ValueError(

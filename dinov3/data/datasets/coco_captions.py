@@ -31,6 +31,7 @@ class CocoCaptionsSplit(Enum):
     @property
     def annotations(self) -> str:
         """The file of the captions, relative to the root."""
+        # The release reads VAL's captions from train2017, whose images are not in val2017.
         year = {"train": 2014, "val": 2017}[self.value]
         return f"annotations_trainval{year}/annotations/captions_{self.value}{year}.json"
 

@@ -86,7 +86,7 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         if not self._has_maps:
             return super().load_sample(index)
         dataset, inner = self._find(index)
-        return dataset.load_sample(inner)  # which may compare image and map
+        return dataset.load_sample(inner)  # which checks that image and map fit together
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -99,7 +99,7 @@ class ExtraFiles:
 
     def save(self, arrays: dict[str, np.ndarray]) -> None:
         """Write `<directory>/<name>.npy` for each name."""
-        self._arrays.clear()
+        self._arrays.clear()  # maps of older files
         for name, array in arrays.items():
             save_array(self.directory / f"{name}.npy", array)
 

@@ -162,7 +162,7 @@ def _choose_split(package: ModuleType, found: Any, path: str, split: str) -> Any
         if split not in (DEFAULT_SPLIT, own):
             raise ValueError(f"HFDataset: {path} is a single table (split {own}), it has no split {split!r}")
         return found
-    for name in (split, split.lower()):
+    for name in (split, split.lower()):  # dataset strings may write TRAIN
         if name in found:
             return found[name]
     raise ValueError(f"HFDataset: {path} has no split {split!r}; it has {', '.join(sorted(found))}")
@@ -170,6 +170,7 @@ def _choose_split(package: ModuleType, found: Any, path: str, split: str) -> Any
 
 def _image_column(package: ModuleType, table: Any, image: str, path: str) -> Any:
     feature = _feature(table, image, "image", path)
+    # Tables from other tools have the encoded bytes, or paths, in plain columns.
     encoded = isinstance(feature, package.Image) or (
         isinstance(feature, package.Value) and feature.dtype in ("binary", "large_binary", "string", "large_string")
     )

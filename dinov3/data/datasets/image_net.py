@@ -22,7 +22,7 @@ from dinov3.data.datasets.listing import list_images
 logger = logging.getLogger("dinov3")
 
 LABELS_FILE = "labels.txt"
-NO_CLASS = np.iinfo(np.uint32).max
+NO_CLASS = np.iinfo(np.uint32).max  # in the column of class indices of TEST
 
 
 class ImageNetSplit(Enum):
@@ -169,6 +169,7 @@ class ImageNet(ExtendedVisionDataset):
         return self._extra.load(f"{kind}-{self.split.name}")
 
     def _check_length(self, path: Path, entries: np.ndarray) -> None:
+        # Only a warning, because many people train on a subset.
         if len(entries) != self.split.length:
             logger.warning(
                 "ImageNet %s has %d images in %s, the complete split has %d",
@@ -200,6 +201,7 @@ class ImageNet(ExtendedVisionDataset):
 
 def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
     id_width, name_width = (max(map(len, texts), default=0) for texts in (class_ids, class_names))
+    # Widths from the texts that are written: NumPy cuts longer ones off without a word.
     return np.dtype(
         [
             ("actual_index", "<u4"),
@@ -211,6 +213,7 @@ def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
 
 
 def _test_entries() -> np.ndarray:
+    # The numbers in the file names are consecutive, so that the directory need not be read.
     entries = np.zeros(ImageNetSplit.TEST.length, dtype=_entry_dtype([], []))
     entries["actual_index"] = np.arange(1, len(entries) + 1)
     entries["class_index"] = NO_CLASS

@@ -78,6 +78,7 @@ def list_images(directory: str | os.PathLike[str], extensions: Sequence[str] = E
     n_other_files = 0
     mtimes: dict[str, int] = {}
     visited: set[tuple[int, int]] = set()
+    # Links come last, so that a directory of the tree keeps its own name.
     pending, linked = deque([""]), deque[str]()
     while pending or linked:
         relative = pending.popleft() if pending else linked.popleft()

@@ -71,6 +71,7 @@ def load_index(shard: Path, index_file: Path, rules: SampleRules) -> ShardIndex:
         OSError: the shard cannot be read, or the index not written.
     """
     status = shard.stat()
+    # The index is used again as long as none of these has changed.
     made_from = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "rules": repr(rules)}
     index = _read(index_file, made_from)
     if index is None:

@@ -183,6 +183,7 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
             f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; "
             f"{name} takes {', '.join(allowed)}"
         )
+    # Patterns rather than int() and float(), which also accept " 1_000", "nan" and the like.
     if key in grammar.integers:
         if not re.fullmatch(r"[1-9]\d*", value):
             raise DatasetStringError(f"dataset string {whole!r}: {key}={value!r} must be a whole number of at least 1")

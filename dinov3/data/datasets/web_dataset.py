@@ -189,7 +189,7 @@ class WebDataset(ExtendedVisionDataset):
         self._offsets = np.concatenate([index.offsets for index in indices])
         self._sizes = np.concatenate([index.sizes for index in indices])
         self._labels = np.concatenate([index.labels for index in indices])
-        self._ends = np.cumsum([len(index.names) for index in indices])
+        self._ends = np.cumsum([len(index.names) for index in indices])  # first index after each shard
         n_skipped = sum(index.n_skipped for index in indices)
         if not len(self):
             raise FileNotFoundError(
