@@ -11,25 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3 import distributed
 from dinov3.data import make_dataset
 from dinov3.eval import knn, log_regression
 from dinov3.eval.classification.config import TransformConfig
-from dinov3.eval.classification.data import SubsetEx, extract_features_for_dataset_dict, make_transform
+from dinov3.eval.classification.data import make_transform
 from dinov3.eval.classification.knn_module import KnnModule
 from dinov3.eval.features.cache import FeaturesConfig, extract_cached
 from dinov3.eval.features.extraction import (
     FeatureRows,
     Spill,
     extract_rows,
-    gather_rows,
     join_rows,
     make_enumerated_loader,
     new_matrix,
     take_rows,
     usable_workers,
 )
-from tests.multiprocess import run_ranks
 
 from . import real_data, toy
 
@@ -119,15 +116,16 @@ def arguments(module: Any, faces: Path, out: Path) -> list[str]:
         f"output_dir={out}",
         f"features.cache_dir={out}/cache",
         "save_results=true",
-        *(["train.max_train_iters=5"] if module is log_regression else []),
+        *(["train.max_train_iters=2"] if module is log_regression else []),
     ]
 
 
 SETS = {"train.dataset": "train", "eval.test_dataset": "test"}
 
 
-@pytest.mark.parametrize("more", [[], ["few_shot.enable=true", "few_shot.k_or_percent=20"]], ids=["all", "few-shot"])
-@pytest.mark.parametrize("module", [knn, log_regression])
+@pytest.mark.parametrize(
+    "module, more", [(knn, []), (log_regression, ["few_shot.enable=true", "few_shot.k_or_percent=20"])]
+)
 def test_evaluations_give_the_same_files(
     module: Any, more: list[str], faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,32 +190,6 @@ def test_search_takes_features_from_where_they_are(spill: Spill) -> None:
     want = KnnModule(train_features=features, **options)(queries)
     for k, scores in streamed(queries).items():
         assert torch.equal(scores, want[k])
-
-
-def gather_in_ranks(rank: int, world_size: int, directory: Path) -> list[tuple[Tensor, Tensor, bool]]:
-    dataset = toy.Vectors("train", 91)
-    spill = Spill(directory, 1000)
-    found = []
-    for chosen in (None, spill):
-        rows = gather_rows(extract(dataset, chosen), chosen)
-        assert torch.equal(rows.positions, torch.arange(91))
-        found.append((rows.features.clone(), rows.targets, is_mapped(rows.features)))
-    tries = {0: SubsetEx(dataset, [3, 5, 90]), 1: SubsetEx(dataset, list(range(40)))}
-    data = extract_features_for_dataset_dict(nn.Identity(), tries, 16, 0, True, spill=spill)
-    for name, subset in tries.items():
-        assert torch.equal(data[name]["train_features"], dataset.samples[list(subset.indices)])
-    assert distributed.get_world_size() == world_size
-    return found
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_processes_gather_what_does_not_fit(tmp_path: Path) -> None:
-    want = toy.Vectors("train", 91)
-    for results in run_ranks(gather_in_ranks, 2, tmp_path):
-        for (features, targets, mapped), is_large in zip(results, (False, True), strict=True):
-            assert torch.equal(features, want.samples) and targets.tolist() == want.labels.tolist()
-            assert mapped is is_large
 
 
 def test_loader_processes_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Several processes give the files and figures of one."""
+"""k-NN and logistic regression in several processes give the files and figures of one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.eval.classification import data, neighbours
-from dinov3.eval.classification.knn_config import RESULTS_FILENAME
+from dinov3.eval.classification.data import SubsetEx, extract_features_for_dataset_dict
+from dinov3.eval.classification.log_regression_config import Solver
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.command.results import write_results
+from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.features.accumulators import ResultsAccumulator
-from dinov3.eval.features.extraction import extract_features
+from dinov3.eval.features.extraction import (
+    Spill,
+    extract_features,
+    extract_rows,
+    gather_rows,
+    make_enumerated_loader,
+)
+from dinov3.eval.log_regression import evaluate_log_regression
 from tests.multiprocess import run_ranks
 
 from . import toy
+from .test_large_features import is_mapped
+from .test_log_regression import FEW_SHOT, make_config
 
-#: Everything; training rows divided; fewer test images than fill a batch of each process; fewer images than processes.
-EVALUATIONS: dict[str, dict[str, Any]] = {
+#: Everything; fewer test images than fill a batch of each process; fewer images than processes; tries. Small budgets
+#: divide the training rows among the processes.
+NEIGHBOURS: dict[str, dict[str, Any]] = {
     "replicated": {"eval__test_metric_type": ClassificationMetricType.MEAN_PER_CLASS_ACCURACY},
-    "divided": {"train__memory_budget_mb": 0.001},
     "padding": {"test": "test:9", "eval__batch_size": 4, "train__memory_budget_mb": 0.001},
     "tiny": {"train": "train:7", "test": "test:2", "train__memory_budget_mb": 0.0001, "train__ks": [1, 50]},
     "few_shot": {
@@ -34,16 +44,33 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
         "train__memory_budget_mb": 0.001,
     },
 }
+#: Both solvers, metrics that count and that gather scores, a validation set, fewer test images than processes, tries.
+REGRESSIONS: dict[str, dict[str, Any]] = {
+    "torch": {
+        "train__val_dataset": "val:60",
+        "train__val_metric_type": ClassificationMetricType.MEAN_PER_CLASS_ACCURACY,
+        "eval__test_metric_type": ClassificationMetricType.PER_CLASS_ACCURACY,
+        "train__max_train_iters": 30,
+    },
+    "sklearn": {
+        "train": "train:60",
+        "train__solver": Solver.SKLEARN,
+        "train__val_metric_type": ClassificationMetricType.AUROC,
+        "train__max_train_iters": 5,
+    },
+    "few_shot": {**FEW_SHOT, "test": "test:2", "train__max_train_iters": 5},
+}
 
 
-def evaluate_all(rank: int, world_size: int, root: Path) -> dict[str, Any]:
+def evaluate_all(root: Path) -> dict[str, Any]:
     data.make_dataset = toy.make_vectors  # type: ignore[assignment]
-    results = {}
-    for name, options in EVALUATIONS.items():
-        config = toy.make_config(root / name, **options)
-        results[name] = toy.run(config)
-        write_results(results[name], config.output_dir, RESULTS_FILENAME)
-    return results
+    found: dict[str, Any] = {}
+    for name, options in NEIGHBOURS.items():
+        found[f"knn-{name}"] = toy.run(toy.make_config(root / f"knn-{name}", **options))
+    for name, options in REGRESSIONS.items():
+        config = make_config(root / f"logreg-{name}", **options)
+        found[f"logreg-{name}"] = evaluate_log_regression(FrozenBackbone(toy.Backbone()), config)
+    return found
 
 
 def check_parts(rank: int, world_size: int) -> None:
@@ -84,25 +111,41 @@ def divided_problem(n_rows: int) -> tuple[Tensor, Tensor]:
     return features, F.normalize(torch.randn(21, 12, generator=generator), dim=1)
 
 
+def gather_large_features(rank: int, world_size: int, directory: Path) -> None:
+    """What does not fit into memory is gathered in a file."""
+    dataset = toy.Vectors("train", 91)
+    spill = Spill(directory, 1000)
+    rows = gather_rows(extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), spill=spill), spill)
+    assert is_mapped(rows.features) and torch.equal(rows.positions, torch.arange(91))
+    assert torch.equal(rows.features, dataset.samples) and rows.targets.tolist() == dataset.labels.tolist()
+    tries = {0: SubsetEx(dataset, [3, 5, 90]), 1: SubsetEx(dataset, list(range(40)))}
+    features = extract_features_for_dataset_dict(nn.Identity(), tries, 16, 0, True, spill=spill)
+    for name, subset in tries.items():
+        assert torch.equal(features[name]["train_features"], dataset.samples[list(subset.indices)])
+
+
 def work(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     check_parts(rank, world_size)
-    return evaluate_all(rank, world_size, root)
+    gather_large_features(rank, world_size, root / "spill")
+    return evaluate_all(root)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_give_the_files_of_one(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_processes_give_the_files_and_figures_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy.use_vectors(monkeypatch)
-    want = evaluate_all(0, 1, tmp_path / "one")
-    for results in run_ranks(work, world_size, tmp_path / "many"):
-        assert results == want
-    for name in EVALUATIONS:
+    want = evaluate_all(tmp_path / "one")
+    for found in run_ranks(work, 3, tmp_path / "many"):
+        for name in want:
+            if name.startswith("knn"):
+                assert found[name] == want[name]
+            else:
+                assert (found[name].metrics, found[name].details) == (want[name].metrics, want[name].details)
+    for name in want:
         one, many = ({path.name: path for path in (tmp_path / d / name).iterdir()} for d in ("one", "many"))
         assert one.keys() == many.keys()
         for file, path in one.items():
             if path.suffix == ".npy":
                 np.testing.assert_allclose(np.load(path), np.load(many[file]), atol=1e-6)
-            else:
+            elif path.suffix != ".png":
                 assert path.read_text() == many[file].read_text()

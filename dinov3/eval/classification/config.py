@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import nn
 
 from dinov3.configs.settings import key
 from dinov3.eval.command.model import FrozenBackbone
@@ -46,7 +45,20 @@ class TransformConfig:
         Raises:
             ValueError: names both sizes.
         """
-        self.check_patches(backbone.model)
+        patch_size = getattr(backbone.model, "patch_size", None)
+        if isinstance(patch_size, int):
+            if self.crop_size < patch_size:
+                raise ValueError(
+                    f"transform.crop_size={self.crop_size}: the model needs at least a patch, {patch_size} pixels"
+                )
+            if left := self.crop_size % patch_size:
+                logger.warning(
+                    "transform.crop_size=%d is not a multiple of the model's patch size of %d: the last %d rows and "
+                    "columns of pixels are not seen",
+                    self.crop_size,
+                    patch_size,
+                    left,
+                )
         if backbone.normalization is None:
             return
         wanted = [list(map(float, values)) for values in backbone.normalization]
@@ -55,28 +67,6 @@ class TransformConfig:
                 "%s was trained on images normalised differently: give transform.mean=[%s] transform.std=[%s]",
                 backbone.description,
                 *(",".join(f"{value:.6g}" for value in values) for values in wanted),
-            )
-
-    def check_patches(self, model: nn.Module) -> None:
-        """Refuse crops smaller than a patch of the model; warn if some pixels belong to no patch.
-
-        Raises:
-            ValueError: names both sizes.
-        """
-        patch_size = getattr(model, "patch_size", None)
-        if not isinstance(patch_size, int):
-            return
-        if self.crop_size < patch_size:
-            raise ValueError(
-                f"transform.crop_size={self.crop_size}: the model needs at least a patch, {patch_size} pixels"
-            )
-        if left := self.crop_size % patch_size:
-            logger.warning(
-                "transform.crop_size=%d is not a multiple of the model's patch size of %d: the last %d rows and "
-                "columns of pixels are not seen",
-                self.crop_size,
-                patch_size,
-                left,
             )
 
 

@@ -171,14 +171,6 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
     return FrozenBackbone(model, dtype, description, find_trained_normalization(config, model))
 
 
-def load_model_and_context(
-    model_config: ModelConfig, output_dir: str | os.PathLike[str] = ""
-) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_model` as a pair: the model, and `{"autocast_dtype": dtype}`."""
-    backbone = load_model(model_config)
-    return backbone.model, {"autocast_dtype": backbone.autocast_dtype}
-
-
 def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequence[Sequence[float]] | None:
     """Return mean and standard deviation, by channel, of the images that `model` was trained on; None if unknown."""
     if config.dino_hub:

@@ -99,7 +99,8 @@ def save(results: Table, path: str | os.PathLike[str] | OpenFile, file_format: F
     file_format = _format_for(path, file_format)
     content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results)
     if not isinstance(path, OpenFile):
-        write_atomically(path, content)
+        with atomic_write(path) as file:
+            file.write(_as_bytes(content))
     elif isinstance(path, io.TextIOBase):
         path.write(str(content))
     else:
@@ -238,14 +239,8 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_from_dict(results, path)
     if provenance is not None:
-        content = json.dumps({"results": without_nan(results), **provenance}, indent=2, default=str)
-        write_atomically(path.with_suffix(".json"), content + "\n")
-
-
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it."""
-    with atomic_write(path) as file:
-        file.write(_as_bytes(content))
+        with atomic_write(path.with_suffix(".json"), "w") as file:
+            file.write(json.dumps({"results": without_nan(results), **provenance}, indent=2, default=str) + "\n")
 
 
 def as_file_name(text: str) -> str:
