@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ BAD_DATASETS: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@COMMANDS
+#: Logistic regression opens and checks its datasets as k-NN does, with the same functions.
+@pytest.mark.parametrize("module", [knn, linear], ids=["knn", "linear"])
 @pytest.mark.parametrize("name", BAD_DATASETS)
 def test_bad_dataset_is_named(module: Any, name: str, root: Path, tmp_path: Path, no_image_is_read: None) -> None:
     settings, message = BAD_DATASETS[name]
@@ -131,8 +133,10 @@ BAD_SETTINGS: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@COMMANDS
-@pytest.mark.parametrize("name", BAD_SETTINGS)
+#: Which command it is makes no difference: these sections and `run_command` are shared.
+@pytest.mark.parametrize(
+    "module, name", list(zip(itertools.cycle([knn, log_regression, linear]), BAD_SETTINGS, strict=False))
+)
 def test_bad_setting_is_named(module: Any, name: str, root: Path, tmp_path: Path, no_image_is_read: None) -> None:
     settings, message = BAD_SETTINGS[name]
     argv = command(module, root, tmp_path, **{key: text.format(root=root) for key, text in settings.items()})
@@ -172,7 +176,7 @@ def test_bad_setting_of_one_command_is_named(
         module.main(argv)
 
 
-def test_scikit_learn_that_is_missing_is_told_before_any_image_is_read(
+def test_missing_scikit_learn_is_named_before_any_image_is_read(
     root: Path, tmp_path: Path, no_image_is_read: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.data import make_dataset
 from dinov3.eval import log_regression
 from dinov3.eval.classification import data
 from dinov3.eval.classification.config import FewShotConfig
@@ -56,7 +55,7 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_config(
     output_dir: Any, *, train: str = "train:120", test: str = "test:50", **sections: Any
 ) -> LogregEvalConfig:
-    """A configuration without loader processes nor cache; keyword arguments such as `train__tol` set keys."""
+    """A configuration without loader processes or cache, and of few steps; arguments such as `train__tol` set keys."""
     options: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "few_shot": {}, "features": {}}
     for name, value in sections.items():
         section, _, key = name.partition("__")
@@ -64,7 +63,8 @@ def make_config(
     return LogregEvalConfig(
         model=ModelConfig(),
         train=TrainConfig(
-            **{"dataset": train, "num_workers": 0, "batch_size": 16, "solver": Solver.TORCH} | options["train"]
+            **{"dataset": train, "num_workers": 0, "batch_size": 16, "solver": Solver.TORCH, "max_train_iters": 30}
+            | options["train"]
         ),
         eval=EvalConfig(**{"test_dataset": test, "num_workers": 0} | options["eval"]),
         few_shot=FewShotConfig(**options["few_shot"]),
@@ -247,7 +247,7 @@ def test_results_are_those_of_the_saved_probabilities(tmp_path: Path) -> None:
 
 
 def test_final_fit_is_on_training_and_validation_images(tmp_path: Path) -> None:
-    run(make_config(tmp_path, train__val_dataset="val:60"))
+    run(make_config(tmp_path, train__val_dataset="val:60", train__max_train_iters=1000))
     train, val, test = (features_of(*part) for part in (("train", 120), ("val", 60), ("test", 50)))
     saved = torch.from_numpy(np.load(tmp_path / "preds.npy"))
     both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
@@ -327,31 +327,19 @@ def changed(name: str, size: int, change: Any) -> toy.Vectors:
     return dataset
 
 
-def one_class(dataset: Any) -> None:
-    dataset.labels[:] = 2
-
-
 def new_class(dataset: Any) -> None:
     dataset.labels[3] = 9
-
-
-def other_names(dataset: Any) -> None:
-    dataset.classes = ["cat", "dog"] if len(dataset) > 40 else ["cat", "fox"]
 
 
 @pytest.mark.parametrize(
     "name, dataset, message",
     [
-        ("train", Unlabelled("train", 30), "no labels"),
         ("val", Unlabelled("val", 30), "no labels"),
-        ("test", Unlabelled("test", 30), "no labels"),
-        ("train", changed("train", 30, one_class), "all 30 training images are of class 2"),
         ("val", changed("val", 30, new_class), "train.val_dataset has class 9.*only 6 classes"),
-        ("test", changed("test", 30, new_class), "eval.test_dataset has class 9.*only 6 classes"),
         ("test", toy.Vectors("test", 0), "eval.test_dataset is empty"),
         ("train", toy.Vectors("train", 0), "train.dataset is empty"),
     ],
-    ids=["train labels", "val labels", "test labels", "one class", "val class", "test class", "no test", "no train"],
+    ids=["val labels", "val class", "no test", "no train"],
 )
 def test_wrong_datasets_are_refused_before_any_image_is_seen(
     name: str, dataset: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -362,31 +350,6 @@ def test_wrong_datasets_are_refused_before_any_image_is_seen(
         run(make_config(tmp_path, train__val_dataset="val:30"), model)
     assert model.n_seen == 0
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("key", ["train", "train__val_dataset", "test"])
-def test_split_that_is_not_there_is_named(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(*, dataset_str: str, **options: Any) -> Any:
-        source = make_dataset if dataset_str.startswith("ImageNet") else toy.make_vectors
-        return source(dataset_str=dataset_str, **options)
-
-    monkeypatch.setattr(data, "make_dataset", make)
-    model = toy.Backbone()
-    options: dict[str, Any] = {key: f"ImageNet:split=TEXT:root={tmp_path}:extra={tmp_path}"}
-    with pytest.raises(ValueError, match="TEXT.*TRAIN"):
-        run(make_config(tmp_path / "out", **options), model)
-    assert model.n_seen == 0
-
-
-def test_classes_of_other_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(*, dataset_str: str, **_: Any) -> Any:
-        dataset = toy.make_vectors(dataset_str=dataset_str)
-        other_names(dataset)
-        return dataset
-
-    monkeypatch.setattr(data, "make_dataset", make)
-    with pytest.raises(ValueError, match="1 of the 2 classes of eval.test_dataset are not in.* the first is 'fox'"):
-        run(make_config(tmp_path, test="test:30"))
 
 
 def test_classes_without_a_training_image_give_a_warning(
@@ -420,13 +383,6 @@ def test_metric_that_needs_other_labels_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             run(make_config(tmp_path, **options), model)
         assert model.n_seen == 0
-
-
-def test_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
-    model = toy.Backbone()
-    nn.init.constant_(model.fc.weight, float("nan"))
-    with pytest.raises(ValueError, match="NaN"):
-        run(make_config(tmp_path), model)
 
 
 def test_test_classes_may_be_a_part_of_the_training_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,9 +484,3 @@ def test_command_writes_and_prints_everything(
     assert content["datasets"]["train"]["images"] == [108] and content["datasets"]["val"]["images"] == 12
     printed = capsys.readouterr().out
     assert "<- chosen" in printed and f"C = {chosen:.3g}" in printed and f"{results['top-1']:.2f}" in printed
-
-
-def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert log_regression.main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "train.solver" in printed and "train.val_dataset" in printed
