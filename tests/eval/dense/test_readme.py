@@ -6,6 +6,8 @@ import importlib
 import re
 import shlex
 import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,22 @@ def test_depth_of_the_released_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(blocks("python")[0], names)
     assert names["depth"].shape == (1, 1, 75, 100)
     assert bool(names["depth"].isfinite().all()) and names["depth"].min() > 0
+
+
+def test_help_of_the_scripts_lists_their_keys() -> None:
+    # By their paths, which put their directories and not the repository on the path of imports.
+    keys = {
+        "depth": ("datasets.root", "decoder_head.bins_strategy", "model.dino_hub", "losses"),
+        "segmentation": ("datasets.root", "decoder_head.dropout", "model.dino_hub", "eval.stride"),
+    }
+    scripts = {task: REPOSITORY / "dinov3" / "eval" / task / "run.py" for task in keys}
+    started = {
+        task: subprocess.Popen([sys.executable, script, "--help"], stdout=subprocess.PIPE, text=True, env={})
+        for task, script in scripts.items()
+    }
+    for task, process in started.items():
+        text, _ = process.communicate()
+        assert process.returncode == 0 and all(name in text for name in keys[task])
 
 
 @pytest.mark.slow
