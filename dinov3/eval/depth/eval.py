@@ -96,7 +96,7 @@ def evaluate_depther_with_dataloader(
         prediction = flip.inverse(prediction)
         depth = depths[0].to(device, non_blocking=True)
         depth = depth.masked_fill((depth >= high) | (depth <= low), ignored_value)
-        valid = make_valid_mask(depth, EvalCropType(eval_mask_type), ignored_value)
+        valid = make_valid_mask(depth, eval_mask_type, ignored_value)
         prediction = resize_bilinear(prediction, depth.shape[-2:])
         has_valid_pixels = bool(valid.any())
         if align_least_squares and has_valid_pixels:
