@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -341,6 +342,19 @@ def test_all_classifiers_diverged(tmp_path: Path) -> None:
     config = toy.make_config(tmp_path, train__learning_rates=[5e39], train__n_last_blocks_list=[1])
     with pytest.raises(ValueError, match=r"all classifiers diverged.*classifier_1_blocks.*learning_rates"):
         toy.run(config)
+
+
+def test_equal_scores_and_all_scores_after_nan_are_improvements() -> None:
+    metrics = ClassificationMetricType.MEAN_ACCURACY, ClassificationMetricType.IMAGENET_C_METRIC
+    higher, lower = (SimpleNamespace(metric_type=metric) for metric in metrics)
+
+    def is_improvement(evaluator: Any, accuracy: float, best: float) -> bool:
+        return Evaluator.is_improvement(evaluator, accuracy, best)
+
+    assert is_improvement(higher, 2.0, 1.0) and is_improvement(lower, 1.0, 2.0) and is_improvement(higher, 1.0, 1.0)
+    assert not is_improvement(higher, 1.0, 2.0) and not is_improvement(lower, 2.0, 1.0)
+    assert is_improvement(higher, 1.0, -1.0) and is_improvement(higher, 1.0, float("nan"))
+    assert not is_improvement(higher, float("nan"), 1.0)
 
 
 def test_best_of_scores() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,9 @@ class Evaluator:
 
     def is_improvement(self, accuracy: float, best: float) -> bool:
         """Return whether a score is at least as good as the best one so far; a negative `best` means there is none."""
-        return best < 0 or (accuracy <= best if self.metric_type.is_lower_better else accuracy >= best)
+        return (
+            math.isnan(best) or best < 0 or (accuracy <= best if self.metric_type.is_lower_better else accuracy >= best)
+        )
 
     def forget_from(self, iteration: int, prefixstring: str = "") -> None:
         """Drop what a run that was killed recorded from this iteration on; the main process does it."""

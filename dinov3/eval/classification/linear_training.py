@@ -91,24 +91,12 @@ def train_linear_classifiers(
         )
         return {ACCURACY: results[val_evaluator.main_metric_name]}
 
-    settings = {
-        "model": distributed.broadcast_object(weights_digest(feature_model)),
-        "training images": len(train_dataset),
-        "classes": training_num_classes,
-        "images per step": config.batch_size * distributed.get_world_size(),
-        "train.epochs": config.epochs,
-        "train.epoch_length": config.epoch_length,
-        "train.loss_type": config.loss_type.name,
-        "train.optimizer_type": config.optimizer_type.name,
-        "train.scheduler_type": config.scheduler_type.name,
-        "train.augment": config.augment,
-    }
     task = HeadTraining(
         head=classifiers,
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=LinearCheckpoints(checkpoint_output_dir, config, classifiers.names),
-        settings=settings,
+        settings=_settings(config, feature_model, len(train_dataset), training_num_classes),
         make_batches=lambda first: make_batches(feature_model, train_dataset, config, first, cache),
         step=step,
         evaluate=evaluate,
@@ -318,6 +306,22 @@ def write_checkpoint(directory: Path, content: Mapping[str, Any]) -> None:
     torch.save(dict(content), temporary / CHECKPOINT_FILE)
     fsync(temporary / CHECKPOINT_FILE)
     publish_directory(temporary, directory)
+
+
+def _settings(config: TrainConfig, model: nn.Module, n_images: int, n_classes: int) -> dict[str, Any]:
+    # What the weights depend on, besides the grid, which the names of the classifiers describe.
+    return {
+        "model": distributed.broadcast_object(weights_digest(model)),
+        "training images": n_images,
+        "classes": n_classes,
+        "images per step": config.batch_size * distributed.get_world_size(),
+        "train.epochs": config.epochs,
+        "train.epoch_length": config.epoch_length,
+        "train.loss_type": config.loss_type.name,
+        "train.optimizer_type": config.optimizer_type.name,
+        "train.scheduler_type": config.scheduler_type.name,
+        "train.augment": config.augment,
+    }
 
 
 def _newest_in(directory: Path) -> Path | None:
