@@ -114,6 +114,7 @@ def load_checkpoint(
     model_state = get_model_state_dict(model)
     optimizer_state: dict[str, Any] = {} if optimizer is None else get_optimizer_state_dict(model, optimizer)
 
+    # Compared before anything is read, so that an error leaves the model as it was.
     lacking = tuple(name for name in may_lack if not _has_entries(metadata, f"model.{name}"))
     not_loaded = [key for key in model_state if key.startswith(lacking)]
     model_state = {key: value for key, value in model_state.items() if key not in not_loaded}

@@ -52,7 +52,7 @@ def write_manifest(
     }
     with atomic_write(directory / MANIFEST, "w") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
-    fsync(directory)
+    fsync(directory)  # the names of all files, before the directory itself is renamed
 
 
 def digest_file(path: Path) -> dict[str, Any]:

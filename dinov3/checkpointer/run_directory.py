@@ -226,7 +226,7 @@ class RunLock:
             holder = json.loads(self.path.read_text())
             return f"process {holder['pid']} on {holder['host']}, job {holder['job']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "which did not say who it is"
+            return "its lock file does not say which"
 
     def _close(self) -> None:
         if self._file is not None:

@@ -67,6 +67,7 @@ def save_checkpoint(
         temporary = run_on_main(group, lambda: _make_temporary(target, overwrite))
         with _removing_on_failure(temporary, group):
             state = _collect_state(iteration, model, optimizer, others)
+            # Each step is confirmed by all ranks: none may rename a directory to which another could not write.
             run_on_all(group, lambda: save_dcp(state, temporary, group))
             _complete(temporary, target, group, iteration=iteration, contents=state, metadata=metadata)
 
