@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import MISSING
 
 from dinov3.configs.settings import key, settings_of
+from dinov3.eval.command.model import ModelConfig
+from dinov3.utils.messages import did_you_mean
 
 
 class Dtype(Enum):
@@ -52,6 +55,39 @@ class DatasetsConfig:
     root: str = key(MISSING, "directory of the datasets, e.g. that of nyu_train.txt or ADE20K_object150_train.txt")
     train: str = key("", "dataset string, e.g. NYU:split=TRAIN, DepthFolder:split=train or ADE20K:split=TRAIN")
     val: str = key("", "dataset string, for validation during training")
+
+
+@dataclass
+class RunConfig:
+    """Settings of a run that do not depend on the task."""
+
+    model: ModelConfig | None = None
+    bs: int = key(2, "images per step and process in training", minimum=1)
+    n_gpus: int = key(8, "not read: the launcher decides")
+    num_workers: int = key(2, "loader processes", minimum=0)
+    seed: int = key(0, "of the first weights, the order of the images and their augmentation")
+    load_from: str | None = key(None, "evaluate: a trained head's file")
+
+    def check_trained_model(self, released: Sequence[str]) -> None:
+        """Refuse a run without a backbone, or whose trained head does not exist.
+
+        Args:
+            released: the models that `load_from` may name, for suggestions.
+
+        Raises:
+            ValueError: no model is given, or it cannot be used.
+            FileNotFoundError: there is no file `load_from`.
+        """
+        if self.model is None:
+            raise ValueError(
+                "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
+                f"model.pretrained_weights of a training, or load_from={' or '.join(released)}"
+            )
+        self.model.check()
+        if self.load_from and not Path(self.load_from).expanduser().exists():
+            raise FileNotFoundError(
+                f"load_from={self.load_from}{did_you_mean(self.load_from, released)}: there is no such file"
+            )
 
 
 def check_declared(config: Any) -> None:

@@ -7,13 +7,11 @@ configs/config-nyu-synthmix-dpt-inference.yaml    evaluates the released DPT hea
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from dinov3.configs.settings import key
-from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense import config as dense
 from dinov3.eval.dense.config import (
     Dtype,
@@ -121,13 +119,9 @@ class ResultConfig:
 
 
 @dataclass
-class DepthConfig:
+class DepthConfig(dense.RunConfig):
     """All settings of a run."""
 
-    model: ModelConfig | None = None
-    bs: int = key(2, "images per step and process in training", minimum=1)
-    n_gpus: int = key(8, "not read: the launcher decides")
-    num_workers: int = key(2, "loader processes", minimum=0)
     seed: int = key(321, "of the first weights, the order of the images and their augmentation")
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -170,7 +164,7 @@ class DepthConfig:
             given = list(self.transforms.mean), list(self.transforms.std)
             if given == (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)):
                 mean, std = normalization_of(depthers.PUBLISHED[self.load_from].weights.name)
-                self.transforms.mean, self.transforms.std = list(mean), list(std)
+                self.transforms = replace(self.transforms, mean=list(mean), std=list(std))
 
     def check(self) -> None:
         """Refuse settings that cannot work, before anything is loaded.
@@ -196,12 +190,7 @@ class DepthConfig:
             return
         if self.head_weights or self.backbone_weights:
             raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(HUB_DEPTHERS)}")
-        if self.model is None:
-            raise ValueError(
-                "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
-                f"model.pretrained_weights of a training, or load_from={' or '.join(HUB_DEPTHERS)}"
-            )
-        self.model.check()
+        self.check_trained_model(HUB_DEPTHERS)
         head = self.decoder_head
         if head.type not in HEAD_KWARGS:
             raise ValueError(
@@ -213,8 +202,4 @@ class DepthConfig:
             raise ValueError(
                 f"decoder_head.head_kwargs.{name}{did_you_mean(name, known)}: a {head.type} head takes "
                 f"{', '.join(known) or 'none, only one of decoder_head.type=dpt does'}"
-            )
-        if self.load_from and not Path(self.load_from).expanduser().exists():
-            raise FileNotFoundError(
-                f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_DEPTHERS)}: there is no such file"
             )

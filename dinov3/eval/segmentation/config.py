@@ -8,11 +8,9 @@ configs/config-folder-linear-training.yaml    trains a linear head on a Segmenta
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dinov3.configs.settings import key
-from dinov3.eval.command.model import ModelConfig
 from dinov3.eval.dense import config as dense
 from dinov3.eval.dense.config import (
     Dtype,
@@ -127,12 +125,9 @@ class EvalConfig:
 
 
 @dataclass
-class SegmentationConfig:
+class SegmentationConfig(dense.RunConfig):
     """All settings of a run."""
 
-    model: ModelConfig | None = None
-    bs: int = key(2, "images per step and process in training", minimum=1)
-    n_gpus: int = key(8, "not read: the launcher decides")
     num_workers: int = key(6, "loader processes", minimum=0)
     model_dtype: Dtype = key(Dtype.FLOAT32, "FLOAT32 or BFLOAT16")
     seed: int = key(100, "of the first weights, the order of the images and their augmentation")
@@ -146,7 +141,6 @@ class SegmentationConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save_predictions: bool = key(False, "write every predicted map, as index masks and as pictures")
     output_dir: str | None = key(None, "where everything goes; . on the command line")
-    load_from: str | None = key(None, "evaluate: a trained head's file")
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -183,16 +177,7 @@ class SegmentationConfig:
                 f"decoder_head.type={self.decoder_head.type!r}{did_you_mean(self.decoder_head.type, ['linear'])}: "
                 "expected 'linear'"
             )
-        if self.model is None:
-            raise ValueError(
-                "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "
-                "model.pretrained_weights of a training"
-            )
-        self.model.check()
-        if self.load_from and not Path(self.load_from).expanduser().exists():
-            raise FileNotFoundError(
-                f"load_from={self.load_from}{did_you_mean(self.load_from, HUB_SEGMENTORS)}: there is no such file"
-            )
+        self.check_trained_model(HUB_SEGMENTORS)
         if not self.datasets.val:
             raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
         if not self.load_from and not self.datasets.train:
