@@ -77,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark-codebase", action="store_true", help="only time 20 steps on synthetic images")
     parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, write nothing")
     for flag in ("--eval", "--eval_pretrained_weights", "--ref_losses_path"):
-        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
+        parser.add_argument(flag, default="", type=str, help=argparse.SUPPRESS)
     for flag in ("--test-ibot", "--dump-fsdp-weights", "--record_ref_losses"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
