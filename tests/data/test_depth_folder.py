@@ -96,7 +96,7 @@ def test_images_without_map_and_maps_without_image_are_named(root: Path) -> None
     with pytest.raises(ValueError) as info:
         folder(root)
     assert f"1 of 2 images in {root}/images have no depth map: c.jpg" in str(info.value)
-    assert f"(expected {root}/depth/c.png or {root}/depth/c.npy)" in str(info.value)
+    assert f"(expected c.png or c.npy in {root}/depth)" in str(info.value)
     assert f"1 of 2 depth maps in {root}/depth have no image: a.png" in str(info.value)
 
 

@@ -101,7 +101,7 @@ def test_ade20k_gives_images_and_maps_of_classes(ade20k: Path) -> None:
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (1, 1, 1)
     assert target.mode == "L" and np.unique(target).tolist() == [150]
     assert dataset.get_image_relpath(1) == "images/training/2.jpg"
-    assert dataset.get_target_relpath(1) == "annotations/training/2.png"
+    assert dataset.target_paths[1] == "annotations/training/2.png"
     assert [split.dirname for split in ADE20K.Split] == ["training", "validation"]
 
 

@@ -140,9 +140,9 @@ def test_images_without_mask_and_masks_without_image_are_counted_and_named(root:
         folder(root, split="val")
     assert str(info.value) == (
         f"SegmentationFolder: 5 of 6 images in {root}/images/val have no mask: "
-        f"more/0.jpg, more/1.jpg, more/2.jpg and 2 more (expected {root}/labels/val/more/0.png); "
+        f"more/0.jpg, more/1.jpg, more/2.jpg and 2 more (expected more/0.png in {root}/labels/val); "
         f"1 of 2 masks in {root}/labels/val have no image: odd.png "
-        f"(expected {root}/images/val/odd.jpg or another image)"
+        f"(expected odd.jpg or another image in {root}/images/val)"
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
 from dinov3.data.datasets.extended import BadImageError, ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import find_directory, require_directory
-from dinov3.data.datasets.listing import EXTENSIONS, PathList, list_images
+from dinov3.data.datasets.listing import EXTENSIONS, list_images
 from dinov3.utils.messages import list_names
 
 
@@ -50,10 +51,6 @@ class PairedImageDataset(ExtendedVisionDataset):
 
     def get_image_relpath(self, index: int) -> str:
         return self.image_paths[index]
-
-    def get_target_relpath(self, index: int) -> str:
-        """Return the path of the target of sample `index`, relative to the root."""
-        return self.target_paths[index]
 
     def get_target(self, index: int) -> bytes:
         """Return the encoded target of sample `index`."""
@@ -121,30 +118,27 @@ class PairedFolderDataset(PairedImageDataset):
         directory = require_directory(root, name)
         if Path(images) == Path(targets):
             raise ValueError(f"{name}: images and their targets both lie in {images!r}; give them different folders")
+        parts = [f"/{split}", f"/{split.lower()}"] if split else [""]
         image_folder, target_folder = (
-            find_directory(
-                directory, [f"{folder}/{part}" for part in (split, split.lower())] if split else [folder], name
-            )
-            for folder in (images.rstrip("/"), targets.rstrip("/"))
+            find_directory(directory, [folder.rstrip("/") + part for part in parts], name)
+            for folder in (images, targets)
         )
-        found_images = list_images(directory / image_folder).images
-        if not len(found_images):
+        image_paths = _group_by_stem(list_images(directory / image_folder).images)
+        target_paths = _group_by_stem(list_images(directory / target_folder, extensions).images)
+        if not image_paths:
             looked_for = f"files ending in {', '.join(EXTENSIONS)} at any depth"
             raise FileNotFoundError(f"{name}: no images in {directory / image_folder}: looked for {looked_for}")
-        found_targets = list_images(directory / target_folder, extensions).images
-        _check_pairs(
-            name,
-            directory / image_folder,
-            found_images,
-            directory / target_folder,
-            found_targets,
-            target_name,
-            extensions,
-        )
-        target_of = {_stem(path): path for path in found_targets}
+        image_side = _Side("images", directory / image_folder, image_paths, "{0}.jpg or another image")
+        expected = " or ".join(f"{{0}}.{extension}" for extension in extensions)
+        target_side = _Side(f"{target_name}s", directory / target_folder, target_paths, expected)
+        if problems := _find_problems(image_side, target_side) + _find_problems(target_side, image_side):
+            raise ValueError(f"{name}: {'; '.join(problems)}")
         super().__init__(
             root=str(directory),
-            pairs=[(f"{image_folder}/{path}", f"{target_folder}/{target_of[_stem(path)]}") for path in found_images],
+            pairs=[
+                (f"{image_folder}/{paths[0]}", f"{target_folder}/{target_paths[stem][0]}")
+                for stem, paths in image_paths.items()
+            ],
             target_decoder=target_decoder,
             **transforms,
         )
@@ -167,41 +161,33 @@ class PairedFolderDataset(PairedImageDataset):
         return image, target
 
 
-def _check_pairs(
-    dataset: str,
-    image_directory: Path,
-    images: PathList,
-    target_directory: Path,
-    targets: PathList,
-    target_name: str,
-    extensions: Sequence[str],
-) -> None:
-    image_stems, target_stems = Counter(map(_stem, images)), Counter(map(_stem, targets))
+@dataclass
+class _Side:
+    name: str  # in the plural
+    directory: Path
+    paths: dict[str, list[str]]  # by path without extension
+    expected: str  # what its file is called, from a path without extension {0}
+
+
+def _group_by_stem(paths: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        groups[os.path.splitext(path)[0]].append(path)
+    return groups
+
+
+def _find_problems(side: _Side, other: _Side) -> list[str]:
     problems = []
-    if unmatched := [path for path in images if _stem(path) not in target_stems]:
-        expected = " or ".join(f"{target_directory / _stem(unmatched[0])}.{extension}" for extension in extensions)
+    if unmatched := [stem for stem in side.paths if stem not in other.paths]:
+        paths = [path for stem in unmatched for path in side.paths[stem]]
+        wanted = other.expected.format(unmatched[0])
         problems.append(
-            f"{len(unmatched)} of {len(images)} images in {image_directory} have no {target_name}: "
-            f"{list_names(unmatched, 3)} (expected {expected})"
+            f"{len(paths)} of {sum(map(len, side.paths.values()))} {side.name} in {side.directory} have no "
+            f"{other.name.removesuffix('s')}: {list_names(paths, 3)} (expected {wanted} in {other.directory})"
         )
-    if unmatched := [path for path in targets if _stem(path) not in image_stems]:
-        problems.append(
-            f"{len(unmatched)} of {len(targets)} {target_name}s in {target_directory} have no image: "
-            f"{list_names(unmatched, 3)} (expected {image_directory / _stem(unmatched[0])}.jpg or another image)"
-        )
-    for directory, paths, stems in (
-        (image_directory, images, image_stems),
-        (target_directory, targets, target_stems),
-    ):
-        repeated = next((stem for stem, count in stems.items() if count > 1), None)
-        if same := [path for path in paths if _stem(path) == repeated]:
-            problems.append(f"{list_names(same, 3)} in {directory} differ only in their extensions: keep one of them")
-    if problems:
-        raise ValueError(f"{dataset}: {'; '.join(problems)}")
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
+    if same := next((paths for paths in side.paths.values() if len(paths) > 1), None):
+        problems.append(f"{list_names(same, 3)} in {side.directory} differ only in their extensions: keep one of them")
+    return problems
 
 
 def _size_of(picture: Any) -> tuple[int, int]:
