@@ -124,12 +124,11 @@ def has_gated_ffn(state: Mapping[str, Tensor]) -> bool:
 
 
 def identify(state: Mapping[str, Tensor]) -> str | None:
-    """Say in a sentence, for an error message, what model the entries of `state` belong to; None if unknown."""
-    for description, is_that in _OTHER_MODELS.items():
-        if is_that(state.keys()):
-            return f"{description}."
+    """Say in a phrase, for an error message, what model the entries of `state` belong to; None if unknown."""
+    if other := identify_other_model(state):
+        return other
     if name := published_name(state):
-        return f"Its entries are those of {name}: use that instead."
+        return f"its entries are those of {name}, use that instead"
     if "cls_token" not in state:
         return None
     sizes = dim, depth = state["cls_token"].shape[-1], count_blocks(state)
@@ -137,7 +136,12 @@ def identify(state: Mapping[str, Tensor]) -> str | None:
         factories = {name: make() for name, make in vars(vision_transformer).items() if name.startswith("vit_")}
     names = [name for name, model in factories.items() if (model.embed_dim, model.n_blocks) == sizes]
     same = f", like a {names[0]}" if names else ""
-    return f"It is a ViT with {dim} channels and {depth} blocks{same}."
+    return f"it is a ViT with {dim} channels and {depth} blocks{same}"
+
+
+def identify_other_model(names: Collection[str]) -> str | None:
+    """Say in a phrase what these entries are of, if it is something that people take for a backbone; otherwise None."""
+    return next((description for description, is_that in _OTHER_MODELS.items() if is_that(names)), None)
 
 
 def published_name(state: Mapping[str, Tensor]) -> str | None:
@@ -238,23 +242,23 @@ def _some_name_has(*parts: str) -> Callable[[Collection[str]], bool]:
 
 #: Other weights that people have on their disks, and the names by which they are recognised.
 _OTHER_MODELS: dict[str, Callable[[Collection[str]], bool]] = {
-    "It is a single linear layer, such as the head of a classifier (load it with the entry of that head, e.g. "
+    "it is a single linear layer, such as the head of a classifier (load it with the entry of that head, e.g. "
     "dinov3_vit7b16_lc(weights=...), and the backbone with backbone_weights=...)": lambda names: (
         set(names) <= {"weight", "bias"}
     ),
-    "It is the head of a depth estimator (DPT), not a backbone": _some_name_has("reassemble_blocks."),
-    "These are the weights of a detector, not of a backbone": _some_name_has("transformer.decoder."),
-    "These are the weights of a segmentation model, not of a backbone": _some_name_has("segmentation_model."),
-    "It is a text encoder with the vision head that belongs to it (dino.txt), not a backbone": _some_name_has(
+    "it is the head of a depth estimator (DPT), not a backbone": _some_name_has("reassemble_blocks."),
+    "these are the weights of a detector, not of a backbone": _some_name_has("transformer.decoder."),
+    "these are the weights of a segmentation model, not of a backbone": _some_name_has("segmentation_model."),
+    "it is a text encoder with the vision head that belongs to it (dino.txt), not a backbone": _some_name_has(
         "text_model."
     ),
-    "It is the DINO head of a training, not a backbone": lambda names: (
+    "it is the DINO head of a training, not a backbone": lambda names: (
         "last_layer.weight" in names and "cls_token" not in names
     ),
-    "It is a DINOv2 model of Hugging Face transformers, or another ViT with learned positions": _some_name_has(
+    "it is a DINOv2 model of Hugging Face transformers, or another ViT with learned positions": _some_name_has(
         "embeddings.position_embeddings"
     ),
-    "It is a DINOv2 model, or another ViT with learned positions (pos_embed)": lambda names: "pos_embed" in names,
-    "It is a CLIP model": _some_name_has("visual.", "logit_scale"),
-    "It is a ResNet": _some_name_has("layer1.0.conv1.weight"),
+    "it is a DINOv2 model, or another ViT with learned positions (pos_embed)": lambda names: "pos_embed" in names,
+    "it is a CLIP model": _some_name_has("visual.", "logit_scale"),
+    "it is a ResNet": _some_name_has("layer1.0.conv1.weight"),
 }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.downloads import GATED, download, without_query
+from dinov3.utils.messages import did_you_mean
 from dinov3.utils.weight_files import WeightsError, read_file
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
@@ -62,11 +63,16 @@ def choose_weights(
 
     Raises:
         ValueError: such weights were not published; or other weights are given with `pretrained=False` or a selector.
+        FileNotFoundError: a misspelt name of published weights.
         TypeError: weights of another type.
     """
     choices = type(next(iter(published)))
     if isinstance(weights, str) and weights.upper() in choices.__members__:
         weights = choices[weights.upper()]
+    elif (
+        isinstance(weights, str) and (hint := did_you_mean(weights, choices.__members__)) and not Path(weights).exists()
+    ):
+        raise FileNotFoundError(f"no weights at {weights}{hint}: there is no such file or directory")
     if isinstance(weights, Enum):
         for member in published:
             if member is weights:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dinov3.heads.weights import cast_like, list_differences
-from dinov3.hub.architectures import has_untied_cls_norm, identify
+from dinov3.hub.architectures import has_untied_cls_norm, identify, identify_other_model
 from dinov3.hub.formats.conversion import Converted, to_release
 from dinov3.hub.formats.reading import is_model_directory, read_content
 from dinov3.utils.messages import list_names
@@ -119,8 +119,9 @@ def _describe_nested(content: Mapping[str, Any]) -> str | None:
     for key, value in content.items():
         tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
         if tensors:
-            what = identify(tensors) or f"It has {len(tensors)} tensors: save only this part, and load that file."
-            return f"About its entry {key!r}: {what}"
+            other = identify_other_model(tensors)
+            advice = other or "it holds tensors: save only that part and load the new file"
+            return f"As for its entry {key!r}, {advice}."
     return None
 
 
@@ -155,19 +156,18 @@ def load_backbone_(
         state, source = to_release(state_or_path), source or "the state dict"
     else:
         state, source = read_state_dict(state_or_path), source or str(state_or_path)
-    expected, origin = model.state_dict(), None
+    expected, origin = model.state_dict(), ""
     if isinstance(state, Converted):
-        origin = f"It came in the layout of {state.layout}; these are the names after conversion."
+        origin = f" It came in the layout of {state.layout}; these are the names after conversion."
         _warn_of_other_norms(model, state, source)
         state = _without_invented_biases(expected, state)
     if not has_untied_cls_norm(state):
         # Only local crops in training see this norm: weights without it are complete, and training starts from `norm`.
         copies = {name: name.replace("local_cls_norm.", "norm.") for name in expected if "local_cls_norm." in name}
         state = {**state, **{name: state[norm].clone() for name, norm in copies.items() if norm in state}}
-    differences = list_differences(expected, state)
-    if differences:
-        problem = f"{source} does not fit {target or type(model).__name__}: {'; '.join(differences)}."
-        raise WeightsError(" ".join(part for part in (problem, origin, identify(state)) if part))
+    if differences := list_differences(expected, state):
+        details = "; ".join(filter(None, [identify(state), *differences]))
+        raise WeightsError(f"{source} does not fit {target or type(model).__name__}: {details}.{origin}")
     _check_initialised(state, source)
     model.load_state_dict({name: cast_like(state[name], entry) for name, entry in expected.items()}, assign=True)
     on_meta = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
@@ -188,8 +188,8 @@ def check_complete(state: Mapping[str, Tensor], model: nn.Module | None, *, sour
     """
     differences = list_differences(model.state_dict(), state) if model else [f"it has {list_names(state)}"]
     if differences:
-        problem = f"{source} does not hold a complete DINOv3 backbone: {'; '.join(differences)}."
-        raise WeightsError(" ".join(part for part in (problem, identify(state)) if part))
+        details = "; ".join(filter(None, [identify(state), *differences]))
+        raise WeightsError(f"{source} does not hold a complete DINOv3 backbone: {details}.")
     _check_initialised(state, source)
 
 

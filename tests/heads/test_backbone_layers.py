@@ -48,7 +48,7 @@ def test_widths_are_those_of_the_blocks_or_of_the_backbone() -> None:
         ("EVEN", "backbone_out_layers='EVEN': expected LAST, FOUR_LAST, FOUR_EVEN_INTERVALS or a list of blocks"),
     ],
 )
-def test_blocks_that_there_are_not(layers: Any, message: str) -> None:
+def test_missing_blocks(layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         backbone_out_indices(blocks(12), layers)
 

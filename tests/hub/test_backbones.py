@@ -147,6 +147,11 @@ def test_missing_file_is_not_looked_up_in_the_cache(tmp_path: Path, small_models
             dinov3_vits16(weights=weights)
 
 
+def test_misspelt_names_of_published_weights_are_recognised() -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at lvd1689 .did you mean 'LVD1689M'"):
+        dinov3_vits16(weights="lvd1689")
+
+
 def test_parameters_are_trainable_and_the_file_stays(tmp_path: Path) -> None:
     state = random_state()
     path = save(state, tmp_path / "w.pth")
@@ -248,7 +253,7 @@ def test_file_of_the_dtype_stays_mapped(entry: Any, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "int", "float33", torch.float8_e4m3fn, 3])
-def test_dtype_that_is_none(dtype: Any) -> None:
+def test_dtype_that_is_not_floating_point(dtype: Any) -> None:
     with pytest.raises(ValueError, match="dinov3_vits16: dtype must be float32, bfloat16, float16 or float64, got "):
         dinov3_vits16(pretrained=False, dtype=dtype)
 

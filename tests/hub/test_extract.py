@@ -122,14 +122,14 @@ def test_features_are_those_of_the_model(options: ExtractOptions, run: Path, ima
     assert no_others(options)
 
 
-def test_the_file_tells_how_it_was_made(options: ExtractOptions) -> None:
+def test_the_file_records_how_it_was_made(options: ExtractOptions) -> None:
     extract.extract(options)
     with safe_open(options.out, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["size"] == "32x48" and metadata["tokens"] == "cls" and metadata["mean"] == "[0.1, 0.2, 0.3]"
 
 
-def test_an_interrupted_extraction_goes_on_and_gives_the_same_bytes(
+def test_an_interrupted_extraction_resumes_and_gives_the_same_bytes(
     options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(extract, "BATCHES_PER_SHARD", 1)
@@ -156,7 +156,7 @@ def test_workers_make_no_difference(options: ExtractOptions) -> None:
     assert options.out.read_bytes() == with_workers.out.read_bytes()
 
 
-def test_an_extraction_with_other_settings_is_not_gone_on_with(
+def test_an_extraction_with_other_settings_is_not_resumed(
     options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract, "BATCHES_PER_SHARD", 1)
@@ -215,7 +215,7 @@ def test_bad_images_can_stop_it(with_bad_image: ExtractOptions, num_workers: int
     assert not with_bad_image.out.exists()
 
 
-def test_a_folder_of_bad_images_alone_is_an_error(options: ExtractOptions, tmp_path: Path) -> None:
+def test_a_folder_of_only_bad_images_is_an_error(options: ExtractOptions, tmp_path: Path) -> None:
     directory = tmp_path / "bad"
     directory.mkdir()
     (directory / "x.jpg").write_bytes(b"")
@@ -297,9 +297,7 @@ def test_nothing_is_left_under_the_name_of_the_output_if_joining_fails(
     assert no_others(options)
 
 
-def test_a_note_tells_of_pixels_outside_the_patches(
-    options: ExtractOptions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pixels_outside_the_patches_are_noted(options: ExtractOptions, capsys: pytest.CaptureFixture[str]) -> None:
     extract.extract(replace(options, size=(32, 50)))
     assert "the last 0 rows and 2 columns belong to no patch" in capsys.readouterr().err
 
@@ -342,7 +340,7 @@ def test_a_convnext_has_patches_of_32_pixels(options: ExtractOptions) -> None:
     assert features["patch"].shape == (N_IMAGES, 2, 3, 16) and features["storage"].shape == (N_IMAGES, 0, 16)
 
 
-def test_features_that_are_no_numbers_are_an_error(options: ExtractOptions) -> None:
+def test_features_that_are_not_finite_are_an_error(options: ExtractOptions) -> None:
     model = ConvNeXt(depths=[1, 1, 1, 1], dims=[4, 8, 8, 16])
     nn.init.constant_(model.norm.bias, float("nan"))
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -395,13 +393,13 @@ def test_the_command_line(
     ("option", "message"),
     [("--size 0", "expected a side"), ("--dtype int8", "expected one of bfloat16"), ("--batch-size 0", "at least 1")],
 )
-def test_words_that_are_no_values(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         extract.main(f"--model dinov3_vits16 --images x --out y {option}".split())
     assert message in capsys.readouterr().err
 
 
-def test_files_of_other_things_are_no_features(tmp_path: Path) -> None:
+def test_files_without_features_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": Tensor([1])}, tmp_path / "x.safetensors")

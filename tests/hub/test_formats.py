@@ -188,7 +188,7 @@ def test_state_dict_in_memory_and_sharded_directory(huggingface: tuple[Path, Any
         ({"patch_embed.proj.weight", "blocks.0.ls1.gamma", "storage_tokens"}, None),
     ],
 )
-def test_layout_is_told_by_names(names: set[str], layout: str | None) -> None:
+def test_layout_is_recognised_by_names(names: set[str], layout: str | None) -> None:
     found = detect(names)
     assert (found and f"{found.library} {found.family} {found.prefix}".strip()) == layout
 
@@ -405,12 +405,12 @@ def test_damaged_metadata(metadata: str, tmp_path: Path) -> None:
         dinov3_convnext_tiny(weights=tmp_path / "w.safetensors")
 
 
-def test_wrong_size_and_missing_parts_are_told_in_our_names(huggingface: tuple[Path, Any], tmp_path: Path) -> None:
+def test_wrong_size_and_missing_parts_are_reported_in_our_names(huggingface: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match="does not fit dinov3_vits16plus: .* layout of Hugging Face transformers"
     ) as e:
         dinov3_vits16plus(weights=huggingface[0])
-    assert "Its entries are those of dinov3_vits16: use that instead." in str(e.value) and "\n" not in str(e.value)
+    assert "its entries are those of dinov3_vits16, use that instead;" in str(e.value) and "\n" not in str(e.value)
     theirs = load_file(huggingface[0] / "model.safetensors")
     del theirs["layer.1.attention.k_proj.weight"]
     save_file(theirs | {"extra": torch.ones(1)}, tmp_path / "w.safetensors")

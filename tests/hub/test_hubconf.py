@@ -74,7 +74,7 @@ assert new <= ALLOWED, new
 """
 
 
-def test_loading_and_normalization_need_torch_and_numpy_alone(tmp_path: Path) -> None:
+def test_loading_and_normalization_only_need_torch_and_numpy(tmp_path: Path) -> None:
     torch.save(dinov3_vits16(pretrained=False).state_dict(), tmp_path / "w.pth")
     entries = [entry for entry in ENTRIES if entry != "dinov3_from_run"]
     subprocess.run(

@@ -54,15 +54,15 @@ def test_prefixes_go_at_the_start_of_a_name_only(content: dict[str, Any], tmp_pa
         (HEADS, "is not a state dict of a backbone: it is empty"),
         (
             {"state_dict": STATE, "epoch": 3},
-            "2 of its 2 entries are not tensors .* About its entry 'state_dict': It is a ViT",
+            "2 of its 2 entries are not tensors .* As for its entry 'state_dict', it holds tensors: save only",
         ),
         (
             {"model": {"transformer.decoder.norm.weight": torch.ones(1)}},
-            "1 of its 1 entries are not tensors .model.. About its entry 'model': These are the weights of a detector",
+            "1 of its 1 entries are not tensors .model.. As for its entry 'model', these are the weights of a d",
         ),
     ],
 )
-def test_content_that_is_no_state_dict(content: Any, message: str, tmp_path: Path) -> None:
+def test_content_that_is_not_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=message):
         read_state_dict(tmp_path / "weights.pth")
@@ -120,7 +120,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "none.pth")
 
 
-def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_directories_that_are_not_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match="neither a distributed checkpoint .* nor a model of transformers or timm .* holds nothing"
     ):

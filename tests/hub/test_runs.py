@@ -153,7 +153,7 @@ def test_teacher_that_does_not_fit_its_configuration(run: Path) -> None:
     save_file(run, 3, seed=1)
     OmegaConf.save(config(arch="vit_small"), run / "config.yaml")
     with pytest.raises(
-        WeightsError, match=r"does not fit student.arch=vit_small .* It is a ViT with 192 channels and 1 blocks"
+        WeightsError, match=r"does not fit student.arch=vit_small .* it is a ViT with 192 channels and 1 blocks"
     ):
         dinov3_from_run(run)
 

@@ -219,7 +219,7 @@ def test_only_one_of_several_downloads(server: Server) -> None:
         (content(0)[:5000], "is truncated: a zip archive of 5000 bytes"),
     ],
 )
-def test_what_is_no_weights_is_not_kept(server: Server, cache: Path, body: bytes, reason: str) -> None:
+def test_a_download_that_is_not_weights_is_deleted(server: Server, cache: Path, body: bytes, reason: str) -> None:
     server.content = body
     url = server.url("w-01234567.pth") + "?Signature=secret"
     for check_hash in (False, True):
@@ -246,7 +246,7 @@ def test_hash_of_a_download_and_of_the_cached_file(server: Server, cache: Path) 
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_refusal_tells_what_to_do_and_keeps_the_signature_to_itself(server: Server, cache: Path, status: int) -> None:
+def test_refusal_says_what_to_do_without_the_signature(server: Server, cache: Path, status: int) -> None:
     server.statuses = [status]
     with pytest.raises(ConnectionError, match=rf"/none.pth: HTTP {status} .* gated: .* pass weights=PATH") as caught:
         locate(server.url("none.pth") + "?Signature=secret", progress=False)
@@ -263,7 +263,7 @@ def test_server_that_is_not_there(server: Server) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_urls_that_are_none(server: Server) -> None:
+def test_invalid_urls(server: Server) -> None:
     with pytest.raises(ValueError, match="the URL does not name a file"):
         locate(server.url("a/?Signature=secret"))
     with pytest.raises(ValueError, match="the URL contains a space") as caught:

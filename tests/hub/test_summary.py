@@ -63,7 +63,7 @@ def test_errors_are_one_message(
 
 
 @pytest.mark.parametrize("size", ["x", "224x", "-3", "0", "1x2x3"])
-def test_sizes_that_are_none(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         summary.main(["dinov3_vits16", f"--size={size}"])
     assert "HEIGHTxWIDTH" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         (lambda s: without(s, "cls_token"), r"^W does not fit M: 1 missing \(cls_token\)\.$"),
         (
             lambda s: without(s, "blocks.1."),
-            r"missing \((blocks\.1\.\S+,? ){5}and 10 more\)\. It is a ViT with 32 channels and 1 blocks\.$",
+            r"it is a ViT with 32 channels and 1 blocks; 15 missing \((blocks\.1\.\S+,? ){5}and 10 more\)\.$",
         ),
         (lambda s: s | {"head.weight": torch.ones(1)}, r"1 unknown \(head.weight\)"),
         (
@@ -119,19 +119,19 @@ def vit_tiny() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "hint"),
     [
-        (lambda: on_meta("dinov3_vitb16"), "Its entries are those of dinov3_vitb16: use that instead."),
-        (lambda: on_meta("dinov3_vits16plus"), "Its entries are those of dinov3_vits16plus: use that instead."),
-        (lambda: on_meta("dinov3_vit7b16"), "Its entries are those of dinov3_vit7b16: use that instead."),
-        (convnext_tiny, "Its entries are those of dinov3_convnext_tiny: use that instead."),
-        (vit_tiny, "It is a ViT with 192 channels and 12 blocks, like a vit_tiny."),
+        (lambda: on_meta("dinov3_vitb16"), "its entries are those of dinov3_vitb16, use that instead;"),
+        (lambda: on_meta("dinov3_vits16plus"), "its entries are those of dinov3_vits16plus, use that instead;"),
+        (lambda: on_meta("dinov3_vit7b16"), "its entries are those of dinov3_vit7b16, use that instead;"),
+        (convnext_tiny, "its entries are those of dinov3_convnext_tiny, use that instead;"),
+        (vit_tiny, "it is a ViT with 192 channels and 12 blocks, like a vit_tiny;"),
         (lambda: {"embeddings.patch_embeddings.weight": torch.ones(1)}, "the layout of Hugging Face transformers"),
-        (lambda: {"weight": torch.ones(1000, 8192), "bias": torch.ones(1000)}, "It is a single linear layer, such as"),
+        (lambda: {"weight": torch.ones(1000, 8192), "bias": torch.ones(1000)}, "it is a single linear layer, such as"),
         (lambda: {"reassemble_blocks.projects.0.conv.weight": torch.ones(1)}, "head of a depth estimator"),
         (lambda: {"transformer.decoder.layers.0.norm.weight": torch.ones(1)}, "the weights of a detector, not of a"),
-        (lambda: {"last_layer.weight": torch.ones(1)}, "It is the DINO head of a training"),
+        (lambda: {"last_layer.weight": torch.ones(1)}, "it is the DINO head of a training"),
         (lambda: {"pos_embed": torch.ones(1), "cls_token": torch.ones(1, 1, 8)}, "another ViT with learned positions"),
         (lambda: {"embeddings.position_embeddings": torch.ones(1)}, "a DINOv2 model of Hugging Face transformers"),
-        (lambda: {"layer1.0.conv1.weight": torch.ones(1)}, "It is a ResNet."),
+        (lambda: {"layer1.0.conv1.weight": torch.ones(1)}, "it is a ResNet;"),
         (lambda: {"reg_token": torch.ones(1), "cls_token": torch.ones(1, 1, 8)}, "the layout of timm"),
     ],
 )

@@ -201,7 +201,7 @@ def test_backbone_stays_in_evaluation_mode_through_train() -> None:
     assert torch.equal(depther(images()), before)
 
 
-def test_decoder_alone_is_trained() -> None:
+def test_only_the_decoder_is_trained() -> None:
     depther = tiny_depther("dd")
     depther(images()).mean().backward()
     assert all(parameter.grad is not None for parameter in depther.decoder.parameters())
@@ -276,7 +276,7 @@ def test_heads() -> None:
     assert isinstance(dpt, DPTHead) and dpt.reassemble_blocks.readout_type == "project"
 
 
-def test_heads_that_there_are_not() -> None:
+def test_unknown_heads() -> None:
     with pytest.raises(NotImplementedError, match="no depth head of type 'm2f', only linear and dpt"):
         make_head(8, 5, head_type="m2f")
     with pytest.raises(TypeError, match="a linear depth head does not take channels, use_bias"):
@@ -322,7 +322,7 @@ def test_checkpoints_of_every_kind(kind: str, tmp_path: Path) -> None:
             assert not depther.decoder.training
 
 
-def test_training_a_loaded_head_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_training_a_loaded_head_does_not_change_the_file(tmp_path: Path) -> None:
     path = save(tiny_depther("linear").decoder.state_dict(), tmp_path / "head.pth")
     before = path.read_bytes()
     depther = make_depther_from_config(tiny_backbone(), DecoderConfig(**CONFIGS["linear"]), path)

@@ -193,7 +193,7 @@ def test_missing_class_token(readout: str) -> None:
     assert make_head(readout_type="ignore")(bare).shape == (2, 5, 64, 64)
 
 
-def test_arguments_that_there_are_not() -> None:
+def test_unknown_arguments() -> None:
     with pytest.raises(
         ValueError, match=r"readout_type='projct' \(did you mean 'project'\?\): choose one of ignore, add"
     ):

@@ -79,7 +79,7 @@ def test_images_of_other_sizes(strategy: str, shape: tuple[int, int], margins: t
         assert not any(encoder.margins(48, 64))
 
 
-def test_strategy_that_there_is_not() -> None:
+def test_unknown_strategy() -> None:
     with pytest.raises(
         ValueError, match=r"adapt_to_patch_size='streched' \(did you mean 'STRETCH'\?\): choose one of CENTER_PADDING,"
     ):
@@ -94,7 +94,7 @@ def test_names_and_values_of_strategies() -> None:
     }
 
 
-def test_a_vit_is_no_reason_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vit_causes_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         DinoVisionTransformerWrapper(tiny_backbone(), "LAST")
     assert not caplog.records
