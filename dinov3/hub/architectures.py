@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,12 +132,17 @@ def identify(state: Mapping[str, Tensor]) -> str | None:
         return f"its entries are those of {name}, use that instead"
     if "cls_token" not in state:
         return None
-    sizes = dim, depth = state["cls_token"].shape[-1], count_blocks(state)
-    with torch.device("meta"):
-        factories = {name: make() for name, make in vars(vision_transformer).items() if name.startswith("vit_")}
-    names = [name for name, model in factories.items() if (model.embed_dim, model.n_blocks) == sizes]
+    dim, depth = state["cls_token"].shape[-1], count_blocks(state)
+    names = [name for name, sizes in _factory_sizes().items() if sizes == (dim, depth)]
     same = f", like a {names[0]}" if names else ""
     return f"it is a ViT with {dim} channels and {depth} blocks{same}"
+
+
+@functools.cache
+def _factory_sizes() -> dict[str, tuple[int, int]]:
+    with torch.device("meta"):
+        models = {name: make() for name, make in vars(vision_transformer).items() if name.startswith("vit_")}
+    return {name: (model.embed_dim, model.n_blocks) for name, model in models.items()}
 
 
 def identify_other_model(names: Collection[str]) -> str | None:

@@ -181,7 +181,8 @@ def test_without_gradients_logits_never_exist_at_once(monkeypatch: pytest.Monkey
 
 
 def test_an_exported_depther_gives_the_same() -> None:
-    depther = tiny_depther("chmv2")  # Its head has more branches than that of "dd".
+    # The head of "chmv2" has more branches than that of "dd".
+    depther = tiny_depther("chmv2", tiny_backbone(depth=4), backbone_out_layers=[0, 1, 2, 3])
     with torch.no_grad():
         exported = torch.export.export(depther, (images(70, 100),)).module()
         torch.testing.assert_close(exported(images(70, 100)), depther(images(70, 100)), rtol=1e-5, atol=1e-5)
