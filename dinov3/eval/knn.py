@@ -40,7 +40,6 @@ from dinov3.eval.classification.data import (
     make_transform,
     open_dataset,
     read_train_labels,
-    warn_of_untrained_classes,
 )
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME, Feature, KnnEvalConfig, TrainConfig
 from dinov3.eval.classification.knn_module import KnnModule, blocks_of_slowest_process, split_rows
@@ -104,8 +103,8 @@ def evaluate_knn(backbone: FrozenBackbone, config: KnnEvalConfig) -> EvaluationR
         train_dataset=train_dataset,
         num_classes=num_classes,
         name="eval.test_dataset",
+        train_labels=train_labels,
     )
-    warn_of_untrained_classes(test, train_labels, "eval.test_dataset")
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
     train_data_dict, test_rows = _extract(backbone, tries, test, config)

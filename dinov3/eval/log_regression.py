@@ -42,7 +42,6 @@ from dinov3.eval.classification.data import (
     open_dataset,
     read_train_labels,
     split_train_val_datasets,
-    warn_of_untrained_classes,
 )
 from dinov3.eval.classification.log_regression_config import RESULTS_FILENAME, LogregEvalConfig, Solver
 from dinov3.eval.classification.log_regression_module import (
@@ -174,16 +173,21 @@ def _open_datasets(config: LogregEvalConfig) -> tuple[Any, ScoredDataset, Scored
         )
     check_targets(val_metric_type, train_labels, "train.dataset")
     num_classes = count_classes(train_labels)
-    scored = []
-    for name, dataset, metric_type in (
-        ("train.val_dataset", val_dataset, val_metric_type),
-        ("eval.test_dataset", test_dataset, config.resolved_test_metric_type()),
-    ):
-        scored.append(
-            make_scored_dataset(dataset, metric_type, train_dataset=train_dataset, num_classes=num_classes, name=name)
+    val, test = (
+        make_scored_dataset(
+            dataset,
+            metric_type,
+            train_dataset=train_dataset,
+            num_classes=num_classes,
+            name=name,
+            train_labels=train_labels,
         )
-        warn_of_untrained_classes(scored[-1], train_labels, name)
-    return train_dataset, *scored, num_classes
+        for name, dataset, metric_type in (
+            ("train.val_dataset", val_dataset, val_metric_type),
+            ("eval.test_dataset", test_dataset, config.resolved_test_metric_type()),
+        )
+    )
+    return train_dataset, val, test, num_classes
 
 
 def make_train_val_datasets(config: LogregEvalConfig, transform: Any) -> tuple[Any, Any]:

@@ -68,14 +68,12 @@ class ScoredDataset:
         dataset: gives (image, target), targets as the metric needs them.
         metric: what is measured; to be cloned (`build_classification_metric`).
         class_mapping: int64, the training class of each class that is scored; None for all training classes.
-        labels: the training class of each image [N], or multi-hot rows [N, L]; None if only the images would show them.
         collate_fn: makes batches of images and targets; None for the default.
     """
 
     dataset: Any
     metric: Any
     class_mapping: Tensor | None
-    labels: Tensor | None
     collate_fn: Any
 
 
@@ -115,7 +113,13 @@ def read_train_labels(dataset: Any) -> Tensor:
 
 
 def make_scored_dataset(
-    dataset: Any, metric_type: ClassificationMetricType, *, train_dataset: Any, num_classes: int, name: str
+    dataset: Any,
+    metric_type: ClassificationMetricType,
+    *,
+    train_dataset: Any,
+    num_classes: int,
+    name: str,
+    train_labels: Tensor | None = None,
 ) -> ScoredDataset:
     """Check that a trained classifier can be scored on a dataset, before any image is read.
 
@@ -125,37 +129,31 @@ def make_scored_dataset(
         train_dataset: what the classifier is trained on.
         num_classes: number of training classes.
         name: what messages call the dataset.
+        train_labels: if given, classes without a training image get a warning.
 
     Raises:
         ValueError: the dataset has classes that the training set lacks, or targets that the metric cannot take.
     """
-    class_mapping = find_class_mapping(train_dataset, dataset, name)
-    check_class_mapping(class_mapping, num_classes, name)
+    class_mapping = find_class_mapping(train_dataset, dataset, num_classes, name)
     n_scored = num_classes if class_mapping is None else len(class_mapping)
     labels = check_test_labels(dataset, metric_type, n_scored, name)
     if class_mapping is not None and labels is not None and labels.ndim == 1:
         labels = class_mapping[labels]
+    if labels is not None and labels.ndim == 1 and train_labels is not None:
+        untrained = sorted(set(labels.tolist()) - set(train_labels.tolist()))
+        if untrained:
+            logger.warning(
+                "%s has %d classes without a training image (%s); their images count as misclassified",
+                name,
+                len(untrained),
+                list_names(untrained),
+            )
     return ScoredDataset(
         dataset,
         build_classification_metric(metric_type, num_classes=n_scored, dataset=dataset),
         class_mapping,
-        labels,
         collate_fn=pad_multilabel_and_collate if metric_type.target_kind is TargetKind.LISTS else None,
     )
-
-
-def warn_of_untrained_classes(scored: ScoredDataset, train_labels: Tensor, name: str) -> None:
-    """Log a warning if images are of classes without a training image, as far as labels are known."""
-    if scored.labels is None or scored.labels.ndim > 1:
-        return
-    untrained = sorted(set(scored.labels.tolist()) - set(train_labels.tolist()))
-    if untrained:
-        logger.warning(
-            "%s has %d classes without a training image (%s); their images count as misclassified",
-            name,
-            len(untrained),
-            list_names(untrained),
-        )
 
 
 def get_labels(dataset: Any) -> Tensor:
@@ -372,12 +370,13 @@ def pad_multilabel_and_collate(batch: Sequence[Any], pad_value: int = -1) -> tup
     return images, (index, torch.tensor(padded, dtype=torch.int64).reshape(len(batch), width))
 
 
-def find_class_mapping(train_dataset: Any, test_dataset: Any, name: str) -> Tensor | None:
+def find_class_mapping(train_dataset: Any, test_dataset: Any, num_classes: int, name: str) -> Tensor | None:
     """Find which of the training classes a test set has, if it has only some, as ImageNet-R and ImageNet-A do.
 
     Args:
         train_dataset: has `classes`, the names of its classes, or not; a `Subset` has those of its dataset.
         test_dataset: the same; or it has `get_imagenet_class_mapping()`.
+        num_classes: number of training classes.
         name: what messages call the test set.
 
     Returns:
@@ -385,36 +384,33 @@ def find_class_mapping(train_dataset: Any, test_dataset: Any, name: str) -> Tens
         classes, or classes without names.
 
     Raises:
-        ValueError: the test set has a class that the training set does not have; names the first.
+        ValueError: the test set has a class that the training set lacks; names the first.
     """
     train_dataset, test_dataset = (
         dataset.dataset if isinstance(dataset, Subset) else dataset for dataset in (train_dataset, test_dataset)
     )
-    mapping = getattr(test_dataset, "get_imagenet_class_mapping", lambda: None)()
-    if mapping is not None:
-        return torch.as_tensor(mapping, dtype=torch.int64)
     train_names, test_names = (getattr(dataset, "classes", None) for dataset in (train_dataset, test_dataset))
-    if train_names is None or test_names is None or list(train_names) == list(test_names):
+    if hasattr(test_dataset, "get_imagenet_class_mapping"):
+        mapping = torch.as_tensor(test_dataset.get_imagenet_class_mapping(), dtype=torch.int64)
+    elif train_names is None or test_names is None or list(train_names) == list(test_names):
         return None
-    places = {train_name: place for place, train_name in enumerate(train_names)}
-    if unknown := [test_name for test_name in test_names if test_name not in places]:
-        raise ValueError(
-            f"{len(unknown)} of the {len(test_names)} classes of {name} are not in the training set, the first is "
-            f"{unknown[0]!r}; the training set has {list_names([*map(repr, train_names)])}: give both the same class "
-            "folders"
+    else:
+        places = {train_name: place for place, train_name in enumerate(train_names)}
+        if unknown := [test_name for test_name in test_names if test_name not in places]:
+            raise ValueError(
+                f"{len(unknown)} of the {len(test_names)} classes of {name} are not in the training set, the first is "
+                f"{unknown[0]!r}; the training set has {list_names([*map(repr, train_names)])}: give both the same "
+                "class folders"
+            )
+        logger.warning(
+            "%s has %d of the %d training classes: only their scores are compared", name, len(test_names), len(places)
         )
-    logger.warning(
-        "%s has %d of the %d training classes: only their scores are compared", name, len(test_names), len(places)
-    )
-    return torch.tensor([places[test_name] for test_name in test_names])
-
-
-def check_class_mapping(mapping: Tensor | None, num_classes: int, name: str) -> None:
-    """Raise a ValueError if the test set has classes beyond those that were trained."""
-    if mapping is not None and int(mapping.max()) >= num_classes:
+        mapping = torch.tensor([places[test_name] for test_name in test_names])
+    if int(mapping.max()) >= num_classes:
         raise ValueError(
             f"{name} has some of at least {int(mapping.max()) + 1} classes, but train.dataset has only {num_classes}"
         )
+    return mapping
 
 
 def _has_separate_targets(dataset: Any) -> bool:

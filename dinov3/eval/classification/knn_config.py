@@ -32,11 +32,13 @@ class TrainConfig:
     dataset: str = key(MISSING, "labelled training images, e.g. ImageFolder:root=DIR")
     batch_size: int = key(256, "images per step and process")
     num_workers: int = key(5, "loader processes")
-    ks: list[int] = key([10, 20, 100, 200], "numbers of neighbours; more than there are images counts as all")
-    temperature: float = key(0.07, "of the softmax over similarities; inf: all neighbours count alike")
+    ks: list[int] = key([10, 20, 100, 200], "numbers of neighbours; a number above that of the images means all")
+    temperature: float = key(0.07, "of the softmax over similarities; inf: all neighbours count the same")
     skip_first_nn: bool = key(False, "drop the best neighbour: the training images are also the test images")
-    similarity_dtype: str = key("float32", "of the similarity product; bfloat16 imitates the published figures")
-    memory_budget_mb: float = key(512, "for temporaries of the search; above it, processes divide the training rows")
+    similarity_dtype: str = key("float32", "of the similarity product; bfloat16 mimics the published computation")
+    memory_budget_mb: float = key(
+        512, "for temporaries of the search; if features exceed it, processes divide the training rows"
+    )
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
@@ -46,7 +48,9 @@ class TrainConfig:
         if self.similarity_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"train.similarity_dtype={self.similarity_dtype}: expected float32 or bfloat16")
         if self.batch_size < 1 or self.num_workers < 0 or self.memory_budget_mb <= 0:
-            raise ValueError("train.batch_size and train.memory_budget_mb must be above 0, train.num_workers not below")
+            raise ValueError(
+                "train.batch_size and train.memory_budget_mb must be above 0, train.num_workers at least 0"
+            )
 
 
 @dataclass

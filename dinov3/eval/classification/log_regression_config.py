@@ -66,7 +66,7 @@ class TrainConfig:
         if self.batch_size < 1 or self.num_workers < 0 or self.memory_budget_mb <= 0 or self.max_train_iters < 1:
             raise ValueError(
                 "train.batch_size, train.memory_budget_mb and train.max_train_iters must be above 0, "
-                "train.num_workers not below"
+                "train.num_workers at least 0"
             )
         if not 0 < self.tol < 1:
             raise ValueError(f"train.tol={self.tol}: expected a number between 0 and 1")
@@ -81,11 +81,11 @@ class TrainConfig:
             raise ValueError("train.solver=SKLEARN needs train.train_features_device=cpu; or choose train.solver=TORCH")
 
     def resolved_solver(self) -> Solver:
-        """The solver, with AUTO decided: both find the same classifiers, TORCH in a fraction of the time."""
+        """Return the solver, with AUTO resolved: both find the same classifiers, TORCH in a fraction of the time."""
         return Solver.TORCH if self.solver is Solver.AUTO else self.solver
 
     def resolved_product_dtype(self, n_products: int) -> torch.dtype:
-        """The dtype of matrix products, with auto decided by the number of multiply-adds of a pass."""
+        """Return the dtype of matrix products, with auto resolved by the number of multiply-adds of a pass."""
         if self.product_dtype != AUTO_DTYPE:
             return as_torch_dtype(self.product_dtype)
         return torch.float64 if n_products <= SMALL_PASS else torch.float32

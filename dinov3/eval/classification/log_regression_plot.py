@@ -1,4 +1,4 @@
-"""The sweep over C of a logistic regression as a table and as a picture. Matplotlib's global state is not touched."""
+"""The sweep over C of a logistic regression as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from dinov3.eval.classification.log_regression_module import Sweep
 from dinov3.eval.command import results
+from dinov3.utils.files import atomic_write
 
 STEM = "sweep-log-regression"
 
 
 def sweep_table(sweeps: Mapping[int, Sweep]) -> dict[str, list[Any]]:
-    """Columns of a table with a row for each try and value of C; metrics in percent."""
+    """Return the columns of a table with a row for each try and value of C; metrics in percent."""
     columns: dict[str, list[Any]] = {}
     for name, sweep in sweeps.items():
         for index, C in enumerate(sweep.Cs):
@@ -27,15 +28,7 @@ def sweep_table(sweeps: Mapping[int, Sweep]) -> dict[str, list[Any]]:
 
 
 def write_sweeps(sweeps: Mapping[int, Sweep], output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Write `sweep-log-regression.csv` and `.png`.
-
-    Args:
-        sweeps: by try.
-        output_dir: created if needed.
-
-    Returns:
-        The files.
-    """
+    """Write `sweep-log-regression.csv` and `.png` of the sweeps by try, and return their paths."""
     paths = [Path(output_dir) / f"{STEM}{ending}" for ending in (".csv", ".png")]
     results.save_from_dict(sweep_table(sweeps), paths[0])
     _plot(sweeps, paths[1])
@@ -43,6 +36,7 @@ def write_sweeps(sweeps: Mapping[int, Sweep], output_dir: str | os.PathLike[str]
 
 
 def _plot(sweeps: Mapping[int, Sweep], path: Path) -> None:
+    # Imported here because matplotlib is slow to import; pyplot, with its global state, is not needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,13 +53,12 @@ def _plot(sweeps: Mapping[int, Sweep], path: Path) -> None:
     axes.set_title("Logistic regression on frozen features")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def format_sweep(sweep: Sweep) -> str:
-    """The sweep as a text table, the chosen value marked."""
+    """Format a sweep as a text table that marks the chosen value."""
     lines = [f"{'C':>10}{'val top-1':>11}{'iterations':>12}"]
     for index, C in enumerate(sweep.Cs):
         mark = "  <- chosen" if index == sweep.best else ""

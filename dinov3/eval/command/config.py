@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,16 +127,14 @@ def training_settings(config: Any, *, ignored: Sequence[str]) -> dict[str, Any]:
         config: a dataclass with `bs`, the images per step and process.
         ignored: keys and sections that have no effect on the training.
     """
-    flat = {name: value for name, value in _flatten(plain(asdict(config))) if not _is_below(name, ignored)}
-    return {**flat, "bs x processes": config.bs * distributed.get_world_size()}
 
+    def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, entry in value.items():
+            if prefix + name in ignored:
+                continue
+            if isinstance(entry, Mapping):
+                yield from leaves(entry, f"{prefix}{name}.")
+            else:
+                yield prefix + name, entry
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, entry in value.items():
-        rows += _flatten(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else [(f"{prefix}{key}", entry)]
-    return rows
-
-
-def _is_below(name: str, sections: Sequence[str]) -> bool:
-    return any(name == section or name.startswith(section + ".") for section in sections)
+    return {**dict(leaves(plain(asdict(config)))), "bs x processes": config.bs * distributed.get_world_size()}

@@ -1,7 +1,7 @@
-"""Result tables as files: CSV, JSON lines and YAML, with the standard library and PyYAML; Excel with openpyxl.
+"""The result of an evaluation, where it comes from, and tables of results as files.
 
-A column holds `Int64` (integers, and floats that are all whole), `Float64` or `string`; booleans become strings, and
-NaN and None are missing values, empty in CSV and Excel. Files are written under a temporary name and renamed.
+Tables are CSV, JSON lines, YAML or (with openpyxl) Excel files. A column holds `Int64` (integers, and floats that are
+all whole), `Float64` or `string`; booleans become strings, and NaN and None are missing values, empty in CSV and Excel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FileFormat(Enum):
 
     @property
     def is_binary(self) -> bool:
-        """Whether it is no text: a workbook of one sheet, whose numbers have 16 digits."""
+        """Whether it is not text but a workbook, of one sheet, whose numbers have 16 digits."""
         return self in (FileFormat.EXCEL, FileFormat.XLSX)
 
 
@@ -72,7 +72,7 @@ class Table:
 
 
 def make(results: Mapping[str, Any]) -> Table:
-    """A table of one row, or of one row per element if all values are sequences (of equal length)."""
+    """Make a table of one row, or of one row per element if all values are sequences (of equal length)."""
     values = list(results.values())
     if values and all(isinstance(value, Sequence) and not isinstance(value, str) for value in values):
         return Table({name: _column(list(value)) for name, value in results.items()})
@@ -80,7 +80,7 @@ def make(results: Mapping[str, Any]) -> Table:
 
 
 def vstack(*results: Table) -> Table:
-    """The rows of several tables in one, with the columns of all, in order; missing values where a table has none."""
+    """Join the rows of several tables, with the columns of all, in order; values are missing where a table has none."""
     return _from_rows([row for table in results for row in table.rows()])
 
 
@@ -89,58 +89,54 @@ def save(results: Table, path: str | os.PathLike[str] | OpenFile, file_format: F
 
     Args:
         results: the table.
-        path: a file name, whose ending gives the format, or an open file, which must be a binary one for Excel.
-        file_format: the format; necessary for open files.
+        path: a file name, whose ending gives the format, or an open file, which must be binary for Excel.
+        file_format: necessary for open files.
 
     Raises:
-        ValueError: no format is given, and the ending is not one of `FileFormat`; or Excel, and a text file.
-        ModuleNotFoundError: Excel, and openpyxl is not installed.
+        ValueError: no format is given, and the ending is not one of `FileFormat`; or a text file is given for Excel.
+        ModuleNotFoundError: Excel files need openpyxl.
     """
-    file_format = _format_for(path, file_format)
-    content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results)
+    file_format = _resolve_format(path, file_format)
+    content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results).encode()
     if not isinstance(path, OpenFile):
         with atomic_write(path) as file:
-            file.write(_as_bytes(content))
+            file.write(content)
     elif isinstance(path, io.TextIOBase):
-        path.write(str(content))
+        path.write(content.decode())
     else:
-        path.write(_as_bytes(content))
+        path.write(content)
 
 
 def save_from_dict(
     results: Mapping[str, Any], path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None
 ) -> None:
-    """`save(make(results), path, file_format)`."""
+    """Do `save(make(results), path, file_format)`."""
     save(make(results), path, file_format)
 
 
 def load(path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None = None) -> Table:
-    """Read a table that `save` wrote; arguments and errors as there."""
-    file_format = _format_for(path, file_format)
-    content = path.read() if isinstance(path, OpenFile) else Path(path).read_bytes()
+    """Read a table that `save` wrote; arguments and errors are the same."""
+    file_format = _resolve_format(path, file_format)
+    content: Any = path.read() if isinstance(path, OpenFile) else Path(path).read_bytes()
     if file_format.is_binary:
-        return _from_rows(_from_workbook(_as_bytes(content)))
-    return _from_rows(_READERS[file_format](content if isinstance(content, str) else _as_bytes(content).decode()))
+        return _from_rows(_from_workbook(content))
+    return _from_rows(_READERS[file_format](content if isinstance(content, str) else content.decode()))
 
 
 def save_collection(
     results: Mapping[str, Table], directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV
 ) -> None:
-    """Write tables into a directory, each as `<name><ending of the format>`; other files there stay.
-
-    Args:
-        results: tables by name.
-        directory: created if needed.
-        file_format: of the files.
+    """Write tables by name into a directory, each as `<name><ending of the format>`; other files there stay.
 
     Raises:
         ValueError: a name is empty, begins with a dot or names another directory; nothing is written.
-        ModuleNotFoundError: Excel, and openpyxl is not installed.
+        ModuleNotFoundError: Excel files need openpyxl.
     """
     for name in results:
         if not name or name.startswith(".") or Path(name).name != name:
-            raise ValueError(f"{name!r} names a table, but no file: it must not be empty, begin with a dot or have a /")
-    Path(directory).mkdir(parents=True, exist_ok=True)
+            raise ValueError(
+                f"{name!r} names a table, but it cannot be a file: it is empty, begins with a dot or has a /"
+            )
     for name, table in results.items():
         save(table, Path(directory) / f"{name}{file_format.value}", file_format)
 
@@ -148,16 +144,12 @@ def save_collection(
 def load_collection(directory: str | os.PathLike[str], file_format: FileFormat = FileFormat.CSV) -> dict[str, Table]:
     """Read all tables of one format in a directory, such as the results of several evaluations.
 
-    Args:
-        directory: where `save_collection`, or evaluations, wrote.
-        file_format: which files to read.
-
     Returns:
         Tables by file name without its ending, in alphabetical order.
 
     Raises:
-        FileNotFoundError: there is no such directory.
-        ModuleNotFoundError: Excel, and openpyxl is not installed.
+        FileNotFoundError: the directory does not exist.
+        ModuleNotFoundError: Excel files need openpyxl.
     """
     paths = (path for path in Path(directory).iterdir() if path.suffix == file_format.value)
     return {path.stem: load(path) for path in sorted(paths) if not path.name.startswith(".")}
@@ -225,18 +217,17 @@ def write_results(
     filename: str,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a table of results, and where it comes from; the main process does it.
+    """Write a table of results, and where it comes from; only the main process writes.
 
     Args:
         results: one row, by column.
         output_dir: created if needed.
-        filename: its ending is one of `results.FileFormat`.
-        provenance: what goes, with the results, into `<stem of filename>.json`.
+        filename: its ending is one of `FileFormat`.
+        provenance: written, with the results, to `<stem of filename>.json`.
     """
     if not distributed.is_main_process():
         return
     path = Path(output_dir) / filename
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_from_dict(results, path)
     if provenance is not None:
         with atomic_write(path.with_suffix(".json"), "w") as file:
@@ -244,7 +235,7 @@ def write_results(
 
 
 def as_file_name(text: str) -> str:
-    """A text as part of a file name; where characters must be replaced, with a digest of the text."""
+    """Turn a text into part of a file name; where characters must be replaced, with a digest of the text."""
     safe = re.sub(r"[^A-Za-z0-9._=-]", "_", text)
     if safe == text and len(text) <= MAX_NAME_LENGTH:
         return text
@@ -252,7 +243,7 @@ def as_file_name(text: str) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Nested values with None for numbers that are not finite, which JSON does not have."""
+    """Return nested values with None for numbers that are not finite, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -260,25 +251,18 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _format_for(path: Any, file_format: FileFormat | None) -> FileFormat:
-    file_format = file_format or _format_of(path)
+def _resolve_format(path: Any, file_format: FileFormat | None) -> FileFormat:
+    if file_format is None:
+        endings = ", ".join(member.value for member in FileFormat)
+        if isinstance(path, OpenFile):
+            raise ValueError(f"the format of an open file is unknown: give file_format (one of {endings})")
+        try:
+            file_format = FileFormat(Path(path).suffix)
+        except ValueError:
+            raise ValueError(f"{os.fspath(path)!r}: the ending must be one of {endings}") from None
     if file_format.is_binary and isinstance(path, io.TextIOBase):
-        raise ValueError(f"{file_format.value} is no text: open the file in binary mode")
+        raise ValueError(f"{file_format.value} is not text: open the file in binary mode")
     return file_format
-
-
-def _format_of(path: Any) -> FileFormat:
-    endings = ", ".join(member.value for member in FileFormat)
-    if isinstance(path, OpenFile):
-        raise ValueError(f"the format of an open file is not known: give file_format (one of {endings})")
-    try:
-        return FileFormat(Path(path).suffix)
-    except ValueError:
-        raise ValueError(f"{os.fspath(path)!r}: the ending must be one of {endings}") from None
-
-
-def _as_bytes(content: Any) -> bytes:
-    return content.encode() if isinstance(content, str) else content
 
 
 def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -349,7 +333,7 @@ def _to_workbook(table: Table) -> bytes:
 
 
 def _to_cell(openpyxl: Any, sheet: Any, value: Any) -> Any:
-    # Excel has no infinity. Text stays text also if it begins with "=", as formulas do.
+    # Excel has no infinity. Text must stay text even if it begins with "=", as formulas do.
     is_infinite = isinstance(value, float) and math.isinf(value)
     cell = openpyxl.cell.WriteOnlyCell(sheet, str(value) if is_infinite else value)
     if isinstance(cell.value, str):
@@ -360,7 +344,7 @@ def _to_cell(openpyxl: Any, sheet: Any, value: Any) -> Any:
 def _from_workbook(content: bytes) -> list[dict[str, Any]]:
     workbook = _import_openpyxl().load_workbook(io.BytesIO(content), read_only=True, data_only=True)
     names, *rows = list(workbook.active.iter_rows(values_only=True)) or [()]
-    # Missing values at the end of a row are not in the file.
+    # The file omits missing values at the end of a row.
     padded = (row + (None,) * (len(names) - len(row)) for row in rows)
     return [{name: _INFINITIES.get(value, value) for name, value in zip(names, row, strict=True)} for row in padded]
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dinov3.eval.classification.data import (
     SubsetEx,
-    check_class_mapping,
     check_test_labels,
     create_class_indices_mapping,
     create_train_dataset_dict,
@@ -151,32 +150,31 @@ def named(*classes: str) -> Any:
 
 def test_class_that_was_not_trained_is_named() -> None:
     with pytest.raises(ValueError, match=r"1 of the 2 classes of eval.test_dataset are.*'fox'.*'cat', 'dog': give"):
-        find_class_mapping(named("cat", "dog"), named("dog", "fox"), "eval.test_dataset")
+        find_class_mapping(named("cat", "dog"), named("dog", "fox"), 5, "eval.test_dataset")
 
 
 def test_part_of_the_classes_is_found_by_name(caplog: pytest.LogCaptureFixture) -> None:
     train = named("ant", "bee", "cat", "dog")
     with caplog.at_level("WARNING", logger="dinov3"):
-        mapping = find_class_mapping(train, named("bee", "dog"), "eval.test_dataset")
+        mapping = find_class_mapping(train, named("bee", "dog"), 5, "eval.test_dataset")
     assert mapping is not None and mapping.tolist() == [1, 3]
     assert "eval.test_dataset has 2 of the 4 training classes" in caplog.text
 
 
 def test_equal_or_unnamed_classes_need_no_mapping() -> None:
     train = named("cat", "dog")
-    assert find_class_mapping(train, named("cat", "dog"), "x") is None
-    assert find_class_mapping(train, ItemsOnly([0]), "x") is None
-    assert find_class_mapping(ItemsOnly([0]), train, "x") is None
+    assert find_class_mapping(train, named("cat", "dog"), 5, "x") is None
+    assert find_class_mapping(train, ItemsOnly([0]), 5, "x") is None
+    assert find_class_mapping(ItemsOnly([0]), train, 5, "x") is None
 
 
 def test_dataset_may_name_its_part_of_the_classes() -> None:
     dataset = named("a", "b")
     dataset.get_imagenet_class_mapping = lambda: np.array([4, 1])
-    mapping = find_class_mapping(ItemsOnly([0]), dataset, "x")
+    mapping = find_class_mapping(ItemsOnly([0]), dataset, 5, "x")
     assert mapping is not None and mapping.tolist() == [4, 1]
-    check_class_mapping(mapping, 5, "x")
     with pytest.raises(ValueError, match="x has some of at least 5 classes, but train.dataset has only 4"):
-        check_class_mapping(mapping, 4, "x")
+        find_class_mapping(ItemsOnly([0]), dataset, 4, "x")
 
 
 @pytest.mark.parametrize(
