@@ -1,4 +1,4 @@
-"""What becomes of a released backbone whose heads are not released, when a training goes on from it.
+"""What happens to a released backbone, whose heads are not released, when a training starts from it.
 
     make demo
     python benchmarks/head_warmup.py [--demo outputs/demo] [--steps 200] [--output-dir outputs/head_warmup]
@@ -44,7 +44,7 @@ def main() -> None:
 
     start = accuracies(args.demo, backbone, args.output_dir / "knn" / "start")
     iterations = [args.steps * (i + 1) // N_EVALUATIONS for i in range(N_EVALUATIONS)]
-    print(f"| heads trained alone | feature | start | {' | '.join(f'after {n}' for n in iterations)} |")
+    print(f"| only heads trained | feature | start | {' | '.join(f'after {n}' for n in iterations)} |")
     print(f"| --- | --- | {'| '.join(['---: '] * (1 + N_EVALUATIONS))}|")
     for epochs, name in ((0.5, f"{args.steps // 2} steps"), (0.0, "never")):
         run = args.output_dir / f"frozen{epochs}"

@@ -38,7 +38,7 @@ class DinoV3SetupArgs:
     """What a run is configured with.
 
     Args:
-        config_file: recipe merged over the default configuration; empty for the default alone.
+        config_file: recipe merged over the default configuration; empty for only the default.
         pretrained_weights: weights for those who build a model from this.
         shard_unsharded_model: whether they shard a model whose weights come from one file.
         output_dir: sets `train.output_dir`; empty or None leaves it to the file and the options.
@@ -97,7 +97,7 @@ def get_default_config() -> DictConfig:
 def get_cfg_from_args(args: Any, multidistillation: bool = False, strict: bool = True) -> DictConfig:
     """Merge the default configuration, a recipe file, `key=value` options and the output directory; later ones win.
 
-    Keys and types are checked; what follows from several keys together is `validate`'s part.
+    Keys and types are checked; `validate` checks what several keys say together.
 
     Args:
         args: a `DinoV3SetupArgs`, or anything with its attributes `config_file`, `opts` and `output_dir`.
@@ -116,7 +116,7 @@ def get_cfg_from_args(args: Any, multidistillation: bool = False, strict: bool =
 
 
 def layers_of(args: Any) -> list[Layer]:
-    """The recipe file (if any), each option, and the output directory of `args`, in rising precedence."""
+    """Return the recipe file (if any), each option and the output directory of `args`, in rising precedence."""
     layers = []
     if args.config_file:
         path = resolve_config_path(args.config_file)
@@ -167,7 +167,7 @@ def unknown_keys(layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def wrong_values(cfg: DictConfig) -> dict[str, str]:
-    """Return one sentence for each value of a wrong type or outside its choices; unknown keys are left alone."""
+    """Return one sentence for each value of a wrong type or outside its choices; unknown keys are passed over."""
     return {
         key: problem
         for key, value in leaves_of(TrainingConfig, plain(cfg))
@@ -176,7 +176,7 @@ def wrong_values(cfg: DictConfig) -> dict[str, str]:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """The configuration as nested dictionaries, interpolations resolved.
+    """Return the configuration as nested dictionaries, interpolations resolved.
 
     Raises:
         ConfigError: an interpolation leads nowhere, or a value is missing (`???`).
@@ -190,10 +190,10 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def parse_options(tokens: Sequence[str]) -> list[Layer]:
-    """One layer for each `key=value` token; values are YAML (`1e-3`, `[512,768]`, `null`, `true`, `'text'`).
+    """Return one layer for each `key=value` token; values are YAML (`1e-3`, `[512,768]`, `null`, `true`, `'text'`).
 
     Raises:
-        ConfigError: a token without `=`, without a key, or whose value is no YAML.
+        ConfigError: a token without `=`, without a key, or whose value is not YAML.
     """
     if isinstance(tokens, str):
         raise ConfigError(f"options must be a list of 'key=value', not the text {tokens!r}")
@@ -259,7 +259,7 @@ def is_placeholder(value: Any) -> bool:
 
 
 def joined(problems: Sequence[str]) -> str:
-    """One problem as it is, several as a list."""
+    """Return one problem as it is, several as a list."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems in the configuration:" + "".join(f"\n  - {problem}" for problem in problems)
@@ -270,7 +270,7 @@ def _parse_option(token: Any) -> DictConfig:
     if not equals:
         raise ConfigError(f"option {token!r}: expected key=value, for instance optim.epochs=10")
     if not key or key != key.strip() or key.startswith("-") or not all(key.split(".")):
-        raise ConfigError(f"option {token!r}: {key!r} is no key; expected key=value, for instance optim.epochs=10")
+        raise ConfigError(f"option {token!r}: {key!r} is not a key; expected key=value, for instance optim.epochs=10")
     try:
         return OmegaConf.from_dotlist([token])
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -14,11 +14,10 @@ logger = logging.getLogger("dinov3")
 
 
 def learning_rate_scale(cfg: Any, world_size: int | None = None) -> float:
-    """The factor by which `optim.scaling_rule` multiplies learning rates.
+    """Return the factor by which `optim.scaling_rule` multiplies learning rates.
 
     Args:
-        cfg: the training configuration.
-        world_size: number of processes; None: of this job (1 without a process group).
+        world_size: number of processes. Default: those of this job (1 without a process group).
 
     Returns:
         With B = `train.batch_size_per_gpu` x processes x `train.grad_accumulation_steps`, the images of a step: B/256

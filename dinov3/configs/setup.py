@@ -28,7 +28,7 @@ _made_process_group = False
 
 
 def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
-    """The configuration of a run: merged, checked, written to the output directory, and scaled to the batch.
+    """Merge the configuration of a run, check it, write it to the output directory, and scale it to the batch.
 
     `config.yaml` holds the settings before the learning rate is scaled, so that it can be given to another run.
 
@@ -108,7 +108,7 @@ def _check_and_write(cfg: DictConfig) -> DictConfig:
 def write_config(cfg: Any, output_dir: str | os.PathLike[str], name: str = "config.yaml") -> str:
     """Write a configuration to `<output_dir>/<name>`, completely or not at all.
 
-    The main process of the subgroup does it; the others only learn the path.
+    Only the main process of the subgroup writes.
 
     Returns:
         The path, in every process.
@@ -134,7 +134,7 @@ def make_output_dir(output_dir: str | os.PathLike[str]) -> Path:
         Its real path.
 
     Raises:
-        RuntimeError: it cannot be created, is no directory, or cannot be written.
+        RuntimeError: it cannot be created, is not a directory, or cannot be written.
     """
     directory = Path(os.path.realpath(os.path.expanduser(output_dir)))
     try:
@@ -164,12 +164,12 @@ def setup_job(
     """Prepare a process: output directory, process group, log, seeds. `exit_job` undoes it.
 
     Args:
-        output_dir: created if needed, and the log goes into it; None: the log goes to standard output only.
+        output_dir: created if needed, and the log goes into it. Default: the log goes only to standard output.
         distributed_enabled: join the job's process group (a group of one without a launcher), unless there is one.
         logging_enabled: set up the log (INFO and above).
-        seed: process r seeds its random generators with `seed + r`; None leaves them alone.
+        seed: process r seeds its random generators with `seed + r`; None leaves them as they are.
         restrict_print_to_main_process: silence `print` in the other processes.
-        distributed_timeout: of collectives; None: the backend's own.
+        distributed_timeout: limit for collectives. Default: the backend's own.
 
     Raises:
         RuntimeError: the output directory cannot be written, or the process group cannot be made.

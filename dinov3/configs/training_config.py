@@ -52,9 +52,7 @@ class ComputePrecision:
 
     param_dtype: str = key("bf16", "what forward and backward compute in, and crops are cast to", choices=_DTYPES)
     reduce_dtype: str = key("fp32", "what gradients are summed in across processes", choices=_DTYPES)
-    sharding_strategy: str = key(
-        "SHARD_GRAD_OP", "keep weights whole between forward and backward", choices=("SHARD_GRAD_OP",)
-    )
+    sharding_strategy: str = key("SHARD_GRAD_OP", "weights stay whole until backward", choices=("SHARD_GRAD_OP",))
 
 
 @dataclass
@@ -167,9 +165,7 @@ class Gram:
     loss_weight: float = key(1.0, "constant weight, if loss_weight_schedule is null", minimum=0)
     ema_teacher: bool = key(False, "anchor to the present EMA teacher instead of an earlier one")
     ckpt: str | None = key(None, "file or directory with the Gram teacher to start from")
-    it_load_ema_teacher: int = key(
-        -1, "copy the EMA teacher into the Gram teacher before this iteration; negative: never"
-    )
+    it_load_ema_teacher: int = key(-1, "copy the EMA into the Gram teacher before this iteration; negative: never")
     rep_update: bool = key(True, "refresh the Gram teacher from the EMA teacher every update_frequency iterations")
     update_frequency: int = key(50000, "iterations between refreshes", minimum=1)
     it_first_update: int = key(0, "no refresh before this many iterations", minimum=0)
@@ -208,11 +204,9 @@ class Train:
     use_teacher_head: bool = _unused(True)
     learn_from_teacher_tokens: bool = _unused(False)
     centering: str = key(
-        "sinkhorn_knopp", "how the teacher's targets are balanced over the prototypes", choices=("sinkhorn_knopp",)
+        "sinkhorn_knopp", "balances the teacher's targets over prototypes", choices=("sinkhorn_knopp",)
     )
-    checkpointing: bool = key(
-        False, "recompute activations of the backbone's blocks in the backward pass, to save memory"
-    )
+    checkpointing: bool = key(False, "recompute activations of the blocks in the backward pass, to save memory")
     checkpointing_full: bool = key(False, "recompute all of them, instead of keeping the costly ones")
     compile: bool | str = key(True, "torch.compile; auto: on a CUDA device only", choices=_AUTO)
     cudagraphs: bool = key(False, "with compile: record CUDA graphs of the blocks")
@@ -227,9 +221,7 @@ class Train:
         choices=("auto", "always", "never"),
     )
     sharded_eval_checkpoint: bool = key(False, "export the teacher as a sharded directory instead of one file")
-    cache_dataset: bool = key(
-        False, "each process cycles over its own part of the data, so that node-local caches work"
-    )
+    cache_dataset: bool = key(False, "each process cycles over its own part of the data, for node-local caches")
     on_bad_image: str = key("raise", "skip takes another image when one does not decode", choices=("raise", "skip"))
     max_nonfinite_steps: int = key(0, "non-finite steps in a row that are dropped; one more stops the run", minimum=0)
     print_freq: int = key(10, "iterations between lines in the log and in training_metrics.json", minimum=1)
@@ -247,15 +239,11 @@ class Student:
     drop_path_rate: float = key(0.3, "stochastic depth of a ViT", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial value of a ViT's residual scales; null or 0: none", minimum=0)
     pretrained_weights: str | None = key("", "backbone weights to start from")
-    ffn_layer: str = key(
-        "mlp", "feed-forward layers of a ViT", choices=("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128")
-    )
+    ffn_layer: str = key("mlp", "feed-forward layers", choices=("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"))
     ffn_ratio: float | None = key(
         None, "hidden width of the feed-forward layers over the embedding's; null: the architecture's own", above=0
     )
-    resume_from_teacher_chkpt: str | None = key(
-        "", "teacher export (backbone and heads) from which student and EMA start"
-    )
+    resume_from_teacher_chkpt: str | None = key("", "teacher export (backbone and heads) to start student and EMA from")
     qkv_bias: bool = key(True, "bias in the attention's input projection")
     proj_bias: bool = key(True, "bias in the attention's output projection")
     ffn_bias: bool = key(True, "bias in the feed-forward layers")
@@ -267,9 +255,7 @@ class Student:
     n_storage_tokens: int = key(0, "register tokens", minimum=0)
     mask_k_bias: bool = key(False, "no bias on attention keys")
     untie_cls_and_patch_norms: bool = key(False, "a final norm of its own for the class and storage tokens")
-    untie_global_and_local_cls_norm: bool = key(
-        False, "a final norm of its own for the class tokens of local crops, in training"
-    )
+    untie_global_and_local_cls_norm: bool = key(False, "in training: a final norm for class tokens of local crops")
     in_chans: int = key(3, "image channels", minimum=1)
     pos_embed_type: str = key("rope", "both are the same", choices=("rope", "ropenew"))
     pos_embed_rope_base: float | None = key(
@@ -280,19 +266,11 @@ class Student:
     pos_embed_rope_normalize_coords: str = key(
         "separate", "the image side that is mapped to [-1, 1]", choices=("min", "max", "separate")
     )
-    pos_embed_rope_shift_coords: float | None = key(
-        None, "in training: shift coordinates by up to this much", minimum=0
-    )
-    pos_embed_rope_jitter_coords: float | None = key(
-        None, "in training: stretch each axis by up to this factor", minimum=1
-    )
-    pos_embed_rope_rescale_coords: float | None = key(
-        None, "in training: stretch both axes together by up to this factor", minimum=1
-    )
+    pos_embed_rope_shift_coords: float | None = key(None, "in training: shift coordinates by at most this", minimum=0)
+    pos_embed_rope_jitter_coords: float | None = key(None, "in training: stretch each axis by at most this", minimum=1)
+    pos_embed_rope_rescale_coords: float | None = key(None, "in training: stretch both axes by at most this", minimum=1)
     pos_embed_rope_dtype: str = key("bf16", "precision of the rotation's periods", choices=_DTYPES)
-    fp8_enabled: bool = key(
-        False, "8-bit matrix products in training: CUDA devices of capability 8.9 or more, and CPUs for tests"
-    )
+    fp8_enabled: bool = key(False, "train with 8-bit matrix products: CUDA of capability 8.9 or more, CPUs for tests")
     fp8_filter: str = key("blocks", "regular expression: the linear layers that fp8_enabled converts")
 
 
@@ -314,9 +292,7 @@ class Distillation:
 
     enabled: bool = key(False, "switch it on")
     full_cfg_path: str | None = key("", "the teacher's training configuration, for its architecture and heads")
-    checkpoint_path: str | None = key(
-        "", "the teacher's export, a file or a directory; ignore: random weights, for tests"
-    )
+    checkpoint_path: str | None = key("", "the teacher's export, file or directory; ignore: random weights, for tests")
 
 
 @dataclass
@@ -325,9 +301,7 @@ class Multidistillation:
 
     enabled: bool = key(False, "switch it on; needs global_batch_size and students")
     global_batch_size: int = key(UNSET, "images per batch of all processes together", minimum=1)
-    students: list[Any] = key(
-        UNSET, "list of {name, config_path, ranks_range: [first process, process after the last]}"
-    )
+    students: list[Any] = key(UNSET, "list of {name, config_path, ranks_range: [first process, last process + 1]}")
 
 
 @dataclass
@@ -346,17 +320,13 @@ class Optim:
     optimizer: str = key("adamw", "with decoupled weight decay", choices=("adamw",))
     weight_decay: float | None = key(0.04, "at the start (without `schedules`)", minimum=0)
     weight_decay_end: float | None = key(0.4, "at the end, reached on a cosine (without `schedules`)", minimum=0)
-    lr: float | None = key(
-        0.001, "peak learning rate, for the batch that scaling_rule names (without `schedules`)", minimum=0
-    )
+    lr: float | None = key(0.001, "peak learning rate, before scaling_rule (without `schedules`)", minimum=0)
     warmup_epochs: float | None = key(10, "linear rise of the learning rate from 0 (without `schedules`)", minimum=0)
     min_lr: float | None = key(1e-6, "learning rate at the end, never scaled (without `schedules`)", minimum=0)
     schedule_trunc_extra: float | None = key(
         0.0, "stretch the cosines by this fraction and cut them off (without `schedules`)", minimum=0
     )
-    clip_grad: float | None = key(
-        3.0, "largest gradient norm of the backbone and of each head; null or 0: no clipping", minimum=0
-    )
+    clip_grad: float | None = key(3.0, "largest gradient norm of backbone and each head; null or 0: any", minimum=0)
     freeze_last_layer_epochs: float | None = key(
         1, "how long the last layers of the heads are frozen (without `schedules`)", minimum=0
     )
@@ -370,9 +340,7 @@ class Optim:
     )
     patch_embed_lr_mult: float = key(0.2, "learning rate of the patch embedding, relative", minimum=0)
     dino_head_wd_multiplier: float = key(1.0, "weight decay of the class-token head, relative", minimum=0)
-    layerwise_decay: float = key(
-        0.9, "learning rate of a ViT's block relative to that of the next block", above=0, maximum=1
-    )
+    layerwise_decay: float = key(0.9, "learning rate of a ViT's block relative to the next block's", above=0, maximum=1)
     multi_tensor_optim: bool = key(True, "fuse parameter groups with equal settings")
     dump_fsdp_weights_path: str | None = _unused("")
     adamw_beta1: float = key(0.9, "decay of the mean of gradients", minimum=0, below=1)
@@ -383,13 +351,9 @@ class Optim:
 class Crops:
     """Sizes in pixels; lists of one length give several resolutions, one of which is drawn for each batch."""
 
-    global_crops_scale: list[float] = key(
-        [0.32, 1.0], "share of the image's area that a global crop shows", above=0, maximum=1, length=2
-    )
+    global_crops_scale: list[float] = key([0.32, 1.0], "share of the image's area", above=0, maximum=1, length=2)
     local_crops_number: int = key(8, "local crops per image; there are 2 global ones", minimum=1)
-    local_crops_scale: list[float] = key(
-        [0.05, 0.32], "share of the image's area that a local crop shows", above=0, maximum=1, length=2
-    )
+    local_crops_scale: list[float] = key([0.05, 0.32], "share of the image's area", above=0, maximum=1, length=2)
     global_crops_size: int | list[int] = key(224, "side of a global crop", minimum=1)
     local_crops_size: int | list[int] = key(96, "side of a local crop", minimum=1)
     global_local_crop_pairs_ratios: float | list[float] = key(1.0, "how often each resolution is drawn", above=0)
@@ -434,15 +398,9 @@ class Checkpointing:
     period: int = key(3750, "iterations between checkpoints; there is always one at the end", minimum=1)
     max_to_keep: int | None = key(3, "newest checkpoints that stay; null: all", minimum=1)
     keep_every: int = key(99999999999999999, "iterations between checkpoints that are kept for ever", minimum=1)
-    max_seconds: float | None = key(
-        None, "also save when this long has passed since the last save; null: by iterations only", above=0
-    )
-    async_save: bool = key(
-        False, "write checkpoints in the background while training continues; needs memory for a copy"
-    )
-    verify: bool | str = key(
-        "auto", "compare checksums when a checkpoint is loaded; auto: of up to 8 GB", choices=_AUTO
-    )
+    max_seconds: float | None = key(None, "also save this long after the last save; null: by iterations only", above=0)
+    async_save: bool = key(False, "write checkpoints in the background; needs memory for a copy")
+    verify: bool | str = key("auto", "compare checksums when loading a checkpoint; auto: of up to 8 GB", choices=_AUTO)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def find_problems(cfg: Any, world_size: int | None = None) -> list[str]:
     # Ranges may rely on the types, and the rules on everything before.
     problems = problems or list(wrong_values(cfg).values())
     if not problems:
-        # An empty section, e.g. `schedules: {lr: null}`, is no setting.
+        # An empty section, e.g. `schedules: {lr: null}`, is not a setting.
         ranges = (SETTINGS[key].range_problem(value) for key, value in leaves.items() if key in SETTINGS)
         problems = [problem for problem in ranges if problem] + [*multidistillation.student_list_problems(cfg)]
     if problems:

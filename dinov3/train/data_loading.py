@@ -39,7 +39,7 @@ class Resolution:
 
 
 def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
-    """An endless loader of training batches, from the batch of `start_iteration` on.
+    """Build an endless loader of training batches, from the batch of `start_iteration` on.
 
     Args:
         cfg: the training configuration; with lists of crop sizes there is one loader per entry, drawn by
@@ -47,7 +47,7 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
         start_iteration: number of batches that the run consumed before.
 
     Returns:
-        An iterable of dictionaries of `collate_data_and_cast`.
+        An iterable of batches as `collate_data_and_cast` makes them.
     """
     resolutions = crop_resolutions(cfg)
     delivered = _batches_delivered(resolutions, start_iteration)
@@ -68,7 +68,7 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
 
 
 def crop_resolutions(cfg: Any) -> list[Resolution]:
-    """One entry per crop resolution; a scalar setting counts as a list of one."""
+    """Return one entry per crop resolution; a scalar setting counts as a list of one."""
     crops = cfg.crops
     global_sizes, local_sizes = as_list(crops.global_crops_size), as_list(crops.local_crops_size)
     has_gram_crops = cfg.gram.use_loss and not cfg.gram.ema_teacher
@@ -78,7 +78,7 @@ def crop_resolutions(cfg: Any) -> list[Resolution]:
 
 
 def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
-    """The dataset of `train.dataset_path` with the multi-crop augmentation; targets are dropped."""
+    """Build the dataset of `train.dataset_path` with the multi-crop augmentation; targets are dropped."""
     augmentation = build_augmentation(cfg, resolution)
     return make_dataset(
         dataset_str=cfg.train.dataset_path,
@@ -89,7 +89,7 @@ def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
 
 
 def build_augmentation(cfg: Any, resolution: Resolution) -> DataAugmentationDINO:
-    """The multi-crop augmentation of one loader; its crops are uint8."""
+    """Build the multi-crop augmentation of one loader; its crops are uint8."""
     crops = cfg.crops
     return DataAugmentationDINO(
         global_crops_scale=tuple(crops.global_crops_scale),
@@ -125,7 +125,7 @@ def _build_loader(cfg: Any, resolution: Resolution, index: int, first_batch: int
 
 
 def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[str, Any]]:
-    """The collate function of one loader: stacks crops, draws the iBOT masks, normalises and casts."""
+    """Build the collate function of one loader: it stacks crops, draws the iBOT masks, normalises and casts."""
     patch_size = int(cfg.student.patch_size * cfg.crops.teacher_to_student_resolution_scale)
     side = resolution.global_size // patch_size
     # The published expression, floor by floor: at most half of the patches may be masked by one block.
@@ -144,7 +144,7 @@ def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[st
 
 
 def images_per_process(cfg: Any) -> int:
-    """How many images each process decodes for a batch; of several students' the last may decode too many."""
+    """Return how many images each process decodes for a batch; with several students the last may be too many."""
     if not cfg.multidistillation.enabled:
         return int(cfg.train.batch_size_per_gpu)
     return math.ceil(cfg.multidistillation.global_batch_size / distributed.get_world_size())

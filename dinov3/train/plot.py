@@ -151,7 +151,7 @@ def plot_losses(output_dir: str | Path) -> Path:
 
 
 def draw_metrics(records: list[dict[str, Any]], evaluations: Evaluations | None = None) -> Figure:
-    """The figure of `plot_losses`, on its own Agg canvas.
+    """Draw the figure of `plot_losses` on its own Agg canvas.
 
     Args:
         records: from `read_metrics`, at least one.

@@ -35,7 +35,7 @@ class StepResult:
     """What a step measured, and what all ranks learned in it.
 
     Attributes:
-        metrics: averages over the ranks and micro-batches, on the device.
+        metrics: averages over ranks and micro-batches, on the device.
         problem: why the step was not applied; None if it was.
         requests: what at least one rank asked for.
     """
