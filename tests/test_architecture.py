@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -25,9 +26,14 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, at_import: bool) -> Iterator[str]:
     """Yield the modules of this package that a file imports; `at_import` leaves out imports inside functions."""
-    tree = ast.parse(path.read_text())
+    tree = parse(path)
     skipped: set[ast.AST] = set()
     if at_import:
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -76,7 +82,7 @@ def test_only_the_runtime_names_cuda() -> None:
     bad = [
         f"{module}:{node.lineno}"
         for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and node.attr == "cuda" and module != "dinov3.distributed.runtime"
     ]
     assert bad == []

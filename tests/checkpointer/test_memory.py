@@ -40,7 +40,9 @@ def growth(action: Callable[[], object]) -> float:
     before = anonymous_mib()
     thread = threading.Thread(target=watch)
     thread.start()
-    action()
+    result = action()
+    peak[0] = max(peak[0], anonymous_mib())  # with the result still held, however late the thread looks
+    del result
     done.set()
     thread.join()
     return peak[0] - before
