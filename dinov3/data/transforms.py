@@ -165,9 +165,10 @@ def get_target_transform(dataset_str: str) -> Callable[[Any], Tensor] | None:
     Returns:
         A function of a label, or None if labels are used as they are.
     """
-    if "VOC2007" in dataset_str:
+    name = dataset_str.partition(":")[0]  # not in a path such as root=/data/VOC2007
+    if "VOC2007" in name:
         return voc2007_classification_target_transform
-    if "IMaterialist" in dataset_str:
+    if "IMaterialist" in name:
         return imaterialist_classification_target_transform
     return None
 

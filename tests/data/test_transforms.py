@@ -109,6 +109,7 @@ def test_imaterialist_target_is_one_where_an_attribute_is_present() -> None:
         ("VOC2007:split=TRAIN", voc2007_classification_target_transform),
         ("IMaterialist:split=VAL", imaterialist_classification_target_transform),
         ("ImageNet:split=TRAIN", None),
+        ("ImageFolder:root=/data/VOC2007", None),
     ],
 )
 def test_target_transform_by_dataset(dataset_str: str, transform: Any) -> None:
