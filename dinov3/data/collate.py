@@ -66,17 +66,16 @@ def collate_data_and_cast(
     if mask_generator is None:
         raise ValueError("collate_data_and_cast needs a mask_generator, e.g. MaskingGenerator(input_size=(14, 14))")
     crops = [sample[0] for sample in samples_list]
-    batch = {
-        f"collated_{key}": _to_dtype(_stack(crops, key), dtype, normalize)
-        for key in ("global_crops", "local_crops", "gram_teacher_crops")
-        if key in crops[0]
-    }
+    batch = {}
+    for key in ("global_crops", "local_crops", "gram_teacher_crops"):
+        if key in crops[0]:
+            stacked = torch.stack([sample[key][i] for i in range(len(crops[0][key])) for sample in crops])
+            batch[f"collated_{key}"] = _to_dtype(stacked, dtype, normalize)
     n_masks = len(crops[0]["global_crops"]) * (local_batch_size or len(crops))
-    counts = _masked_patches_per_crop(
-        n_crops=int(n_masks * mask_probability),
-        n_tokens=mask_generator.num_patches if n_tokens is None else n_tokens,
-        ratios=mask_ratio_tuple,
-    )
+    n_tokens = mask_generator.num_patches if n_tokens is None else n_tokens
+    # In float32, because its products sometimes truncate to other integers than those of float64.
+    shares = torch.linspace(*mask_ratio_tuple, int(n_masks * mask_probability) + 1, dtype=torch.float32)[1:]
+    counts: list[int] = (n_tokens * shares).long().tolist()
     masks = [_draw_mask(mask_generator, count, random_circular_shift) for count in counts]
     # Empty masks are drawn, too: that advances NumPy's generator, as published.
     masks += [mask_generator(0) for _ in range(n_masks - len(counts))]
@@ -111,10 +110,6 @@ def get_batch_subset(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
     return subset
 
 
-def _stack(crops: list[dict[str, Any]], key: str) -> Tensor:
-    return torch.stack([sample[key][index] for index in range(len(crops[0][key])) for sample in crops])
-
-
 def _to_dtype(crops: Tensor, dtype: torch.dtype, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Tensor:
     if crops.dtype != torch.uint8:
         return crops.to(dtype)
@@ -122,12 +117,6 @@ def _to_dtype(crops: Tensor, dtype: torch.dtype, normalize: tuple[Sequence[float
         raise ValueError("the crops are uint8: pass normalize=(mean, std) to convert them to floats")
     mean, std = (torch.tensor(tuple(values), dtype=torch.float32).view(-1, 1, 1) for values in normalize)
     return crops.float().div_(255).sub_(mean).div_(std).to(dtype)
-
-
-def _masked_patches_per_crop(*, n_crops: int, n_tokens: int, ratios: tuple[float, float]) -> list[int]:
-    # In float32, because its products sometimes truncate to other integers than those of float64.
-    shares = torch.linspace(*ratios, n_crops + 1, dtype=torch.float32)[1:]
-    return (n_tokens * shares).long().tolist()
 
 
 def _draw_mask(generator: MaskingGenerator, count: int, random_circular_shift: bool) -> np.ndarray:

@@ -79,7 +79,19 @@ class DepthMapDecoder(DenseTargetDecoder):
         self.scale = scale
 
     def decode(self) -> np.ndarray:  # type: ignore[override]
-        metres = self._load_array() if self.image_data.startswith(_NPY) else self._load_image()
+        if self.image_data.startswith(_NPY):
+            array = np.load(BytesIO(self.image_data), allow_pickle=False)
+            if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"expected floats [height, width] in metres, found {array.dtype} {list(array.shape)}")
+            metres = array.astype(np.float32)
+        else:
+            image = super().decode()
+            if image.mode not in _DEEP_MODES:
+                raise ValueError(
+                    f"expected a grey PNG of 16 bits, whose values divided by scale={self.scale:g} are metres, found "
+                    f"an image of mode {image.mode}"
+                )
+            metres = np.asarray(image).astype(np.float32) / np.float32(self.scale)
         metres = np.where(np.isfinite(metres), metres, np.float32(0))
         if (metres < 0).any():
             raise ValueError(
@@ -87,18 +99,3 @@ class DepthMapDecoder(DenseTargetDecoder):
                 "a measurement by 0"
             )
         return metres
-
-    def _load_image(self) -> np.ndarray:
-        stored = super().decode()
-        if stored.mode not in _DEEP_MODES:
-            raise ValueError(
-                f"expected a grey PNG of 16 bits, whose values divided by scale={self.scale:g} are metres, found an "
-                f"image of mode {stored.mode}"
-            )
-        return np.asarray(stored).astype(np.float32) / np.float32(self.scale)
-
-    def _load_array(self) -> np.ndarray:
-        stored = np.load(BytesIO(self.image_data), allow_pickle=False)
-        if stored.ndim != 2 or not np.issubdtype(stored.dtype, np.floating):
-            raise ValueError(f"expected floats [height, width] in metres, found {stored.dtype} {list(stored.shape)}")
-        return stored.astype(np.float32)

@@ -137,7 +137,10 @@ class ImageNet22k(ExtendedVisionDataset):
         rows: list[tuple[int, str, int, int, str]] = []
         for class_index, class_id in enumerate(class_ids):
             path, log = Path(self.root, f"{class_id}.tar"), Path(self.root, "blocks", f"{class_id}.log")
-            members = _read_block_log(log, path) if log.is_file() else _read_headers(path)
+            if log.is_file():
+                members = list(_read_block_log(log, path))
+            else:
+                members = [(member.name, member.start, member.end) for member in iter_files(path)]
             rows += [(class_index, class_id, start, end, name) for name, start, end in members]
         rows = [row for row in rows if row[-1] != UNREADABLE_FILE]
         if not rows:
@@ -157,10 +160,6 @@ class ImageNet22k(ExtendedVisionDataset):
     @property
     def _entries(self) -> np.ndarray:
         return self._extra.load("entries")
-
-
-def _read_headers(tar: Path) -> Iterator[tuple[str, int, int]]:
-    return ((member.name, member.start, member.end) for member in iter_files(tar))
 
 
 def _read_block_log(log: Path, tar: Path) -> Iterator[tuple[str, int, int]]:
