@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_hex, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -74,11 +74,21 @@ def depth_picture(depth: np.ndarray, *, image: Image.Image, limits: tuple[float,
             cax=_add_axes(figure, left + width + gap, top, 1.2 * text, height),
             # With 1, 2 and 5 the ticks are round; more than seven, or less than 2.5 lines apart, are hard to read.
             ticks=MaxNLocator(min(7, max(2, int(height / (2.5 * text)))), steps=[1, 2, 5, 10]),
-            format=FuncFormatter(lambda value, _: f"{value:g} m"),
+            format=_MetreFormatter(),
         )
         bar.ax.tick_params(labelsize=text, length=text // 3, width=max(1, text // 12))
         bar.outline.set_visible(False)
     return _render(figure, gap)
+
+
+class _MetreFormatter(ScalarFormatter):
+    # All ticks have the same number of decimals, as the base class finds it, and no factor beside the axis.
+    def __init__(self) -> None:
+        super().__init__(useOffset=False)
+        self.set_scientific(False)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{super().__call__(x, pos)} m"
 
 
 def segmentation_picture(
@@ -279,10 +289,8 @@ def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    # Without pyplot, whose figures stay alive and need a main thread.
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
+    # Not one of pyplot's, which stay alive until they are closed and may need the main thread.
+    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
 
 def _add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

@@ -112,10 +112,10 @@ def test_a_flat_map_has_the_colour_of_the_middle() -> None:
 def test_the_scale_has_round_numbers_of_metres(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "_render", lambda figure, margin: figure)
     figure: Any = draw_depth(ramp(), limits=(2.1, 4.9))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     labels = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
     assert [label for label in labels if 2.1 <= float(label.split()[0]) <= 4.9] == [
-        "2.5 m", "3 m", "3.5 m", "4 m", "4.5 m"
+        "2.5 m", "3.0 m", "3.5 m", "4.0 m", "4.5 m"
     ]  # fmt: skip
 
 
