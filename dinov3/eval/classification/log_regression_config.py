@@ -22,7 +22,7 @@ RESULTS_FILENAME = "results-log-regression.csv"
 MAIN_METRICS = ["top-1(_mean)?"]
 DTYPES = ("float32", "float64")
 AUTO_DTYPE = "auto"
-#: Multiply-adds of a pass over the features below which float64 costs little: there, calls of functions take most time.
+#: Multiply-adds of a pass over the features below which float64 costs little, because function calls dominate.
 SMALL_PASS = 2**18
 
 
@@ -39,14 +39,14 @@ class TrainConfig:
     """Training and validation images, and the fit."""
 
     dataset: str = key(MISSING, "labelled training images, e.g. ImageFolder:root=DIR")
-    val_dataset: str | None = key(None, "images that C is chosen by; null: a tenth of the training images")
+    val_dataset: str | None = key(None, "images to choose C by; null: a tenth of the training images")
     val_metric_type: ClassificationMetricType = key(
-        ClassificationMetricType.MEAN_ACCURACY, "what C is chosen by, such as MEAN_PER_CLASS_ACCURACY"
+        ClassificationMetricType.MEAN_ACCURACY, "what to choose C by, such as MEAN_PER_CLASS_ACCURACY"
     )
     batch_size: int = key(256, "images per step and process")
     num_workers: int = key(5, "loader processes")
     solver: Solver = key(
-        Solver.AUTO, "TORCH, or SKLEARN, the published one, which takes many times as long; AUTO: TORCH"
+        Solver.AUTO, "TORCH, or SKLEARN, which is the published one and many times slower; AUTO: TORCH"
     )
     tol: float = key(1e-12, "where a fit ends; TORCH: excess of the mean loss, at least what product_dtype can reach")
     max_train_iters: int = key(1000, "of L-BFGS")
@@ -56,7 +56,7 @@ class TrainConfig:
     train_dtype: str = key("float64", "of SKLEARN: float64 or float32")
     product_dtype: str = key(
         AUTO_DTYPE,
-        "of TORCH's matrix products; its sums are float64. auto: float64 for small problems, else float32",
+        "of TORCH's matrix products; its sums are float64. auto: float64 for small problems, otherwise float32",
     )
     memory_budget_mb: float = key(
         4096, "for TORCH's copy of the features, and for its searches; above it: blocks of features, fewer C at once"

@@ -27,7 +27,7 @@ class ModelWithNormalize(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Unit rows [B, D]."""
+        """Return unit rows [B, D]."""
         return F.normalize(self.model(images), dim=1, eps=1e-12)
 
 
@@ -42,14 +42,14 @@ class ModelWithMultiScale(nn.Module):
         self.mode = mode
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's output [B, D] for images [B, 3, H, W]."""
-        outputs = [self.model(self._resize(images, scale)) for scale in self.SCALES]
+        """Return the mean output [B, D] for images [B, 3, H, W]."""
+        outputs = []
+        for scale in self.SCALES:
+            scaled = images
+            if scale != 1:
+                scaled = F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
+            outputs.append(self.model(scaled))
         return torch.stack(outputs).mean(dim=0)
-
-    def _resize(self, images: Tensor, scale: float) -> Tensor:
-        if scale == 1:
-            return images
-        return F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
 
 
 class ModelWithPatchMean(nn.Module):
@@ -64,12 +64,12 @@ class ModelWithPatchMean(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, D], float32."""
+        """Return [B, D], float32."""
         return self.model.forward_features(images)["x_norm_patchtokens"].float().mean(dim=1)
 
 
 def wrap_model(model: nn.Module, *, normalize: bool = True, multi_scale: bool = False) -> nn.Module:
-    """`model` at several scales, then with normalised outputs, as asked."""
+    """Wrap a model to average over several scales, then to normalise its outputs."""
     if multi_scale:
         model = ModelWithMultiScale(model)
     return ModelWithNormalize(model) if normalize else model
@@ -142,7 +142,7 @@ def evaluate(
 def average_metrics(
     eval_metrics_dict: Mapping[Any, Mapping[str, float]], ignore_keys: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Mean and unbiased standard deviation over tries.
+    """Compute mean and unbiased standard deviation over tries.
 
     Args:
         eval_metrics_dict: metrics by try; their names are taken from the first one.
@@ -163,7 +163,7 @@ def average_metrics(
 def save_per_class(
     values: Mapping[str, Tensor], output_dir: str | os.PathLike[str], dataset_str: str, suffix: str = ""
 ) -> None:
-    """Write `per_class-<dataset><suffix>.npy` if a metric gives "top-1" for each class; the main process does it."""
+    """Let the main process write `per_class-<dataset><suffix>.npy` if a metric gives "top-1" for each class."""
     if values["top-1"].ndim and distributed.is_main_process():
         directory = Path(output_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def save_per_class(
 def save_results(
     preds: Tensor, target: Tensor, output_dir: str | os.PathLike[str], filename_suffix: str | int | None = None
 ) -> None:
-    """Write `preds[_<suffix>].npy` and `target[_<suffix>].npy`; the main process does it."""
+    """Let the main process write `preds[_<suffix>].npy` and `target[_<suffix>].npy`."""
     if not distributed.is_main_process():
         return
     suffix = "" if filename_suffix is None else f"_{filename_suffix}"

@@ -1,4 +1,4 @@
-"""Test sets that have but a part of the training classes, as ImageNet-R and -A: scores of the others are left out."""
+"""Test sets that have only some of the training classes, as ImageNet-R and -A: only their scores are compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predictions(out: Path, stem: str = "") -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(whole: tuple[np.ndarray, np.ndarray], part: tuple[np.ndarray, np.ndarray]) -> float:
-    """That the part has the scores of the whole, in its classes and rows alone; gives its accuracy in percent."""
+    """Check that the part has the scores of the whole in its rows and classes; return its accuracy in percent."""
     classes = [int(name) for name in PART]
     rows = np.isin(whole[1], classes)
     np.testing.assert_allclose(part[0], whole[0][rows][:, classes], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Metrics that count: what is kept is a few counters per class, summed over processes when a metric is computed.
+"""Metrics that count: their state is a few counters per class, summed over processes when a metric is computed.
 
 Notable: ranks are counted instead of sorted: the rank of a target is the number of classes with a larger score. Among
 equal scores the lower class comes first, so results depend neither on the device nor on the batches.
