@@ -95,18 +95,17 @@ def test_photos_without_classes_are_drawn_but_not_classified_and_a_training_on_t
         overrides=(*TINY, "checkpointing.period=1"),
     )
     done: list[int] = []
-    iterate = Trainer._iterate
+    step, interrupt = Trainer.step, iter([True])
 
-    def interrupted_at_2(trainer, data, iteration):
-        if iteration == 2 and len(done) == 2:
+    def interrupted_once(trainer, batches, iteration):
+        if iteration == 2 and next(interrupt, False):
             raise KeyboardInterrupt
-        iterate(trainer, data, iteration)
         done.append(iteration)
+        return step(trainer, batches, iteration)
 
-    monkeypatch.setattr(Trainer, "_iterate", interrupted_at_2)
+    monkeypatch.setattr(Trainer, "step", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         run_demo(wanted)
-    monkeypatch.setattr(Trainer, "_iterate", lambda *args: (iterate(*args), done.append(args[2])))
     results = run_demo(wanted)
     assert done == [0, 1, 2] and not list((tmp_path / "out").glob("run.before-*"))
     assert results.accuracy == {} and (tmp_path / "out" / "pca.png").is_file()
