@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -28,7 +27,6 @@ def init_fsdp_model_from_checkpoint(
     checkpoint_path: str | os.PathLike[str],
     skip_load_keys: Sequence[str] = (),
     keys_not_sharded: Sequence[str] = (),
-    process_group: ProcessGroup | None = None,
 ) -> None:
     """Fill a plain or sharded network strictly; files are mapped, and each rank keeps only its shard of each tensor.
 
@@ -39,7 +37,6 @@ def init_fsdp_model_from_checkpoint(
             file may hold a bare backbone, if `skip_load_keys` names the heads.
         skip_load_keys: entries whose name contains one of these keep their value, and are ignored in the checkpoint.
         keys_not_sharded: entries that are whole on every rank. `model` itself says what is sharded; this checks it.
-        process_group: the processes that hold the model, for a directory; by default the subgroup of this process.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit; nothing was loaded.
@@ -61,7 +58,7 @@ def init_fsdp_model_from_checkpoint(
         saved = _read_network(path, networks={key.partition(".")[0] for key in wanted})
         _fill(wanted, {key: value for key, value in saved.items() if not is_skipped(key)}, path)
         return
-    group = process_group or get_process_subgroup()
+    group = get_process_subgroup()
     check_files(path, "auto", group)
     entries = read_metadata(path).state_dict_metadata
     prefix = next((p for p in TEACHER_PREFIXES if any(name.startswith(p) for name in entries)), "")

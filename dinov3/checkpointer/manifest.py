@@ -102,19 +102,16 @@ def check_files(directory: Path, verify: Verify, group: ProcessGroup | None) -> 
 
 
 def latest_valid_checkpoint(
-    root: str | os.PathLike[str],
-    *,
-    verify: Verify = "auto",
-    not_after: int | None = None,
-    process_group: ProcessGroup | None = None,
+    root: str | os.PathLike[str], *, verify: Verify = "auto", not_after: int | None = None
 ) -> Path | None:
     """Find the newest undamaged checkpoint in `root`, and rename newer, damaged ones to `<iteration>.corrupt`.
+
+    All ranks of the subgroup call it and share the work.
 
     Args:
         root: directory of checkpoints with integer names.
         verify: compare checksums (`"auto"`: below 8 GB each); sizes are always compared.
         not_after: the newest iteration to consider. Default: any.
-        process_group: processes that call this and share the work, by default the subgroup of this process.
 
     Returns:
         The checkpoint; None if there is none at all.
@@ -122,7 +119,7 @@ def latest_valid_checkpoint(
     Raises:
         CheckpointError: there are checkpoints, but all are damaged; none of them is renamed.
     """
-    group = process_group or get_process_subgroup()
+    group = get_process_subgroup()
     damaged: dict[Path, str] = {}
     for directory in reversed(run_on_main(group, lambda: find_all_checkpoints(root))):
         if not_after is not None and int(directory.name) > not_after:

@@ -77,13 +77,10 @@ class BackgroundSaver:
 
     The state is copied, then a thread writes, checks and renames it: a checkpoint appears under its name as late as one
     that was saved at once.
-
-    Args:
-        process_group: the processes that hold the model, by default the subgroup of this process.
     """
 
-    def __init__(self, process_group: ProcessGroup | None = None) -> None:
-        self._group = process_group or get_process_subgroup()
+    def __init__(self) -> None:
+        self._group = get_process_subgroup()
         self._group_of_threads: ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._problem: CheckpointError | None = None
@@ -100,7 +97,6 @@ class BackgroundSaver:
         iteration: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        overwrite: bool = True,
         metadata: dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
@@ -123,7 +119,7 @@ class BackgroundSaver:
             self._group_of_threads = new_group
         group = self._group_of_threads
         with _explaining_failure(target):
-            temporary = run_on_main(self._group, lambda: _make_temporary(target, overwrite))
+            temporary = run_on_main(self._group, lambda: _make_temporary(target, overwrite=True))
             with _removing_on_failure(temporary, self._group):
                 state = _collect_state(iteration, model, optimizer, others)
                 contents = list(state)
