@@ -272,9 +272,10 @@ def _cast(model: Backbone, dtype: torch.dtype | None) -> Backbone:
         return model
     if isinstance(model, ConvNeXt):
         return model.to(dtype)
+    # Positions are computed in float32 whatever the dtype of the parameters, as after training in low precision.
     periods = model.rope_embed.periods
     model.to(dtype)
-    model.rope_embed.periods = periods  # Positions are computed in float32, as after training in low precision.
+    model.rope_embed.periods = periods
     return model
 
 

@@ -132,6 +132,7 @@ def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "aut
         is_satellite = names_satellite_weights(name) or getattr(model, "local_cls_norm", None) is not None
     else:
         is_satellite = names_satellite_weights(name)
+        # Both weights of the 7B have the additional norm, so only the name can tell them apart.
         if choice.name == "dinov3_vit7b16" and not is_satellite and "lvd1689m" not in name:
             note = " (assumed: the name of the weights does not say)"
     data = Weights.SAT493M if is_satellite else Weights.LVD1689M

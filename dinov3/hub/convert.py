@@ -256,6 +256,7 @@ def _write_directory(
         for name, content in texts.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards, strict=True):
+            # The first shard carries what was not converted, as readers merge the metadata of all.
             of_shard = metadata if name == names[0] else {"format": "pt"}
             write_safetensors(temporary / name, shard, of_shard, on_written=on_written)
         publish_directory(temporary, path)

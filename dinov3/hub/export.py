@@ -259,6 +259,7 @@ def _trace(model: Features, size: tuple[int, int]) -> Any:
     smallest = 2 * patch_stride(model.backbone)
     height, width = (max(side, smallest) for side in size)
     dynamic = {0: Dim("batch", min=1), 2: Dim("height", min=smallest), 3: Dim("width", min=smallest)}
+    # Not a batch of one, which PyTorch would take for a constant.
     images = torch.zeros(2, model.backbone.in_chans, height, width)
     return torch.export.export(model, (images,), dynamic_shapes={"images": dynamic})
 

@@ -56,7 +56,9 @@ ON_BAD_IMAGE = ("skip", "raise")
 
 NAMES, SKIPPED = "names", "skipped"
 SETTINGS_FILE = "settings.json"
+#: A killed command loses at most so many batches; fewer would leave a large folder with many small shards.
 BATCHES_PER_SHARD = 16
+#: A shard is kept in memory until it is complete.
 MAX_SHARD_BYTES = 2**28
 N_LISTED = 20
 
@@ -342,7 +344,7 @@ def _settings(options: ExtractOptions, dataset: Any, model: nn.Module, normaliza
 
 
 def _fingerprint(model: nn.Module) -> str:
-    # The beginning of each tensor distinguishes weights, and does not read 27 GB from the disk.
+    # The beginning of each tensor distinguishes weights without reading 27 GB from the disk.
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -92,6 +92,7 @@ def build_model_for_eval(
         model = _load(config, path).to(runtime.device())
     model.eval()
     if shard_unsharded_model:
+        # Imported here, because loading a backbone from the hub must not need it.
         from dinov3.fsdp import ac_compile_parallelize
 
         ac_compile_parallelize(nn.ModuleDict({"backbone": model}), [], config)

@@ -164,7 +164,7 @@ def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     if not name:
         raise ValueError(f"weights={without_query(url)!r}: the URL does not name a file")
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.exists():
+    if path.exists():  # Not compared with the server's file: its signed URL may have expired.
         if check_hash:
             _check_hash(path, name)
         return path

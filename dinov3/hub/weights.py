@@ -33,6 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 #: Where a distributed checkpoint holds the teacher: in training checkpoints, and in exports of only the teacher.
 TEACHER_PREFIXES = ("model.teacher.backbone.", "model.model_ema.backbone.", "model.backbone.")
+#: Of a training; a backbone's file may hold them beside its entries.
 HEADS = ("dino_head.", "ibot_head.")
 
 

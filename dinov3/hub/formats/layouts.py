@@ -125,6 +125,7 @@ def split_biases(state: Mapping[str, Tensor], name: str, *, keep_zeros: bool = F
     """
     biases = {block: masked_bias(state, f"blocks.{block}") for block in range(count_blocks(state))}
     parts = {block: bias.chunk(3) for block, bias in biases.items() if bias is not None}
+    # A model has biases of queries and values in all of its blocks or in none.
     has_q, has_k, has_v = (any(bool(part[i].any()) for part in parts.values()) for i in range(3))
     is_wanted = {"q": keep_zeros or has_q or has_v, "k": has_k, "v": keep_zeros or has_q or has_v}
     return {
