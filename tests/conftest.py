@@ -1,4 +1,4 @@
-"""What all tests share: they run on the CPU, also where there is a GPU, but for those marked `gpu`, which need one."""
+"""What all tests share: they run on the CPU even if there is a GPU, except those marked `gpu`, which need one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("DINOV3_DEVICE", "cpu")  # inherited by the processes that
 
 @pytest.fixture(scope="session", autouse=True)
 def feature_cache() -> Iterator[None]:
-    """Features that evaluations keep on disk are those of this session."""
+    """Let evaluations keep features on disk for this session only."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.environ["DINOV3_FEATURE_CACHE"] = directory
         yield
@@ -32,7 +32,7 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files with slow tests first: what is left at the end then is short, and no worker waits for another.
+    # Files with slow tests first, so that what remains at the end is short and no worker waits long for another.
     slow_files = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow_files)
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Run functions in processes of their own, alone or as ranks.
+"""Run functions in separate processes, singly or as ranks.
 
-They are forked from one server per test session that has imported what is slow to import, and nothing else: a process
-is there in a fraction of a second instead of ten, and shares no state with the test or with the others.
+They are forked from one server per test session that has only imported what is slow to import: a process starts in a
+fraction of a second instead of ten, and shares no state with the test or with other processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 def start(
     function: Callable[..., Any], *args: Any, output: Path, variables: Mapping[str, str] | None = None
 ) -> BaseProcess:
-    """Call the module-level ``function(*args)`` in a process, as a command: what it prints is appended to ``output``.
+    """Start the module-level ``function(*args)`` in a process, like a command: its output is appended to ``output``.
 
     Args:
         function: what to call; `SystemExit` gives the exit code.
@@ -53,9 +53,9 @@ def start(
 
 
 def launch(function: Callable[..., Any], world_size: int, *args: Any, output: Path) -> None:
-    """Call the module-level ``function(*args)`` in processes; several of them have the environment of torchrun.
+    """Call the module-level ``function(*args)`` in processes; if they are several, with the environment of torchrun.
 
-    Fails, and shows ``output``, unless all of them end well.
+    Fails and shows ``output`` unless all of them succeed.
     """
     variables = torchrun_variables(world_size) if world_size > 1 else [{}]
     ranks = [start(function, *args, output=output, variables=of_rank) for of_rank in variables]
@@ -86,7 +86,7 @@ def _prepare_server() -> Any:
 
 
 def _enter(environment: dict[str, str]) -> None:
-    # The server has the environment of its own start, not what the test has set since.
+    # The server still has the environment that it started with, not what the test has set since.
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
