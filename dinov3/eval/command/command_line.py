@@ -47,7 +47,7 @@ def run_command(
     evaluate: Callable[[Any, Config], EvaluationResult],
     results_file: str,
     config_file: str = CONFIG_FILENAME,
-    needs_model: Callable[[Config], bool] = lambda config: True,
+    loads_model: bool = True,
 ) -> int:
     """Run an evaluation from its command line; the whole `main` of an evaluation is one call of this.
 
@@ -66,7 +66,8 @@ def run_command(
             `results_file`, prints nothing, and returns its figures and what is to be reported.
         results_file: name of the CSV file with the figures; the JSON file beside it adds where they come from.
         config_file: name of the file with the resolved settings, which can be given again as `config=`.
-        needs_model: whether a configuration needs `config.model` loaded; if it returns False, `evaluate` gets None.
+        loads_model: load `config.model` for `evaluate`. False: it gets None, and loads what it needs after it has checked
+            its datasets.
 
     Returns:
         0.
@@ -83,7 +84,7 @@ def run_command(
     config.check()
     with job_context(output_dir=config.output_dir):
         run_evaluation(
-            config, evaluate=evaluate, results_file=results_file, config_file=config_file, needs_model=needs_model
+            config, evaluate=evaluate, results_file=results_file, config_file=config_file, loads_model=loads_model
         )
     return 0
 
@@ -94,13 +95,13 @@ def run_evaluation(
     evaluate: Callable[[Any, Config], EvaluationResult],
     results_file: str,
     config_file: str = CONFIG_FILENAME,
-    needs_model: Callable[[Config], bool] = lambda config: True,
+    loads_model: bool = True,
 ) -> dict[str, Any]:
     """Run an evaluation inside a job that is already set up (`run.init.job_context`), from settings already checked.
 
     Args:
         config: the settings.
-        evaluate, results_file, config_file, needs_model: as for `run_command`.
+        evaluate, results_file, config_file, loads_model: as for `run_command`.
 
     Returns:
         The figures, as in the results file.
@@ -109,7 +110,7 @@ def run_evaluation(
     output_dir = Path(config.output_dir or ".")
     write_config(OmegaConf.structured(config), output_dir, config_file)
     backbone: FrozenBackbone | None = None
-    if needs_model(config):
+    if loads_model:
         assert config.model is not None  # config.check() refuses it
         backbone = load_model(config.model)
     result = evaluate(backbone, config)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate=evaluate_depth,
         results_file=RESULTS_FILENAME,
         config_file=CONFIG_FILENAME,
-        needs_model=lambda config: False,  # loaded below, because datasets are checked in less time
+        loads_model=False,  # loaded below, because datasets are checked in less time
     )
 
 
