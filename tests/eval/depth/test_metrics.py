@@ -120,9 +120,11 @@ def test_alignment_without_a_valid_pixel_is_nan_and_not_zero() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.37, 123.4])
 def test_a_constant_prediction_becomes_the_mean_depth(value: float) -> None:
     gt, _, mask = maps()
-    aligned, scale, _ = align_depth_least_square(gt, torch.full(SHAPE, value), mask)
-    torch.testing.assert_close(aligned, gt[mask].mean().expand(SHAPE), rtol=1e-5, atol=1e-5)
-    assert abs(scale.item()) < 100
+    aligned, scale, shift = align_depth_least_square(gt, torch.full(SHAPE, value), mask)
+    mean = gt[mask].mean()
+    torch.testing.assert_close(aligned, mean.expand(SHAPE), rtol=1e-5, atol=1e-5)
+    # Of all pairs with scale * value + shift = mean, the one nearest to 0.
+    assert scale.item() == pytest.approx(value * shift.item(), rel=1e-4)
 
 
 def test_alignment_may_be_fitted_on_a_smaller_map() -> None:
