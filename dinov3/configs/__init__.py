@@ -20,7 +20,6 @@ from dinov3.configs.scaling import apply_scaling_rules_to_cfg, learning_rate_sca
 from dinov3.configs.settings import ConfigError
 from dinov3.configs.setup import (
     exit_job,
-    make_output_dir,
     setup_config,
     setup_job,
     setup_multidistillation,
@@ -38,7 +37,6 @@ __all__ = [
     "get_default_config",
     "learning_rate_scale",
     "load_teacher_config",
-    "make_output_dir",
     "resolve_config_path",
     "setup_config",
     "setup_job",

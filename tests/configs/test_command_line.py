@@ -40,7 +40,7 @@ def test_output_is_a_configuration_file(capsys: pytest.CaptureFixture[str], tmp_
     assert main([str(tmp_path / "mine.yaml")]) == 0
 
 
-def test_changed_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_changed_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--changed", "optim.lr=0.5", "student.arch=vit_large"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("optim:\n  lr: 0.5\n#")
