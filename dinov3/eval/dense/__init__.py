@@ -1,1 +1,1 @@
-"""What depth and segmentation share: schedules, training of a head, checkpoints, the command line, pictures."""
+"""What depth and segmentation share: settings, paired data, transforms, pictures and the predict command."""

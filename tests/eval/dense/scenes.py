@@ -32,7 +32,7 @@ def metres(inside: np.ndarray) -> np.ndarray:
 
 
 def write_nyu(root: Path, *, n_train: int = 4, n_test: int = 3) -> Path:
-    """A directory as of NYU Depth V2."""
+    """Write a directory laid out like NYU Depth V2."""
     for name, numbers in (("nyu_train", range(n_train)), ("nyu_test", range(100, 100 + n_test))):
         lines = []
         for number in numbers:
@@ -47,7 +47,7 @@ def write_nyu(root: Path, *, n_train: int = 4, n_test: int = 3) -> Path:
 
 
 def write_depth_folder(root: Path, *, n_train: int = 4, n_val: int = 3) -> Path:
-    """A DepthFolder with the splits `train` and `val`, every pixel measured."""
+    """Write a DepthFolder with the splits `train` and `val`, every pixel measured."""
     for split, numbers in (("train", range(n_train)), ("val", range(100, 100 + n_val))):
         for number in numbers:
             image, inside = scene(number)
@@ -59,7 +59,7 @@ def write_depth_folder(root: Path, *, n_train: int = 4, n_val: int = 3) -> Path:
 
 
 def write_ade20k(root: Path, *, n_train: int = 4, n_val: int = 3) -> Path:
-    """A directory as of ADE20K: label 0 is nothing, 1 the wall, 2 the box."""
+    """Write a directory laid out like ADE20K: label 0 is nothing, 1 the wall, 2 the box."""
     for name, split, numbers in (("training", "train", range(n_train)), ("validation", "val", range(100, 100 + n_val))):
         lines = []
         for number in numbers:
@@ -74,7 +74,7 @@ def write_ade20k(root: Path, *, n_train: int = 4, n_val: int = 3) -> Path:
 
 
 def write_segmentation_folder(root: Path, *, n_train: int = 4, n_val: int = 3) -> Path:
-    """A SegmentationFolder with the splits `train` and `val`: class 0 is the wall, 1 the box."""
+    """Write a SegmentationFolder with the splits `train` and `val`: class 0 is the wall, 1 the box."""
     for split, numbers in (("train", range(n_train)), ("val", range(100, 100 + n_val))):
         for number in numbers:
             image, inside = scene(number)
@@ -85,7 +85,7 @@ def write_segmentation_folder(root: Path, *, n_train: int = 4, n_val: int = 3) -
 
 
 def write_backbone(path: Path) -> Path:
-    """The configuration of a small ViT, whose random weights are always the same."""
+    """Write the configuration of a small ViT, whose random weights are always the same."""
     path.write_text("student:\n  arch: vit_tiny\n  patch_size: 16\n  n_storage_tokens: 2\n")
     return path
 
@@ -96,7 +96,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def write_run(directory: Path) -> None:
-    """What is left of a training: its configuration, and a teacher with random weights."""
+    """Write what a training leaves behind: its configuration, and a teacher with random weights."""
     config = OmegaConf.merge(get_default_config(), OmegaConf.load(write_backbone(directory / "config.yaml")))
     OmegaConf.save(config, directory / "config.yaml")
     backbone, _ = build_model_from_cfg(config, only_teacher=True)
