@@ -66,8 +66,8 @@ def run_command(
             `results_file`, prints nothing, and returns its figures and what is to be reported.
         results_file: name of the CSV file with the figures; the JSON file beside it adds where they come from.
         config_file: name of the file with the resolved settings, which can be given again as `config=`.
-        loads_model: load `config.model` for `evaluate`. False: it gets None, and loads what it needs after it has checked
-            its datasets.
+        loads_model: load `config.model` for `evaluate`. If false, it gets None and loads what it needs by itself, for
+            example after it has checked its datasets, which takes less time.
 
     Returns:
         0.
