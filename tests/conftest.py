@@ -22,7 +22,7 @@ def feature_cache() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    # What is there now stays: no garbage collection need look at PyTorch's modules and thousands of tests again.
+    # Everything so far lives until the end; garbage collections need not look at PyTorch and thousands of tests again.
     gc.collect()
     gc.freeze()
 
