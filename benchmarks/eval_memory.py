@@ -24,6 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov3.eval.classification.knn_config import TrainConfig as KnnTrainConfig
+from dinov3.eval.classification.knn_module import score_features
 from dinov3.eval.classification.linear_config import LEARNING_RATES
 from dinov3.eval.classification.linear_heads import setup_linear_classifiers
 from dinov3.eval.classification.linear_scoring import score_classifiers
@@ -32,7 +33,6 @@ from dinov3.eval.classification.log_regression_config import TrainConfig
 from dinov3.eval.classification.log_regression_module import LogRegModule, fit_modules
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.features.extraction import FeatureRows
-from dinov3.eval.knn import score_features
 from dinov3.eval.log_regression import evaluate_logreg_model
 
 DIM = 64

@@ -24,7 +24,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,24 +42,18 @@ from dinov3.eval.classification.data import (
     read_train_labels,
 )
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME, Feature, KnnEvalConfig, TrainConfig
-from dinov3.eval.classification.knn_module import KnnModule, blocks_of_slowest_process, split_rows
-from dinov3.eval.classification.metrics import scalar_results
+from dinov3.eval.classification.knn_module import score_features
 from dinov3.eval.classification.scoring import (
-    DictKeysModule,
     ModelWithPatchMean,
-    average_metrics,
-    evaluate,
     save_per_class,
     save_results,
     wrap_model,
 )
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone
-from dinov3.eval.command.progress import track
 from dinov3.eval.command.results import EvaluationResult
 from dinov3.eval.features.cache import extract_cached
 from dinov3.eval.features.extraction import FeatureRows, extract_rows, model_device
-from dinov3.utils import as_torch_dtype
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write
 
@@ -203,88 +197,6 @@ def _extract(
             spill=spill,
         )
     return train_data_dict, test_rows
-
-
-def score_features(
-    test_rows: FeatureRows,
-    train_data_dict: Mapping[int, Mapping[str, Tensor]],
-    metric_collection: Any,
-    config: TrainConfig,
-    *,
-    num_classes: int,
-    device: torch.device,
-    class_mapping: Tensor | None = None,
-    stream: bool = False,
-    save: Callable[[Mapping[str, Tensor], Mapping[str, Tensor] | None, str], None] | None = None,
-    keep_scores: bool = False,
-) -> dict[int, dict[str, float]]:
-    """Classify features by the training features of each try.
-
-    Args:
-        test_rows: of this process.
-        train_data_dict, metric_collection, config, num_classes: as for `eval_knn`.
-        device: where the search is done.
-        class_mapping: int64, the training class of each scored class. Default: all training classes.
-        stream: leave training features where they are, and bring them to the device block by block.
-        save: called per try and k with the metric's fractions, the scores if they are kept, and a file name suffix.
-        keep_scores: collect the scores and targets of all images, for `save`.
-
-    Returns:
-        As `eval_knn`.
-    """
-    tries: dict[int, dict[int, dict[str, float]]] = {}
-    for name, train_data in train_data_dict.items():
-        module = _make_module(train_data, device, config, num_classes, stream)
-        metrics = {k: metric_collection.clone() for k in module.ks}
-        values, outputs = evaluate(
-            model=module,
-            data_loader=track(_query_blocks(test_rows, module.queries_per_block), "nearest neighbours"),
-            postprocessors={k: DictKeysModule([k], class_mapping) for k in module.ks},
-            metrics=metrics,
-            device=device,
-            accumulate_results=keep_scores,
-        )
-        tries[name] = {
-            k: {metric: 100 * v for metric, v in scalar_results(metrics[k], value).items()}
-            for k, value in values.items()
-        }
-        for k, output in outputs.items():
-            if save is not None:
-                save(values[k], output, f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}")
-    if len(tries) == 1:
-        return next(iter(tries.values()))
-    # A try with fewer images than k has no figure for k.
-    ks = sorted({k for results in tries.values() for k in results})
-    return {k: average_metrics({name: results[k] for name, results in tries.items() if k in results}) for k in ks}
-
-
-def _make_module(
-    train_data: Mapping[str, Tensor], device: torch.device, config: TrainConfig, num_classes: int, stream: bool
-) -> KnnModule:
-    n_train = len(train_data["train_labels"])
-    ks = sorted({min(k, n_train) for k in config.ks})
-    if ks[-1] < max(config.ks):
-        logger.info("train.ks=%s: there are only %d training images, using %s", list(config.ks), n_train, ks)
-    return KnnModule(
-        train_features=train_data["train_features"],
-        train_labels=train_data["train_labels"],
-        row_ids=train_data.get("train_rows"),
-        device=device,
-        ks=ks,
-        T=config.temperature,
-        num_classes=num_classes,
-        skip_first_nn=config.skip_first_nn,
-        memory_budget_mb=config.memory_budget_mb,
-        similarity_dtype=as_torch_dtype(config.similarity_dtype),
-        stream=stream,
-    )
-
-
-def _query_blocks(rows: FeatureRows, size: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    # As a loader yields them; as many in every process, because their search may contain collectives.
-    n_blocks = blocks_of_slowest_process(len(rows.positions), size)
-    parts = (split_rows(t, size, n_blocks) for t in (rows.features, rows.positions, rows.targets))
-    return [(features, (index, targets)) for features, index, targets in zip(*parts, strict=True)]
 
 
 def make_columns(per_k: Mapping[int, Mapping[str, float]], n_tries: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The k-NN classifier on given features.
+"""The k-NN classifier on given features, and its scores for several training sets.
 
 Notable: queries are processed in blocks of a size that keeps temporaries within a memory budget, and processes that
 have different training rows find each query's neighbours together.
@@ -7,8 +7,10 @@ have different training rows find each query's neighbours together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,14 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.eval.classification import neighbours
+from dinov3.eval.classification.knn_config import TrainConfig
+from dinov3.eval.classification.metrics import scalar_results
+from dinov3.eval.classification.scoring import DictKeysModule, average_metrics, evaluate
+from dinov3.eval.command.progress import track
+from dinov3.eval.features.extraction import FeatureRows
+from dinov3.utils import as_torch_dtype
+
+logger = logging.getLogger("dinov3")
 
 
 class KnnModule(nn.Module):
@@ -102,6 +112,91 @@ class KnnModule(nn.Module):
                 temperature=self.T,
                 num_classes=self.num_classes,
             )
+
+
+def score_features(
+    test_rows: FeatureRows,
+    train_data_dict: Mapping[int, Mapping[str, Tensor]],
+    metric_collection: Any,
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    device: torch.device,
+    class_mapping: Tensor | None = None,
+    stream: bool = False,
+    save: Callable[[Mapping[str, Tensor], Mapping[str, Tensor] | None, str], None] | None = None,
+    keep_scores: bool = False,
+) -> dict[int, dict[str, float]]:
+    """Classify features by the training features of each try.
+
+    Args:
+        test_rows: of this process.
+        train_data_dict: by try, as returned by `data.extract_features_for_dataset_dict`.
+        metric_collection: updated and computed in copies.
+        config: `ks` and the settings of the vote.
+        num_classes: number of training classes.
+        device: where the search is done.
+        class_mapping: int64, the training class of each scored class. Default: all training classes.
+        stream: leave training features where they are, and bring them to the device block by block.
+        save: called per try and k with the metric's fractions, the scores if they are kept, and a file name suffix.
+        keep_scores: collect the scores and targets of all images, for `save`.
+
+    Returns:
+        Metrics in percent by k; with several tries their `<metric>_mean` and `<metric>_std`.
+    """
+    tries: dict[int, dict[int, dict[str, float]]] = {}
+    for name, train_data in train_data_dict.items():
+        module = _make_module(train_data, device, config, num_classes, stream)
+        metrics = {k: metric_collection.clone() for k in module.ks}
+        values, outputs = evaluate(
+            model=module,
+            data_loader=track(_query_blocks(test_rows, module.queries_per_block), "nearest neighbours"),
+            postprocessors={k: DictKeysModule([k], class_mapping) for k in module.ks},
+            metrics=metrics,
+            device=device,
+            accumulate_results=keep_scores,
+        )
+        tries[name] = {
+            k: {metric: 100 * v for metric, v in scalar_results(metrics[k], value).items()}
+            for k, value in values.items()
+        }
+        for k, output in outputs.items():
+            if save is not None:
+                save(values[k], output, f"k_{k}" if len(train_data_dict) == 1 else f"try_{name}_k_{k}")
+    if len(tries) == 1:
+        return next(iter(tries.values()))
+    # A try with fewer images than k has no figure for k.
+    ks = sorted({k for results in tries.values() for k in results})
+    return {k: average_metrics({name: results[k] for name, results in tries.items() if k in results}) for k in ks}
+
+
+def _make_module(
+    train_data: Mapping[str, Tensor], device: torch.device, config: TrainConfig, num_classes: int, stream: bool
+) -> KnnModule:
+    n_train = len(train_data["train_labels"])
+    ks = sorted({min(k, n_train) for k in config.ks})
+    if ks[-1] < max(config.ks):
+        logger.info("train.ks=%s: there are only %d training images, using %s", list(config.ks), n_train, ks)
+    return KnnModule(
+        train_features=train_data["train_features"],
+        train_labels=train_data["train_labels"],
+        row_ids=train_data.get("train_rows"),
+        device=device,
+        ks=ks,
+        T=config.temperature,
+        num_classes=num_classes,
+        skip_first_nn=config.skip_first_nn,
+        memory_budget_mb=config.memory_budget_mb,
+        similarity_dtype=as_torch_dtype(config.similarity_dtype),
+        stream=stream,
+    )
+
+
+def _query_blocks(rows: FeatureRows, size: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    # As a loader yields them; as many in every process, because their search may contain collectives.
+    n_blocks = blocks_of_slowest_process(len(rows.positions), size)
+    parts = (split_rows(t, size, n_blocks) for t in (rows.features, rows.positions, rows.targets))
+    return [(features, (index, targets)) for features, index, targets in zip(*parts, strict=True)]
 
 
 def knn_accuracy(
