@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import string
@@ -61,8 +62,9 @@ def test_help_of_the_scripts_lists_their_keys() -> None:
         "segmentation": ("datasets.root", "decoder_head.dropout", "model.dino_hub", "eval.stride"),
     }
     scripts = {task: REPOSITORY / "dinov3" / "eval" / task / "run.py" for task in keys}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     started = {
-        task: subprocess.Popen([sys.executable, script, "--help"], stdout=subprocess.PIPE, text=True, env={})
+        task: subprocess.Popen([sys.executable, script, "--help"], stdout=subprocess.PIPE, text=True, env=environment)
         for task, script in scripts.items()
     }
     for task, process in started.items():
