@@ -207,7 +207,7 @@ def test_model_that_gives_nan_is_refused(module: Any, augment: str, root: Path, 
     more: dict[str, Any] = {"model__pretrained_weights": tmp_path / "nan.pth"}
     more |= {"train__augment": augment} if augment else {}
     argv = command(module, root, tmp_path / "out", **more, model__config_file=root / "run" / "config.yaml")
-    with pytest.raises(ValueError, match="the model gives NaN or infinite features"):
+    with pytest.raises(ValueError, match="the model returns NaN or infinite features"):
         module.main(argv)
 
 

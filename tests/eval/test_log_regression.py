@@ -165,13 +165,13 @@ def test_fit_refuses_what_it_cannot_learn_from(solver: Solver) -> None:
         module.fit(features, torch.full((20,), 3))
     broken = features.clone()
     broken[4, 1] = broken[7, 0] = float("nan")
-    with pytest.raises(ValueError, match="2 of 20 rows of features have NaN"):
+    with pytest.raises(ValueError, match="2 of 20 rows of features contain NaN"):
         module.fit(broken, labels)
     with pytest.raises(ValueError, match="20 rows of features and 19 labels"):
         module.fit(features, labels[1:])
     with pytest.raises(ValueError, match="expected classes"):
         module.fit(features, labels.double())
-    with pytest.raises(ValueError, match="there is a label 5, but there are only 3 classes"):
+    with pytest.raises(ValueError, match="label 5 is out of range: there are only 3 classes"):
         LogRegModule(1.0, logreg_config=config_of(solver), num_classes=3).fit(features, labels)
     with pytest.raises(ValueError, match="no column"):
         LogRegModule(1.0, True, logreg_config=config_of(solver)).fit(features, torch.ones(20, 2, dtype=torch.int64))
@@ -219,10 +219,10 @@ def test_solver_is_torch_if_not_said_otherwise() -> None:
 
 def test_products_are_in_float64_where_that_takes_no_time() -> None:
     config = config_of()
-    assert config.resolved_product_dtype(1000) is torch.float64
-    assert config.resolved_product_dtype(10**9) is torch.float32
-    assert config_of(product_dtype="float32").resolved_product_dtype(1000) is torch.float32
-    assert config_of(product_dtype="float64").resolved_product_dtype(10**9) is torch.float64
+    assert config.product_dtypes(1000) == [torch.float64]
+    assert config.product_dtypes(10**9) == [torch.float32, torch.float64]
+    assert config_of(product_dtype="float32").product_dtypes(1000) == [torch.float32]
+    assert config_of(product_dtype="float64").product_dtypes(10**9) == [torch.float64]
 
 
 def test_scikit_learn_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from dinov3.eval.classification.data import SubsetEx, extract_features_for_datas
 from dinov3.eval.classification.log_regression_config import Solver
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command.model import FrozenBackbone
-from dinov3.eval.features.accumulators import ResultsAccumulator
 from dinov3.eval.features.extraction import (
+    ResultsAccumulator,
     Spill,
     extract_features,
     extract_rows,

@@ -65,7 +65,7 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.linear.Evaluator": CLASSIFICATION + ".linear_scoring.Evaluator",
     "dinov3.eval.linear.make_evaluators": CLASSIFICATION + ".linear_scoring.make_evaluators",
     "dinov3.eval.linear.train_linear_classifiers": CLASSIFICATION + ".linear_training.train_linear_classifiers",
-    "dinov3.eval.accumulators": "dinov3.eval.features.accumulators",
+    "dinov3.eval.accumulators": "dinov3.eval.features.extraction",
     "dinov3.eval.metrics": METRICS,
     "dinov3.eval.metrics.build_topk_accuracy_metric": METRICS + ".classification.build_topk_accuracy_metric",
     "dinov3.eval.metrics.MacroAveragedMeanReciprocalRank": METRICS + ".counting.MacroAveragedMeanReciprocalRank",

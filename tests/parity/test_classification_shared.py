@@ -29,8 +29,7 @@ from dinov3.eval.classification.scoring import (
     wrap_model,
 )
 from dinov3.eval.command import results
-from dinov3.eval.features.accumulators import ResultsAccumulator
-from dinov3.eval.features.extraction import extract_features
+from dinov3.eval.features.extraction import ResultsAccumulator, extract_features
 from tests.parity import deterministic
 from tests.parity.classification import Samples, assert_close, assert_tensor, by_id, case_of, make_input
 

@@ -58,7 +58,7 @@ def tokens_of_first_image(feature_model: nn.Module, dataset: Any) -> Tokens:
     """
     tokens: Tokens = feature_model(dataset[0][0][None].to(model_device(feature_model)))
     if not all(bool(part.isfinite().all()) for block in tokens for part in block):
-        raise ValueError("the model gives NaN or infinite features, its weights are not usable")
+        raise ValueError("the model returns NaN or infinite features, so its weights are unusable")
     return tokens
 
 

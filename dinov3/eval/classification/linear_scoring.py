@@ -24,9 +24,8 @@ from dinov3.eval.classification.metrics import ClassificationMetricType, scalar_
 from dinov3.eval.classification.scoring import save_per_class, save_results
 from dinov3.eval.command.progress import track
 from dinov3.eval.command.results import as_file_name
-from dinov3.eval.features.accumulators import ResultsAccumulator
 from dinov3.eval.features.cache import FeatureCache, extract_cached
-from dinov3.eval.features.extraction import FeatureRows, make_enumerated_loader, model_device
+from dinov3.eval.features.extraction import FeatureRows, ResultsAccumulator, make_enumerated_loader, model_device
 from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")

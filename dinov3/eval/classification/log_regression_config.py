@@ -48,7 +48,7 @@ class TrainConfig:
     solver: Solver = key(
         Solver.AUTO, "TORCH, or SKLEARN, which is the published one and many times slower; AUTO: TORCH"
     )
-    tol: float = key(1e-12, "where a fit ends; TORCH: excess of the mean loss, at least what product_dtype can reach")
+    tol: float = key(1e-12, "where a fit ends; TORCH: when a step would lower the objective by less than this share")
     max_train_iters: int = key(1000, "of L-BFGS")
     train_features_device: str = key(
         "cpu", "where features are held, cpu or cuda; TORCH computes on the model's device"
@@ -56,10 +56,10 @@ class TrainConfig:
     train_dtype: str = key("float64", "of SKLEARN: float64 or float32")
     product_dtype: str = key(
         AUTO_DTYPE,
-        "of TORCH's matrix products; its sums are float64. auto: float64 for small problems, otherwise float32",
+        "of TORCH's matrix products; its sums are float64. auto: float32, and float64 for the last iterations",
     )
     memory_budget_mb: float = key(
-        4096, "for TORCH's copy of the features, and for its searches; above it: blocks of features, fewer C at once"
+        4096, "for TORCH's copy of the features; larger features are transformed block by block in each iteration"
     )
 
     def __post_init__(self) -> None:
@@ -84,11 +84,11 @@ class TrainConfig:
         """Return the solver, with AUTO resolved: both find the same classifiers, TORCH in a fraction of the time."""
         return Solver.TORCH if self.solver is Solver.AUTO else self.solver
 
-    def resolved_product_dtype(self, n_products: int) -> torch.dtype:
-        """Return the dtype of matrix products, with auto resolved by the number of multiply-adds of a pass."""
+    def product_dtypes(self, n_products: int) -> list[torch.dtype]:
+        """Return the dtypes of a fit's matrix products, one after the other, given the multiply-adds of a pass."""
         if self.product_dtype != AUTO_DTYPE:
-            return as_torch_dtype(self.product_dtype)
-        return torch.float64 if n_products <= SMALL_PASS else torch.float32
+            return [as_torch_dtype(self.product_dtype)]
+        return [torch.float64] if n_products <= SMALL_PASS else [torch.float32, torch.float64]
 
 
 @dataclass

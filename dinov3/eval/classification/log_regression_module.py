@@ -1,4 +1,4 @@
-"""Logistic regression on features that one already has, and the choice of its penalty on validation data.
+"""Logistic regression on given features, and the choice of its penalty on validation data.
 
 Notable:
 - The published grid of 45 values of C is scored on the validation data, the smallest of equally good ones is chosen.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,21 +35,21 @@ SCORES_PER_BATCH = 2**20
 
 
 class LogRegModule(nn.Module):
-    """A logistic regression with an L2 penalty: a softmax for exclusive classes, of which two need but one vector.
+    """A logistic regression with an L2 penalty: a softmax for exclusive classes, one vector and a sigmoid for two.
 
     Args:
         C: inverse weight of the penalty.
         multi_label: labels are multi-hot, and columns are independent of each other.
         logreg_config: settings of the fit.
-        num_classes: columns of the probabilities; None: as many as the labels of `fit` need. Classes that do not occur
-            there get probability 0.
+        num_classes: columns of the probabilities. Default: as many as the labels of `fit` need. Classes that do not
+            occur there get probability 0.
 
     Attributes:
         weights: float64 [R, D], by class that occurs, or [1, D] for two classes; None before `fit`.
         intercept: float64 [R].
         classes: int64, the classes that occur, ascending; of multi-hot labels, the columns with both values.
         n_iterations: of the solver.
-        converged: false if the limit of iterations ended the fit.
+        converged: false if the fit reached the limit of iterations.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class LogRegModule(nn.Module):
         """Fit to features [N, D] and labels, classes [N] or multi-hot [N, L].
 
         Raises:
-            ValueError: there is but one class, features are not finite, or labels are not what was announced.
+            ValueError: there is only one class, features are not finite, or labels are not of the expected kind.
         """
         return next(fit_modules([self], features, labels, "fit"))
 
     def forward(self, samples: Tensor, targets: Any = None) -> dict[str, Any]:
-        """`{"preds": probabilities float64 [B, C] on the device of samples, "target": targets}`."""
+        """Return `{"preds": probabilities float64 [B, C] on the device of samples, "target": targets}`."""
         if self.weights is None or self.intercept is None:
             raise RuntimeError("this LogRegModule is not fitted: call fit(features, labels) first")
         device = samples.device
@@ -95,14 +95,14 @@ class LogRegModule(nn.Module):
 
 
 class _Columns(NamedTuple):
-    # Which columns of the probabilities are fitted, and what stands in the others: float64, of one row.
+    # The columns of the probabilities that are fitted, and a row (float64) with the values of all others.
     fitted: Tensor
     constant: Tensor
 
 
 @dataclass
 class Sweep:
-    """What the choice of C was made of.
+    """Validation results of all values of C, and which of them was chosen.
 
     Attributes:
         Cs: the values, ascending.
@@ -122,41 +122,42 @@ class Sweep:
 def fit_modules(
     modules: Sequence[LogRegModule], features: Tensor, labels: Tensor, description: str
 ) -> Iterator[LogRegModule]:
-    """Fit modules that differ in C alone; arguments and errors as of `LogRegModule.fit`.
+    """Fit modules that differ only in C; see `LogRegModule.fit`.
 
     Args:
-        modules: with ascending or descending C; those of scikit-learn are fitted one after the other.
+        modules: not fitted.
         features: [N, D].
         labels: [N] or [N, L].
-        description: what the progress bar says.
+        description: of the progress bar.
 
     Yields:
         The modules, each as soon as it is fitted.
     """
     if not modules:
         return
-    first, config = modules[0], modules[0].config
+    first = modules[0]
     _check(features, labels, first.multi_label)
     columns, targets = _split_columns(labels, first.num_classes)
     with Progress(description, len(modules), unit="C") as progress:
-        fits = _fits(features, targets, [module.C for module in modules], config, progress)
+        fits = _fits(
+            features, targets, [module.C for module in modules], first.config, lambda note: progress.advance(0, note)
+        )
         for module, fit in zip(modules, fits, strict=True):
+            progress.advance()
             module._set(fit, columns)
             yield module
 
 
 def _fits(
-    features: Tensor, targets: Tensor, Cs: Sequence[float], config: TrainConfig, progress: Progress
+    features: Tensor, targets: Tensor, Cs: Sequence[float], config: TrainConfig, report: Callable[[str], None]
 ) -> Iterator[Fit]:
     if config.resolved_solver() is Solver.SKLEARN:
         dtype = as_torch_dtype(config.train_dtype)
-        _tell_copy(features, dtype, config.memory_budget_mb)
+        _warn_of_copy(features, dtype, config.memory_budget_mb)
         for C in Cs:
-            fit = fit_with_sklearn(
+            yield fit_with_sklearn(
                 features, targets, C, tol=config.tol, max_iterations=config.max_train_iters, dtype=dtype
             )
-            progress.advance()
-            yield fit
         return
     n_outputs = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
     yield from fit_with_torch(
@@ -166,18 +167,18 @@ def _fits(
         device=runtime.device(),
         tol=config.tol,
         max_iterations=config.max_train_iters,
-        dtype=config.resolved_product_dtype(features.numel() * n_outputs),
+        dtypes=config.product_dtypes(features.numel() * n_outputs),
         memory_budget_bytes=int(config.memory_budget_mb * 2**20),
-        advance=progress.advance,
+        report=report,
     )
 
 
-def _tell_copy(features: Tensor, dtype: torch.dtype, budget_mb: float) -> None:
+def _warn_of_copy(features: Tensor, dtype: torch.dtype, budget_mb: float) -> None:
     size_mb = features.numel() * dtype.itemsize / 2**20
     if size_mb > budget_mb:
         logger.warning(
-            "train.solver=SKLEARN copies all features: %.0f MB, more than train.memory_budget_mb=%.0f; TORCH goes "
-            "through them in blocks",
+            "train.solver=SKLEARN copies all features: %.0f MB, more than train.memory_budget_mb=%.0f; "
+            "train.solver=TORCH reads them in blocks",
             size_mb,
             budget_mb,
         )
@@ -191,7 +192,7 @@ def train_for_C(
     logreg_config: TrainConfig,
     num_classes: int | None = None,
 ) -> LogRegModule:
-    """A fitted model for one value of C; `num_classes` as of `LogRegModule`."""
+    """Return a `LogRegModule` fitted for one value of C."""
     module = LogRegModule(C, train_labels.ndim == 2, logreg_config=logreg_config, num_classes=num_classes)
     return module.fit(train_features, train_labels)
 
@@ -206,21 +207,21 @@ def sweep_C_values(
     train_config: TrainConfig,
     num_classes: int | None = None,
 ) -> Sweep:
-    """Score a model of each value of C on validation data; every process must call it.
+    """Fit a model for each value of C and score it on validation data; every process must call it.
 
     Args:
         train_features: [N, D].
         train_labels: classes [N], or multi-hot [N, L].
         val_features: [M, D], all of them in each process.
-        val_labels: as `val_metric` wants them.
-        val_metric: a metric, which is cloned.
+        val_labels: what `val_metric` expects.
+        val_metric: a metric; it is cloned.
         train_config: settings of the fit.
-        num_classes: columns of the probabilities; None: as many as the training labels need.
+        num_classes: columns of the probabilities. Default: as many as the training labels need.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     is_multi_label = train_labels.ndim == 2
     width = num_classes or (train_labels.shape[1] if is_multi_label else int(train_labels.max()) + 1)
-    # Large values first: they take longest, so the time that is told to be left is rather too long than too short.
+    # Large values first: they take longest, so the estimate of the time left is too long rather than too short.
     order = list(reversed(range(len(C_VALUES))))
     own = [
         LogRegModule(C_VALUES[index], is_multi_label, logreg_config=train_config, num_classes=num_classes)
@@ -230,7 +231,7 @@ def sweep_C_values(
     metrics: dict[int, dict[str, float]] = {}
     fits: dict[int, tuple[int, bool]] = {}
     for start in range(0, len(order), world_size):
-        # Metrics are of the samples of all processes: one process has them all, the others none.
+        # Metrics are computed over the samples of all processes, so one process scores them all and the others none.
         module = next(fitted, None)
         for owner, index in enumerate(order[start : start + world_size]):
             metric = val_metric.clone().to(val_features.device)
@@ -240,7 +241,7 @@ def sweep_C_values(
         own_fit: tuple[int, bool] | None = None
         if module is not None:
             own_fit = module.n_iterations, module.converged
-            module.weights = module.intercept = None  # of many classes, all 45 take gigabytes
+            module.weights = module.intercept = None  # with many classes, all 45 would take gigabytes
         for index, fit in zip(order[start:], distributed.all_gather_objects(own_fit), strict=False):
             if fit is not None:
                 fits[index] = fit
@@ -258,7 +259,7 @@ def sweep_C_values(
 
 
 def rows_per_batch(num_classes: int) -> int:
-    """How many rows are scored at once, so that memory does not grow with their number or that of the classes."""
+    """Return how many rows to score at once, so that memory depends neither on their number nor on that of classes."""
     return max(1, SCORES_PER_BATCH // num_classes)
 
 
@@ -285,17 +286,17 @@ def get_best_logreg_with_features(
     num_classes: int | None = None,
     spill: Spill | None = None,
 ) -> LogRegModule:
-    """The model with the best C of the grid, whose `sweep` attribute tells how that was chosen.
+    """Fit the model with the best C of the grid; its `sweep` attribute holds the results of all.
 
     Args:
         train_features: [N, D].
         train_labels: classes [N], or multi-hot [N, L].
         val_features: [M, D].
         val_labels: classes [M], or multi-hot [M, L].
-        val_metric: its "top-1" decides; the smallest C among equals.
-        concatenate_train_val: fit the final model on training and validation rows, else on training rows.
+        val_metric: its "top-1" decides; among equals, the smallest C wins.
+        concatenate_train_val: fit the final model on training and validation rows, not only on training rows.
         train_config: settings of the fit.
-        num_classes: columns of the probabilities; None: as many as the training labels need.
+        num_classes: columns of the probabilities. Default: as many as the training labels need.
         spill: for training and validation rows together, if they are too large for memory.
     """
     sweep = sweep_C_values(
@@ -327,7 +328,7 @@ def get_best_logreg_with_features(
 
 def _check(features: Tensor, labels: Tensor, is_multi_label: bool) -> None:
     if len(features) == 0 or len(features) != len(labels):
-        raise ValueError(f"{len(features)} rows of features and {len(labels)} labels: expected as many, and some")
+        raise ValueError(f"{len(features)} rows of features and {len(labels)} labels: expected equal numbers, above 0")
     if labels.is_floating_point() or labels.ndim != (2 if is_multi_label else 1) or int(labels.min()) < 0:
         kind = "multi-hot rows [N, L]" if is_multi_label else "classes [N]"
         raise ValueError(
@@ -335,17 +336,19 @@ def _check(features: Tensor, labels: Tensor, is_multi_label: bool) -> None:
         )
     n_bad = sum(int((~block.isfinite()).any(dim=1).sum()) for block in features.split(ROWS_PER_CHECK))
     if n_bad:
-        raise ValueError(f"{n_bad} of {len(features)} rows of features have NaN or infinity; the model gave them")
+        raise ValueError(
+            f"{n_bad} of {len(features)} rows of features contain NaN or infinity, as the model returned them"
+        )
 
 
 def _split_columns(labels: Tensor, num_classes: int | None) -> tuple[_Columns, Tensor]:
-    # Columns, and the targets of those that are fitted: classes without gaps, or columns of 0 and 1.
+    # The targets of the fitted columns are classes without gaps, or columns of 0 and 1.
     if labels.ndim == 1:
         classes, targets = labels.cpu().unique(return_inverse=True)
         check_several_classes(labels)
         width = num_classes or int(classes[-1]) + 1
         if int(classes[-1]) >= width:
-            raise ValueError(f"there is a label {int(classes[-1])}, but there are only {width} classes")
+            raise ValueError(f"label {int(classes[-1])} is out of range: there are only {width} classes")
         if len(classes) == 2:
             targets = targets[:, None]
         return _Columns(classes, torch.zeros(1, width, dtype=torch.float64)), targets
@@ -357,11 +360,7 @@ def _split_columns(labels: Tensor, num_classes: int | None) -> tuple[_Columns, T
 
 
 def check_several_classes(labels: Tensor) -> None:
-    """Refuse labels [N] of one class alone.
-
-    Raises:
-        ValueError: names the class.
-    """
+    """Raise a ValueError if all labels [N] are of the same class."""
     if labels.ndim == 1 and int(labels.min()) == int(labels.max()):
         raise ValueError(
             f"all {len(labels)} training images are of class {int(labels[0])}; logistic regression needs at least two"
@@ -372,7 +371,7 @@ def _warn_of_limit(fits: Mapping[int, tuple[int, bool]], config: TrainConfig) ->
     ended = [C_VALUES[index] for index in sorted(fits) if not fits[index][1]]
     if ended:
         logger.warning(
-            "%d fits were ended by train.max_train_iters=%d, the smallest C of them is %.3g",
+            "%d fits reached train.max_train_iters=%d before they converged; the smallest C among them is %.3g",
             len(ended),
             config.max_train_iters,
             ended[0],

@@ -1,23 +1,24 @@
-"""Fitting logistic regressions with an L2 penalty, for many values of C: scikit-learn's L-BFGS, or ours in torch.
+"""Fitting logistic regressions with an L2 penalty: scikit-learn's solver, or `torch.optim.LBFGS` on our own objective.
 
 For a value of C, the sum over samples of the loss, plus ||W||^2 / (2 C), is minimised; intercepts are not penalised and
 features are used as they are. Classes are of one of two kinds: exclusive ones, with a softmax over rows of W, or
 independent columns with a sigmoid each: multi-hot labels, and the one column that tells two classes apart.
 
-Notable in ours:
-- All values of C are fitted at once: each pass over the features gives the loss and gradient of every model that is
-  not done. Each model is multiplied on its own, so that it has the same bits whichever others there are, and a sweep
-  the same figures however it is divided over processes.
-- It works on the principal axes of the features, which changes neither the models nor their penalty. There, the
-  Hessian at the start is close to diagonal and known, so that searches take a fraction of the usual iterations.
-- Matrix products are in float32 if not asked otherwise; sums, the penalty and the searches are in float64.
+How ours works:
+- It searches on the principal axes of the features, which changes neither the models nor their penalty. There, the
+  Hessian at the start is close to diagonal and known, so that in units of it a search takes a fraction of the usual
+  number of iterations.
+- Matrix products are in float32 until that gains nothing more, and then in float64; sums, the penalty and the search
+  are in float64 throughout.
 - Features may be anywhere, also in a mapped file; blocks of rows come to the device as they are needed.
-- Where the searches of all values of C do not fit into memory together, fewer run at once.
+
+What is given up: each value of C starts cold and goes through the features by itself, instead of starting where its
+neighbour ended or sharing a pass with it. So a model has the same bits whichever others are fitted, and the figures of
+a sweep do not depend on how it is divided over processes.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,16 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.eval.classification.log_regression_lbfgs import HISTORY, run_together, search_minimum
-
 logger = logging.getLogger("dinov3")
 
-#: Temporaries of a block of rows in `fit_with_torch` have about this many elements.
+# Temporaries of a block of rows in `fit_with_torch` have about this many elements.
 BLOCK_ELEMENTS = 2**20
-#: What a search holds at most, in vectors of the size of its point: its history twice, and what it computes with.
-VECTORS_PER_SEARCH = 2 * HISTORY + 10
-#: By the dtype of products: how far above its minimum the loss of a sample may end, on average.
-REACHABLE = {torch.float32: 1e-9, torch.float64: 1e-14}
+HISTORY = 10
+EVALUATIONS_PER_STEP = 25
+ITERATIONS_PER_REPORT = 10
+# By the dtype of products: the share of the objective below which a decrease drowns in rounding.
+REACHABLE = {torch.float32: 1e-7, torch.float64: 1e-14}
+# torch skips updates of the Hessian whose curvature is below 1e-10, so the objective is counted in tiny units.
+SCALE = 1e12
 
 
 class Fit(NamedTuple):
@@ -81,7 +83,7 @@ def fit_with_sklearn(
     for column in columns:
         model = LogisticRegression(C=C, tol=tol, max_iter=max_iterations)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` tells
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says so
             models.append(model.fit(samples, column.cpu().numpy()))
     n_iterations = max(int(model.n_iter_.max()) for model in models)
     return Fit(
@@ -114,59 +116,91 @@ def fit_with_torch(
     device: torch.device,
     tol: float,
     max_iterations: int,
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     memory_budget_bytes: int,
-    advance: Callable[[int, str], None] = lambda n_fits, note: None,
+    report: Callable[[str], None] = lambda note: None,
 ) -> Iterator[Fit]:
-    """Fit a model for each value of C, all at once, or as many at once as memory allows.
+    """Fit a model for each value of C, one after the other, each from the same start.
 
     Args:
         features: [N, D], on any device.
         targets: classes int64 [N], each of 0..R-1 occurring; or columns [N, R] of 0 and 1, each of both kinds.
         Cs: inverse weights of the penalty.
         device: where the work is done.
-        tol: excess of the mean loss over its minimum that ends a search; no less than `dtype` can reach.
-        max_iterations: of each search.
-        dtype: of matrix products.
-        memory_budget_bytes: within which features are kept on their principal axes, otherwise blocks of them are
-            transformed each time; and within which searches run together.
-        advance: told how many fits have just ended, and in a few words how far the others are.
+        tol: a fit ends when a step to the minimum of the quadratic model would lower the objective by less than this
+            share of it, or by less than the products' dtype can resolve.
+        max_iterations: of each fit.
+        dtypes: of matrix products; a fit continues with the next one when it has converged in the one before.
+        memory_budget_bytes: within which features are kept on their principal axes; larger ones are transformed block
+            by block in each evaluation.
+        report: called from time to time with a few words on the progress of a fit.
 
     Yields:
         The fits, in the order of `Cs`.
     """
     if not Cs:
         return
-    rows = _Rows(features, targets, device, dtype, memory_budget_bytes)
-    start, curvature = _start(rows)
-    at_once = max(1, memory_budget_bytes // (VECTORS_PER_SEARCH * start.nbytes))
-    for first in range(0, len(Cs), at_once):
-        part = Cs[first : first + at_once]
-        searches = [
-            search_minimum(
-                start,
-                _make_precondition(rows, curvature, C),
-                tolerance=max(tol, REACHABLE[dtype]) * len(features),
-                noise=torch.finfo(dtype).eps * len(features),
-                max_iterations=max_iterations,
-            )
-            for C in part
-        ]
-        evaluate = functools.partial(_losses_and_gradients, rows, part)
-        minima = run_together(searches, evaluate, lambda n_rounds, n_ended: advance(n_ended, f"iteration {n_rounds}"))
-        del searches
-        while minima:
-            minimum = minima.pop(0)
-            weights = minimum.point[:, :-1] @ rows.axes.T  # [R, D]
-            intercept = minimum.point[:, -1] - weights @ rows.mean
-            yield Fit(weights.cpu(), intercept.cpu(), minimum.n_iterations, minimum.converged)
+    rows = _Rows(features, targets, device, dtypes[0], memory_budget_bytes)
+    for C in Cs:
+        point, n_iterations, converged = _minimise(rows, C, tol, max_iterations, dtypes, report)
+        weights = point[:, :-1] @ rows.axes.T  # [R, D]
+        intercept = point[:, -1] - weights @ rows.mean
+        yield Fit(weights.cpu(), intercept.cpu(), n_iterations, converged)
+
+
+def _minimise(
+    rows: _Rows,
+    C: float,
+    tol: float,
+    max_iterations: int,
+    dtypes: Sequence[torch.dtype],
+    report: Callable[[str], None],
+) -> tuple[Tensor, int, bool]:
+    # In units in which the Hessian at the start is about the identity, the first step of L-BFGS is Newton's.
+    start, hessian = rows.start_and_hessian(C)
+    factor = SCALE / len(rows.targets)
+    unit = (hessian * factor).rsqrt()
+    scaled = torch.nn.Parameter(start / unit)
+    evaluated: tuple[torch.dtype, Tensor, float, Tensor] | None = None
+
+    def evaluate() -> float:
+        nonlocal evaluated
+        # Each call of `step` asks again for the point where the last one ended.
+        if evaluated is None or evaluated[0] is not dtype or not torch.equal(evaluated[1], scaled):
+            loss, gradient = rows.loss_and_gradient(scaled.detach() * unit, C, dtype)
+            evaluated = dtype, scaled.detach().clone(), factor * loss, factor * gradient * unit
+        scaled.grad = evaluated[3]
+        return evaluated[2]
+
+    optimizer = torch.optim.LBFGS(
+        [scaled], max_iter=1, max_eval=EVALUATIONS_PER_STEP, history_size=HISTORY, line_search_fn="strong_wolfe"
+    )
+    settings, state = optimizer.param_groups[0], optimizer.state[scaled]
+    n_iterations, converged = 0, False
+    for dtype in dtypes:
+        converged = False
+        while not converged and n_iterations < max_iterations:
+            tolerance = max(tol, REACHABLE[dtype]) * evaluate()
+            assert scaled.grad is not None
+            # torch would divide the first step by the norm of the gradient.
+            lr = max(1.0, float(scaled.grad.abs().sum())) if n_iterations == 0 else 1.0
+            settings.update(lr=lr, tolerance_grad=0.0, tolerance_change=tolerance)
+            optimizer.step(evaluate)
+            # Without a gradient there is no direction.
+            converged = "d" not in state or -float(state["prev_flat_grad"].dot(state["d"])) <= tolerance
+            n_iterations += not converged
+            if n_iterations % ITERATIONS_PER_REPORT == 0:
+                report(f"C={C:.2g}, iteration {n_iterations}")
+    point = scaled.detach() * unit
+    if rows.targets.ndim == 1:
+        # A softmax does not depend on what all classes have in common; the penalty is smallest without it.
+        point = point - point.mean(dim=0)
+    return point, n_iterations, converged
 
 
 class _Rows:
-    """Blocks of features on their principal axes, with their targets.
-
-    Points of the searches are [R, d + 1]: weights on the d axes along which features vary, and the intercept.
-    """
+    # Blocks of features on their principal axes, with their targets. Points of a search are [R, d + 1]: weights on the
+    # d axes along which features vary, and the intercept.
 
     def __init__(
         self, features: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype, memory_budget_bytes: int
@@ -186,22 +220,18 @@ class _Rows:
         varies = variances > variances[-1] * len(variances) * torch.finfo(torch.float64).eps
         self.axes = axes[:, varies]  # [D, d]
         n_samples = variances.new_tensor([len(features)])
-        self.variances = torch.cat([variances[varies], n_samples])  # sums of squares, those of the intercept last
+        self.sums_of_squares = torch.cat([variances[varies], n_samples])  # of the features, and of the intercept's 1
         n_bytes = len(features) * self.axes.shape[1] * dtype.itemsize
-        self.kept = n_bytes <= memory_budget_bytes
-        if self.kept:
+        self.in_memory = n_bytes <= memory_budget_bytes
+        if self.in_memory:
             self.blocks = [self._transform(block) for block in self.blocks]
         else:
             logger.info(
-                "logistic regression: %.0f MB of features are above train.memory_budget_mb=%.0f, "
-                "going through them in blocks, which takes longer",
+                "logistic regression: %.0f MB of features exceed train.memory_budget_mb=%.0f, so they are read and "
+                "transformed in blocks each time, which takes longer",
                 n_bytes / 2**20,
                 memory_budget_bytes / 2**20,
             )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for block, targets in zip(self.blocks, self.target_blocks, strict=True):
-            yield (block if self.kept else self._transform(block)), targets
 
     def _load(self, block: Tensor) -> Tensor:
         return block.to(self.device, torch.float64)
@@ -209,66 +239,49 @@ class _Rows:
     def _transform(self, block: Tensor) -> Tensor:
         return ((self._load(block) - self.mean) @ self.axes).to(self.dtype)
 
+    def start_and_hessian(self, C: float) -> tuple[Tensor, Tensor]:
+        """Return weights 0 with their best intercepts, and the diagonal of the Hessian there, both [R, d + 1]."""
+        if self.targets.ndim == 1:
+            shares = torch.bincount(self.targets, minlength=self.n_outputs).double() / len(self.targets)
+            intercept, curvature = shares.log() - shares.log().mean(), shares
+        else:
+            shares = self.targets.double().mean(dim=0)
+            intercept, curvature = shares.logit(), shares * (1 - shares)
+        start = torch.zeros(self.n_outputs, len(self.sums_of_squares), dtype=torch.float64, device=self.device)
+        start[:, -1] = intercept
+        penalty = torch.full_like(self.sums_of_squares, 1 / C)
+        penalty[-1] = 0
+        return start, curvature[:, None] * self.sums_of_squares + penalty
 
-def _start(rows: _Rows) -> tuple[Tensor, Tensor]:
-    # Weights 0 and the intercepts that are best then; and the curvature of the loss in each output there.
-    if rows.targets.ndim == 1:
-        shares = torch.bincount(rows.targets, minlength=rows.n_outputs).double() / len(rows.targets)
-        intercept, curvature = shares.log() - shares.log().mean(), shares
-    else:
-        shares = rows.targets.double().mean(dim=0)
-        intercept, curvature = shares.logit(), shares * (1 - shares)
-    point = torch.zeros(rows.n_outputs, len(rows.variances), dtype=torch.float64, device=rows.device)
-    point[:, -1] = intercept
-    return point, curvature
-
-
-def _make_precondition(rows: _Rows, curvature: Tensor, C: float) -> Callable[[Tensor], Tensor]:
-    # The inverse of the Hessian at the start, for one class or column at a time.
-    penalty = torch.full_like(rows.variances, 1 / C)
-    penalty[-1] = 0
-    inverse_hessian = 1 / (curvature[:, None] * rows.variances + penalty)
-
-    def precondition(gradient: Tensor) -> Tensor:
-        direction = inverse_hessian * gradient
-        # A softmax does not tell what all classes have in common, so that is 0 in the solution: stay there.
-        return direction - direction.mean(dim=0) if rows.targets.ndim == 1 else direction
-
-    return precondition
-
-
-def _losses_and_gradients(
-    rows: _Rows, all_Cs: Sequence[float], numbers: Sequence[int], points: Sequence[Tensor]
-) -> list[tuple[float, Tensor]]:
-    Cs = [all_Cs[number] for number in numbers]
-    block_loss = _softmax_loss if rows.targets.ndim == 1 else _sigmoid_loss
-    losses, gradients = [], []
-    for point, C in zip(points, Cs, strict=True):
+    def loss_and_gradient(self, point: Tensor, C: float, dtype: torch.dtype) -> tuple[float, Tensor]:
+        """Return the objective and its gradient at a point, with matrix products in `dtype`."""
         penalised = point[:, :-1]
-        losses.append(penalised.square().sum() / (2 * C))
-        gradients.append(F.pad(penalised / C, (0, 1)))
-    rounded = [(point[:, :-1].to(rows.dtype), point[:, -1].to(rows.dtype)) for point in points]
-    for features, targets in rows:
-        for number, (weights, intercept) in enumerate(rounded):
-            loss, residuals = block_loss(torch.addmm(intercept, features, weights.T), targets)
-            losses[number] += loss
-            gradients[number][:, :-1] += residuals.T @ features
-            gradients[number][:, -1] += residuals.sum(dim=0, dtype=torch.float64)
-    return list(zip(torch.stack(losses).tolist(), gradients, strict=True))
+        loss = penalised.square().sum() / (2 * C)
+        gradient = F.pad(penalised / C, (0, 1))
+        weights, intercept = penalised.to(dtype), point[:, -1].to(dtype)
+        block_loss = _softmax_loss if self.targets.ndim == 1 else _sigmoid_loss
+        for block, targets in zip(self.blocks, self.target_blocks, strict=True):
+            features = (block if self.in_memory else self._transform(block)).to(dtype)
+            block_sum, residuals = block_loss(torch.addmm(intercept, features, weights.T), targets)
+            loss += block_sum
+            gradient[:, :-1] += residuals.T @ features
+            gradient[:, -1] += residuals.sum(dim=0, dtype=torch.float64)
+        return float(loss), gradient
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # The loss, summed in float64, and its derivatives by the logits [B, R].
-    log_probabilities = logits.log_softmax(dim=1)
     own = targets[:, None]
-    loss = -log_probabilities.gather(1, own).sum(dtype=torch.float64)
-    # Denormal numbers, which slow products down by far, come of exponents below -87.
-    return loss, log_probabilities.clamp_(min=-60).exp_().scatter_add_(
-        1, own, -torch.ones_like(own, dtype=logits.dtype)
-    )
+    log_probabilities = logits.log_softmax(dim=1)
+    own_log_probabilities = log_probabilities.gather(1, own)
+    # Denormal numbers, which slow products down by far, result from exponents below -87.
+    probabilities = log_probabilities.clamp_(min=-60).exp_().scatter_(1, own, 0)
+    # Of samples that are almost certain, 1 - p is all that is left to learn from: never computed as a difference.
+    others = probabilities.sum(dim=1, keepdim=True)
+    losses = torch.where(others < 0.1, -torch.log1p(-others), -own_log_probabilities)
+    return losses.sum(dtype=torch.float64), probabilities.scatter_(1, own, -others)
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    targets = targets.to(logits.dtype)
-    loss = (F.softplus(logits) - targets * logits).sum(dtype=torch.float64)
-    return loss, logits.sigmoid() - targets
+    signs = 1 - 2 * targets.to(logits.dtype)
+    return F.softplus(signs * logits).sum(dtype=torch.float64), signs * (signs * logits).sigmoid()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.eval.command.results import as_file_name
-from dinov3.eval.features.accumulators import Accumulator, NoOpAccumulator, ResultsAccumulator
+from dinov3.eval.features.extraction import ResultsAccumulator
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -121,9 +121,7 @@ def evaluate(
     """
     model.eval()
     metrics = {key: metric.to(device) for key, metric in metrics.items()}
-    accumulators: dict[Key, Accumulator] = {
-        key: ResultsAccumulator() if accumulate_results else NoOpAccumulator() for key in postprocessors
-    }
+    accumulators = {key: ResultsAccumulator() if accumulate_results else None for key in postprocessors}
     for samples, (index, targets) in data_loader:
         real = index >= 0
         samples, index, targets = (t[real.to(t.device)].to(device) for t in (samples, index, targets))
@@ -132,10 +130,12 @@ def evaluate(
         for key, metric in metrics.items():
             results = postprocessors[key](outputs, targets)
             metric.update(**results)
-            accumulators[key].update(**results, index=index)
+            accumulator = accumulators[key]
+            if accumulator is not None:
+                accumulator.update(**results, index=index)
     return (
         {key: metric.compute() for key, metric in metrics.items()},
-        {key: accumulator.accumulate() for key, accumulator in accumulators.items()},
+        {key: None if accumulator is None else accumulator.accumulate() for key, accumulator in accumulators.items()},
     )
 
 

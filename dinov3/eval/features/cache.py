@@ -4,9 +4,9 @@ An entry is a directory named by a digest of everything that its rows depend on:
 weights, the precision that it runs in, the images (files, sizes, times of change), their order and their transform.
 
 Notable:
-- On top of that, an entry is only used if the model still gives the stored features for three of its images. So one of
-  another model is never used, whatever the digest might miss.
-- An entry appears complete or not at all, is read by any number of processes, and each reads its own rows.
+- On top of that, an entry is only used if the model still returns the stored features for three of its images, so the
+  entry of another model is never used, whatever the digest might miss.
+- An entry appears complete or not at all. Any number of processes can read it, each only its own rows.
 - What cannot be described, such as datasets that are not files or transforms without a name, is not stored.
 """
 
@@ -40,8 +40,8 @@ logger = logging.getLogger("dinov3")
 CACHE_VARIABLE = "DINOV3_FEATURE_CACHE"
 FORMAT = 1
 FEATURES_FILE, TARGETS_FILE, DESCRIPTION_FILE = "features.npy", "targets.npy", "description.json"
-#: Largest difference between stored and new features of an image, relative to the largest feature: another number of
-#: threads changes float32 features less than that. bfloat16 has a unit of 8e-3.
+# Largest difference between stored and new features of an image, relative to the largest feature: another number of
+# threads changes float32 features less than that. The unit of bfloat16 is 8e-3.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SHARE_OF_FREE_SPACE = 0.5
 ABANDONED_AFTER = 24 * 3600.0  # seconds
@@ -50,10 +50,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+|<function|<lambda>")
 
 @dataclass
 class FeaturesConfig:
-    """Where features are kept."""
+    """Where to keep features."""
 
-    cache: bool = key(True, "keep features on disk for the next evaluation; --no-cache: false")
-    cache_dir: str | None = key(None, f"where; null: ${CACHE_VARIABLE}, else ~/.cache/dinov3/features")
+    cache: bool = key(True, "keep features on disk for the next evaluation; --no-cache sets it to false")
+    cache_dir: str | None = key(None, f"where to keep features; null: ${CACHE_VARIABLE} or ~/.cache/dinov3/features")
     memory_budget_mb: float = key(8192, "larger features of a dataset lie in a file in cache_dir, not in memory")
 
     def __post_init__(self) -> None:
@@ -61,10 +61,10 @@ class FeaturesConfig:
             raise ValueError(f"features.memory_budget_mb={self.memory_budget_mb}: expected 0 or more")
 
     def make_cache(self) -> FeatureCache | None:
-        """The cache, or None without one.
+        """Return the cache, or None if it is turned off.
 
         Raises:
-            OSError: `cache_dir` is given, but cannot be written.
+            OSError: `cache_dir` is given but cannot be written.
         """
         if not self.cache:
             return None
@@ -73,7 +73,7 @@ class FeaturesConfig:
         return FeatureCache(self._directory())
 
     def make_spill(self) -> Spill:
-        """Where features go that are too large for memory."""
+        """Return where features go that are too large for memory."""
         return Spill(self._directory(), int(self.memory_budget_mb * 2**20))
 
     def _directory(self) -> Path:
@@ -91,7 +91,7 @@ class FeatureCache:
         self.directory = Path(directory)
 
     def find(self, description: dict[str, Any] | None, model: nn.Module, dataset: Any) -> Path | None:
-        """The entry of a description, if the model gives what is in it; every process must call it."""
+        """Return the entry of a description if the model still returns its features; every process must call it."""
         path = None if description is None else self._path_of(description)
         usable = path is not None and path.is_dir() and self._fits(path, model, dataset)
         return path if all(distributed.all_gather_objects(usable)) else None
@@ -100,15 +100,15 @@ class FeatureCache:
         """Write the rows of all processes; every process must call it.
 
         Args:
-            description: as of `describe`.
+            description: from `describe`.
             rows: those of this process.
             n_rows: of all processes.
 
         Returns:
-            The entry, or None if it could not be described or written; the log says why.
+            The entry, or None if it could not be described or written, for a reason that is logged.
         """
         if not all(distributed.all_gather_objects(description is not None)):
-            logger.info("features are not stored: this dataset, its transform or the model cannot be told from others")
+            logger.info("features are not stored: this dataset, its transform or the model cannot be identified")
             return None
         assert description is not None
         shape = (n_rows, rows.features.shape[1])
@@ -137,7 +137,7 @@ class FeatureCache:
         bound = TOLERANCE[_precision(model)] * float(stored.abs().max())
         fits = stored.shape == computed.shape and bool((stored - computed).abs().max() <= bound)
         if not fits:
-            logger.warning("cached features in %s are not what this model gives, so they are not used", path)
+            logger.warning("cached features in %s are not what this model returns, so they are not used", path)
         return fits
 
     def _begin(self, target: Path, shape: tuple[int, int]) -> Path | None:
@@ -163,7 +163,7 @@ class FeatureCache:
         return temporary
 
     def _write_rows(self, temporary: Path, rows: FeatureRows) -> bool:
-        # Into one file, each process its own rows; a process of a machine that does not see the file has none to write.
+        # Each process writes its own rows into one file. On a machine that does not see the file this fails, for all.
         try:
             if len(rows.positions):
                 features = np.load(temporary / FEATURES_FILE, mmap_mode="r+")
@@ -212,21 +212,18 @@ def extract_cached(
     description: str = "features",
     spill: Spill | None = None,
 ) -> FeatureRows:
-    """This process's rows of a dataset's features, from the cache if they are there; else they are put there.
+    """Return this process's rows of a dataset's features, from the cache or newly stored; every process must call it.
 
     Args:
-        model: gives [B, D] for a batch of images, under the caller's autocast.
-        dataset: gives (image, target).
+        model: returns [B, D] for a batch of images, under the caller's autocast.
+        dataset: yields (image, target).
         batch_size: images per step and process.
         num_workers: of the loader.
-        cache: None: extract.
+        cache: None turns it off.
         on_cpu: return features on the CPU instead of the model's device.
-        collate_fn: as of `make_enumerated_loader`.
-        description: what the progress bar says.
+        collate_fn: see `make_enumerated_loader`.
+        description: of the progress bar.
         spill: for features that are too large for memory; those of the cache are then read from its file.
-
-    Returns:
-        As `extract_rows`; every process must call it.
     """
     device = torch.device("cpu") if on_cpu else model_device(model)
     entry = describe(model, dataset) if cache is not None else None
@@ -238,17 +235,18 @@ def extract_cached(
     rows = extract_rows(model, loader, on_cpu=on_cpu, description=description, spill=spill)
     path = cache.store(entry, rows, len(dataset)) if cache is not None else None
     if path is not None and spill is not None and spill.takes(len(dataset), rows.features.shape[1]):
-        return read_rows(path, device=device, spill=spill)  # one file on the disk instead of two
+        # Drops the spilled file, so that the disk holds one copy instead of two.
+        return read_rows(path, device=device, spill=spill)
     return rows
 
 
 def open_features(path: Path) -> tuple[np.ndarray, Tensor]:
-    """The features of an entry as a memory map [N, D] of float32, whose changes are not written, and its targets."""
+    """Return the features of an entry as a copy-on-write memory map (float32 [N, D]), and its targets."""
     return np.load(path / FEATURES_FILE, mmap_mode="c"), torch.from_numpy(np.load(path / TARGETS_FILE))
 
 
 def read_rows(path: Path, *, device: torch.device, spill: Spill | None = None) -> FeatureRows:
-    """This process's share of an entry: every `world size`-th row; a map of them on the CPU where `spill` takes all."""
+    """Read this process's share of an entry, every `world size`-th row, or map it on the CPU if `spill` takes all."""
     features, targets = open_features(path)
     share = slice(distributed.get_rank(), None, distributed.get_world_size())
     positions = torch.arange(len(features))[share]
@@ -259,11 +257,11 @@ def read_rows(path: Path, *, device: torch.device, spill: Spill | None = None) -
 
 
 def describe(model: nn.Module, dataset: Any) -> dict[str, Any] | None:
-    """What the features of a model depend on; None if it cannot be told.
+    """Describe what the features of a model depend on; return None if that cannot be described.
 
     Args:
         model: as it is called, with its wrappers, under the autocast that it runs in.
-        dataset: images that are files (`root` and `get_image_relpath`), or a subset of such.
+        dataset: images that are files (it has `root` and `get_image_relpath`), or a subset of them.
     """
     images = describe_images(dataset)
     settings = repr(model)
@@ -279,7 +277,7 @@ def describe(model: nn.Module, dataset: Any) -> dict[str, Any] | None:
 
 
 def describe_images(dataset: Any) -> dict[str, Any] | None:
-    """Which images a dataset has, in which order, and what is done to them; None if it cannot be told."""
+    """Describe the images of a dataset, their order and transform; return None if they cannot be described."""
     if isinstance(dataset, Subset):
         inner = describe_images(dataset.dataset)
         chosen = hashlib.sha256(np.asarray(dataset.indices, dtype=np.int64).tobytes()).hexdigest()
@@ -308,7 +306,7 @@ def describe_images(dataset: Any) -> dict[str, Any] | None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and values of a model's parameters and buffers."""
+    """Return the SHA-256 of the names, dtypes, shapes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in _all_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -317,7 +315,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Buffers that are not saved too: they are part of what the model computes with.
+    # Includes buffers that are not saved, because the model computes with them too.
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -329,12 +327,12 @@ def _check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"features.cache_dir={directory} cannot be written ({error}): give another, or --no-cache"
+            f"features.cache_dir={directory} cannot be written ({error}): choose another directory, or --no-cache"
         ) from error
 
 
 def _remove_abandoned(directory: Path) -> None:
-    # What killed processes have left; others may be writing at this moment.
+    # Left by killed processes; younger ones may be in use at this moment.
     for entry in directory.glob(".tmp-*"):
         if time.time() - entry.stat().st_mtime > ABANDONED_AFTER:
             shutil.rmtree(entry, ignore_errors=True)

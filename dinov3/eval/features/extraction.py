@@ -1,10 +1,10 @@
 """Features of a dataset, extracted once, each process its own share of the rows.
 
 Notable:
-- An evaluation can go on with the rows where they are (`extract_rows`), or have the whole matrix on every process
+- An evaluation can use the rows where they are (`extract_rows`), or gather the whole matrix on every process
   (`gather_rows`, in bounded pieces); both in dataset order.
-- Matrices that are too large for memory lie in a file that is mapped (`Spill`): whoever goes through them block by
-  block needs no more memory than a block.
+- Matrices that are too large for memory are mapped from a file (`Spill`): reading them block by block needs no more
+  memory than a block.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -28,7 +29,6 @@ from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
 from dinov3.distributed import runtime
 from dinov3.eval.command.progress import track
-from dinov3.eval.features.accumulators import cat_padded, first_occurrences
 
 logger = logging.getLogger("dinov3")
 
@@ -51,22 +51,22 @@ class FeatureRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Spill:
-    """Where matrices lie that are too large for memory.
+    """Files for matrices that are too large for memory.
 
     Attributes:
-        directory: of their files, which have no name and vanish with the process.
-        above_bytes: size from which on a matrix is too large.
+        directory: of the files, which have no name and vanish with the process.
+        above_bytes: larger matrices are too large.
     """
 
     directory: Path
     above_bytes: int
 
     def takes(self, n_rows: int, n_columns: int) -> bool:
-        """Whether a float32 matrix is too large for memory."""
+        """Return whether a float32 matrix is too large for memory."""
         return 4 * n_rows * n_columns > self.above_bytes
 
     def make(self, n_rows: int, n_columns: int) -> Tensor:
-        """A float32 matrix in a file, on the CPU.
+        """Map a new float32 matrix from a file, on the CPU.
 
         Raises:
             OSError: the disk is too small, or the directory cannot be written.
@@ -83,27 +83,27 @@ class Spill:
         except OSError as error:
             raise OSError(
                 f"features of {n_bytes / 1e9:.1f} GB are larger than features.memory_budget_mb="
-                f"{self.above_bytes / 2**20:.0f} and do not go into {self.directory} ({error}): set a larger budget, "
+                f"{self.above_bytes / 2**20:.0f} and do not fit into {self.directory} ({error}): set a larger budget, "
                 "or a features.cache_dir on a larger disk"
             ) from error
         return torch.from_numpy(matrix)
 
 
 def new_matrix(n_rows: int, n_columns: int, device: torch.device, spill: Spill | None) -> Tensor:
-    """A float32 matrix of undefined values: on the device, or if `spill` takes it, in a file mapped on the CPU."""
+    """Make a float32 matrix of undefined values, on the device or, if `spill` takes it, mapped from a file."""
     if spill is not None and spill.takes(n_rows, n_columns):
         return spill.make(n_rows, n_columns)
     return torch.empty(n_rows, n_columns, device=device)
 
 
 def _spill_for(spill: Spill | None, description: str, n_rows: int, n_columns: int) -> Spill | None:
-    # None if the matrix goes into memory; else says that it does not, and takes every part of it.
+    # None if the matrix fits into memory. Otherwise log that it does not; the result takes every part of it.
     if spill is None or not spill.takes(n_rows, n_columns):
         return None
     if distributed.is_main_process():
         logger.warning(
-            "%s: %d x %d take %.0f MB, more than features.memory_budget_mb=%.0f: they lie in a file in %s and are read "
-            "block by block",
+            "%s: %d x %d take %.0f MB, more than features.memory_budget_mb=%.0f, so they lie in a file in %s and are "
+            "read block by block",
             description,
             n_rows,
             n_columns,
@@ -115,25 +115,25 @@ def _spill_for(spill: Spill | None, description: str, n_rows: int, n_columns: in
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's parameters are; this process's device for a model without any."""
+    """Return the device of the model's parameters, or this process's device if it has none."""
     tensor = next(model.parameters(), next(model.buffers(), None))
     return runtime.device() if tensor is None else tensor.device
 
 
 def usable_workers(wanted: int) -> int:
-    """As many loader processes as asked for, but no more than there are processors for this process."""
+    """Limit the number of loader processes to the processors that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return min(wanted, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
 def make_enumerated_loader(dataset: Any, batch_size: int, num_workers: int, collate_fn: Any = None) -> Any:
-    """A loader of this process's share of a dataset, in order; the last process's share is padded with index -1.
+    """Make a loader of this process's share of a dataset, in order, padded at the end with index -1.
 
     Args:
-        dataset: gives (image, target); a target None becomes the sample's index.
+        dataset: yields (image, target); a target None becomes the sample's index.
         batch_size: images per step and process.
-        num_workers: of the loader; more than there are processors count as that many.
-        collate_fn: makes a batch of a list of `(image, (index, target))`; None: torch's, where a target may be None.
+        num_workers: of the loader, limited to the number of processors.
+        collate_fn: makes a batch from a list of `(image, (index, target))`. Default: torch's; a target may be None.
 
     Returns:
         An iterable of `(images, (index, targets))`, of the same number of batches in every process.
@@ -150,7 +150,7 @@ def make_enumerated_loader(dataset: Any, batch_size: int, num_workers: int, coll
 
 
 def collate_enumerated(samples: list[tuple[Any, tuple[int, Any]]]) -> Any:
-    """Torch's batch of `(image, (index, target))`, where the index takes the place of a target None, as of padding."""
+    """Make torch's batch of `(image, (index, target))`, with the index in place of a target None, as padding has."""
     return default_collate([(image, (index, index if y is None else y)) for image, (index, y) in samples])
 
 
@@ -163,18 +163,18 @@ def extract_rows(
     description: str = "features",
     spill: Spill | None = None,
 ) -> FeatureRows:
-    """The features of the images that this process's loader yields.
+    """Extract the features of the images that this process's loader yields.
 
     Args:
-        model: gives [B, D] for a batch of images; put into evaluation mode, and called under the caller's autocast.
-        data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and dropped.
+        model: returns [B, D] for a batch of images; put into evaluation mode, and called under the caller's autocast.
+        data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and are dropped.
         on_cpu: keep the features on the CPU instead of the model's device.
-        description: what the progress bar says.
+        description: of the progress bar.
         spill: for features of all processes that are too large for memory.
 
     Raises:
-        ValueError: the model gives NaN or infinity.
-        OSError: features are too large for memory, and for the disk.
+        ValueError: the model returns NaN or infinity.
+        OSError: features are too large for memory and for the disk.
     """
     model.eval()
     device = model_device(model)
@@ -186,7 +186,7 @@ def extract_rows(
         real = batch_index >= 0
         features = model(images.to(device, non_blocking=True)).float()[real.to(device)]
         if not features.isfinite().all():
-            raise ValueError(f"{description}: the model gives NaN or infinite features, its weights are not usable")
+            raise ValueError(f"{description}: the model returns NaN or infinite features, so its weights are unusable")
         matrix.append(features, expected=n_batches * len(images))
         targets.append(batch_targets[real].to(matrix.device))
         index.append(batch_index[real])
@@ -199,7 +199,7 @@ def extract_rows(
 
 
 def gather_rows(rows: FeatureRows, spill: Spill | None = None) -> FeatureRows:
-    """The rows of all processes, on every process; all must call it.
+    """Gather the rows of all processes on every process; all must call it.
 
     Args:
         rows: those of this process.
@@ -224,13 +224,13 @@ def gather_rows(rows: FeatureRows, spill: Spill | None = None) -> FeatureRows:
 
 
 def take_rows(features: Tensor, places: Tensor, spill: Spill | None = None) -> Tensor:
-    """Some rows of a float32 matrix, by their indices (int64)."""
+    """Copy some rows of a float32 matrix, by their indices (int64)."""
     taken = new_matrix(len(places), features.shape[1], features.device, spill)
     return torch.index_select(features, 0, places.to(features.device), out=taken)
 
 
 def join_rows(parts: Sequence[Tensor], spill: Spill | None = None) -> Tensor:
-    """Feature matrices one below the other, float32."""
+    """Concatenate the rows of feature matrices, float32."""
     joined = new_matrix(sum(map(len, parts)), parts[0].shape[1], parts[0].device, spill)
     start = 0
     for part in parts:
@@ -242,14 +242,14 @@ def join_rows(parts: Sequence[Tensor], spill: Spill | None = None) -> Tensor:
 def extract_features(
     model: nn.Module, dataset: Any, batch_size: int, num_workers: int, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The features and targets of a whole dataset, on every process.
+    """Extract the features and targets of a whole dataset, on every process.
 
     Args:
-        model: gives [B, D] for a batch of images.
-        dataset: gives (image, target); a target None becomes the sample's index.
+        model: returns [B, D] for a batch of images.
+        dataset: yields (image, target); a target None becomes the sample's index.
         batch_size: images per step and process.
         num_workers: of the loader.
-        gather_on_cpu: return CPU tensors instead of such on the model's device.
+        gather_on_cpu: return tensors on the CPU instead of the model's device.
 
     Returns:
         Features float32 [N, D] and targets int64 [N] or [N, L], in dataset order.
@@ -261,25 +261,25 @@ def extract_features(
 def extract_features_with_dataloader(
     model: nn.Module, data_loader: Iterable[Any], *, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`extract_features` of what a loader yields, as that of `make_enumerated_loader` does.
+    """Extract the features and targets of what a loader such as `make_enumerated_loader`'s yields.
 
     Args:
-        model: gives [B, D] for a batch of images.
-        data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and dropped.
-        gather_on_cpu: return CPU tensors instead of such on the model's device.
+        model: returns [B, D] for a batch of images.
+        data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and are dropped.
+        gather_on_cpu: return tensors on the CPU instead of the model's device.
 
     Returns:
         Features float32 [N, D] and targets int64 [N] or [N, L] of all processes, in the order of their indices.
 
     Raises:
-        ValueError: the model gives NaN or infinity.
+        ValueError: the model returns NaN or infinity.
     """
     rows = gather_rows(extract_rows(model, data_loader, on_cpu=gather_on_cpu))
     return rows.features, rows.targets
 
 
 class _GrowingMatrix:
-    # Rows that come in batches, in one piece of memory (or of a file) from the beginning if their number is foreseen.
+    # Collects batches of rows in one piece of memory (or of a file), allocated at once if their number is known.
 
     def __init__(self, device: torch.device, spill: Spill | None, description: str) -> None:
         self.device = device
@@ -290,7 +290,7 @@ class _GrowingMatrix:
     def append(self, rows: Tensor, expected: int) -> None:
         end = self._n_rows + len(rows)
         if self._matrix is None:
-            # The matrix of all processes decides, which have equal shares of it.
+            # The size of the matrix of all processes decides; they have equal shares of it.
             n_all = expected * distributed.get_world_size()
             self._spill = _spill_for(self._spill, self._description, n_all, rows.shape[1])
             self._matrix = new_matrix(max(expected, end), rows.shape[1], self.device, self._spill)
@@ -311,3 +311,57 @@ def _in_order(features: Tensor, targets: Tensor, index: Tensor) -> FeatureRows:
     if torch.equal(order, torch.arange(len(index))):
         return FeatureRows(features, targets, index)
     return FeatureRows(features[order.to(features.device)], targets[order.to(targets.device)], index[order])
+
+
+class ResultsAccumulator:
+    """Collects predictions and targets batch by batch, on the CPU, and puts them into dataset order."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(self, preds: Tensor, target: Tensor, index: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            preds: [B, ...].
+            target: int64 [B], or [B, A] lists padded with -1, whose width may differ between batches.
+            index: int64 [B], positions in the dataset.
+        """
+        self._batches.append((preds.cpu(), target.cpu(), index.cpu()))
+
+    def accumulate(self) -> dict[str, Tensor]:
+        """Gather the rows of all processes; every process must call it.
+
+        Returns:
+            `preds` and `target`, one row per position from 0 to the largest index.
+
+        Raises:
+            ValueError: a position is missing.
+        """
+        preds = torch.cat([batch[0] for batch in self._batches])
+        target = cat_padded([batch[1] for batch in self._batches])
+        index = torch.cat([batch[2] for batch in self._batches])
+        preds, index = (torch.cat(distributed.gather_all_tensors(rows)) for rows in (preds, index))
+        target = cat_padded(distributed.gather_all_tensors(target))
+        # A sampler that repeats samples yields an index twice, with equal rows.
+        order = first_occurrences(index)
+        if not torch.equal(index[order], torch.arange(len(order))):
+            raise ValueError("predictions are missing for some samples, so they cannot be put into dataset order")
+        return {"preds": preds[order], "target": target[order]}
+
+
+def cat_padded(tensors: list[Tensor]) -> Tensor:
+    """Concatenate [n] tensors, or [n, A] tensors of different width A, padded on the right with -1."""
+    if tensors[0].ndim == 1:
+        return torch.cat(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=-1) for tensor in tensors])
+
+
+def first_occurrences(index: Tensor) -> Tensor:
+    """Return the position in `index` [n] of the first occurrence of each value, in ascending order of the values."""
+    order = index.argsort(stable=True)
+    ascending = index[order]
+    is_new = torch.ones_like(ascending, dtype=torch.bool)
+    is_new[1:] = ascending[1:] != ascending[:-1]
+    return order[is_new]

@@ -1,4 +1,4 @@
-"""Features as files: safetensors, torch's and NumPy's, read without running code that a file may hold."""
+"""Files of features in the formats of safetensors, torch and NumPy, read without running code that they contain."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dinov3.utils.weight_files import read_file, write_safetensors
 
 
 def save_features_dict(features_dict: Mapping[str, Tensor | np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Write features and what belongs to them; the main process does it.
+    """Write features, and what belongs to them, in the main process.
 
     Args:
         features_dict: by name, tensors or arrays of any shape, such as `train_features` and `train_labels`.
         path: ends in `.safetensors`, `.pt` (of torch) or `.npy` (a pickled dictionary of arrays, without bfloat16).
 
     Raises:
-        ValueError: another ending, or something that is no tensor.
+        ValueError: the ending is another one, or a value is not a tensor.
     """
     write, _ = _features_format(path)
     tensors = {name: _as_tensor(name, value) for name, value in features_dict.items()}
@@ -36,16 +36,16 @@ def save_features_dict(features_dict: Mapping[str, Tensor | np.ndarray], path: s
 
 
 def load_features_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what `save_features_dict` wrote. No code in the file is run, also not in pickled ones.
+    """Read what `save_features_dict` wrote. No code in the file is run, not even in pickled ones.
 
     Args:
-        path: a file with one of the endings there.
+        path: ends like those of `save_features_dict`.
 
     Returns:
         CPU tensors by name; those of `.safetensors` and `.pt` are read from the disk when they are first used.
 
     Raises:
-        ValueError: another ending, a damaged file, or one that holds something else than tensors or arrays.
+        ValueError: the ending is another one, or the file is damaged or contains something besides tensors or arrays.
     """
     _, read = _features_format(path)
     return {name: _as_tensor(name, value) for name, value in read(Path(path)).items()}
@@ -80,13 +80,13 @@ def _read_npy(path: Path) -> Mapping[str, Any]:
             return {name: array.to_numpy() for name, array in content.items()}
         except (pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{path} is damaged, or holds something else than a dictionary of arrays ({error}); Python objects can "
-                "run code when they are loaded, so they are refused"
+                f"{path} is damaged, or contains something besides a dictionary of arrays ({error}); Python objects "
+                "can run code when they are loaded, so they are refused"
             ) from error
 
 
 class _ArraysUnpickler(pickle.Unpickler):
-    # NumPy's own classes, given made-up states, can reach any memory: everything goes through those below.
+    # NumPy's own classes, given forged states, can reach any memory, so everything goes through the classes below.
 
     def find_class(self, module: str, name: str) -> Any:
         known = {"_reconstruct": _PickledArray, "ndarray": None, "dtype": _PickledDtype}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.eval.classification import log_regression_solvers as solvers
-from dinov3.eval.classification.log_regression_lbfgs import run_together, search_minimum
 
 N_CLASSES = 5
 
@@ -30,7 +28,7 @@ def fit_torch(features: Tensor, targets: Tensor, Cs: list[float], **options: Any
         "device": torch.device("cpu"),
         "tol": 1e-12,
         "max_iterations": 1000,
-        "dtype": torch.float32,
+        "dtypes": [torch.float32, torch.float64],
         "memory_budget_bytes": 2**30,
     }
     return list(solvers.fit_with_torch(features, targets, Cs, **settings | options))
@@ -72,14 +70,14 @@ def multi_hot_targets(labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make_targets", [lambda labels: labels, binary_targets, multi_hot_targets])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradient_vanishes_at_the_solution(make_targets: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], [torch.float32, torch.float64]])
+def test_gradient_vanishes_at_the_solution(make_targets: Any, dtypes: list[torch.dtype]) -> None:
     features, labels = make_rows()
     targets = make_targets(labels)
     Cs = [1e-6, 1e-3, 1.0, 100.0]
-    for C, fit in zip(Cs, fit_torch(features, targets, Cs, dtype=dtype), strict=True):
+    for C, fit in zip(Cs, fit_torch(features, targets, Cs, dtypes=dtypes), strict=True):
         assert fit.converged
-        assert gradient_norm(fit, features, targets, C) < (2e-3 if dtype is torch.float32 else 5e-5)
+        assert gradient_norm(fit, features, targets, C) < (1e-5 if torch.float64 in dtypes else 5e-3)
 
 
 @pytest.mark.parametrize("make_targets", [lambda labels: labels, binary_targets, multi_hot_targets])
@@ -93,15 +91,15 @@ def test_both_solvers_find_the_same_minimum(make_targets: Any) -> None:
         assert theirs.converged
         torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(ours.intercept, theirs.intercept, rtol=1e-2, atol=1e-4)
-        assert objective(ours, features, targets, C) <= objective(theirs, features, targets, C) * (1 + 1e-7)
+        assert objective(ours, features, targets, C) <= objective(theirs, features, targets, C) * (1 + 1e-11)
 
 
 def test_no_value_of_C_has_a_worse_minimum_than_scikit_learn() -> None:
     features, labels = make_rows()
-    Cs = [1e-6, 1e-2, 1.0, 1e2, 1e5]
+    Cs = [1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e5]
     for C, ours in zip(Cs, fit_torch(features, labels, Cs), strict=True):
         theirs = solvers.fit_with_sklearn(features, labels, C, tol=1e-12, max_iterations=300, dtype=torch.float64)
-        assert objective(ours, features, labels, C) <= objective(theirs, features, labels, C) * (1 + 1e-6)
+        assert objective(ours, features, labels, C) <= objective(theirs, features, labels, C) * (1 + 1e-11)
 
 
 def test_a_model_has_the_same_bits_whichever_others_are_fitted_with_it() -> None:
@@ -129,7 +127,7 @@ def test_features_above_the_budget_are_gone_through_in_blocks(
 
 def test_fewer_rows_than_dimensions() -> None:
     features, labels = make_rows(n=10, dim=64)
-    for C, fit in zip([1e-3, 10.0], fit_torch(features, labels, [1e-3, 10.0], dtype=torch.float64), strict=True):
+    for C, fit in zip([1e-3, 10.0], fit_torch(features, labels, [1e-3, 10.0]), strict=True):
         assert fit.weights.shape == (N_CLASSES, 64)
         assert gradient_norm(fit, features, labels, C) < 5e-5
 
@@ -168,51 +166,10 @@ def test_rare_classes_keep_their_share() -> None:
     assert shares[0] < 0.1
 
 
-def test_limit_of_iterations_is_told() -> None:
+def test_reaching_the_limit_of_iterations_is_reported() -> None:
     features, labels = make_rows()
     fits = fit_torch(features, labels, [1e-6, 1e4], max_iterations=4)
     assert [fit.converged for fit in fits] == [True, False]
     assert fits[1].n_iterations == 4
     theirs = solvers.fit_with_sklearn(features, labels, 1e4, tol=1e-12, max_iterations=4, dtype=torch.float64)
     assert not theirs.converged
-
-
-def test_searches_do_not_wait_for_each_other_and_find_their_minima() -> None:
-    """Functions of very different curvature; the steps of log-cosh overshoot."""
-    scales = [0.01, 1.0, 300.0]
-    searches = [
-        search_minimum(
-            torch.full((3,), 4.0, dtype=torch.float64),
-            lambda gradient: gradient,
-            tolerance=1e-16,
-            noise=0.0,
-            max_iterations=200,
-        )
-        for _ in scales
-    ]
-    n_active = []
-
-    def evaluate(numbers: Any, points: Any) -> list[tuple[float, Tensor]]:
-        n_active.append(len(numbers))
-        return [
-            (float(scales[n] * (x - n).cosh().log().sum()), scales[n] * (x - n).tanh())
-            for n, x in zip(numbers, points, strict=True)
-        ]
-
-    for number, minimum in enumerate(run_together(searches, evaluate)):
-        assert minimum.converged
-        assert minimum.point.tolist() == pytest.approx([number] * 3, abs=1e-5 / math.sqrt(scales[number]))
-    assert n_active[0] == 3 and n_active == sorted(n_active, reverse=True) and n_active[-1] < 3
-
-
-@pytest.mark.timeout(20)
-def test_a_search_whose_steps_all_fail_stays_where_it_is() -> None:
-    start = torch.ones(2, dtype=torch.float64)
-    search = search_minimum(start, lambda gradient: gradient, tolerance=1e-9, noise=0.0, max_iterations=5)
-
-    def evaluate(numbers: Any, points: Any) -> list[tuple[float, Tensor]]:
-        # Falls to the left by its gradient, but is higher everywhere than at the start.
-        return [(float(not torch.equal(points[0], start)), torch.ones(2, dtype=torch.float64))]
-
-    minimum = run_together([search], evaluate)[0]
-    assert torch.equal(minimum.point, start) and minimum.n_iterations == 0

@@ -141,7 +141,7 @@ def test_entry_of_another_model_under_the_same_name_is_not_used(
     with caplog.at_level("WARNING", logger="dinov3"):
         got = extract(cache, folder(images), Model(seed=1))
     assert torch.equal(got[0], want[0]) and not got[2]
-    assert any("not what this model gives" in record.getMessage() for record in caplog.records)
+    assert any("not what this model returns" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "text", "empty"])
