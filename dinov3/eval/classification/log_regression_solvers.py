@@ -140,7 +140,7 @@ def fit_with_torch(
     """
     if not Cs:
         return
-    rows = _Rows(features, targets, device, dtypes[0], memory_budget_bytes)
+    rows = _Rows(features, targets, device, dtypes, memory_budget_bytes)
     for C in Cs:
         point, n_iterations, converged = _minimise(rows, C, tol, max_iterations, dtypes, report)
         weights = point[:, :-1] @ rows.axes.T  # [R, D]
@@ -203,9 +203,14 @@ class _Rows:
     # d axes along which features vary, and the intercept.
 
     def __init__(
-        self, features: Tensor, targets: Tensor, device: torch.device, dtype: torch.dtype, memory_budget_bytes: int
+        self,
+        features: Tensor,
+        targets: Tensor,
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        memory_budget_bytes: int,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device = device
         self.n_outputs = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
         self.targets = targets.to(device)
         size = max(1, BLOCK_ELEMENTS // max(self.n_outputs, features.shape[1]))
@@ -221,10 +226,11 @@ class _Rows:
         self.axes = axes[:, varies]  # [D, d]
         n_samples = variances.new_tensor([len(features)])
         self.sums_of_squares = torch.cat([variances[varies], n_samples])  # of the features, and of the intercept's 1
-        n_bytes = len(features) * self.axes.shape[1] * dtype.itemsize
+        n_bytes = len(features) * self.axes.shape[1] * sum(dtype.itemsize for dtype in dtypes)
         self.in_memory = n_bytes <= memory_budget_bytes
         if self.in_memory:
-            self.blocks = [self._transform(block) for block in self.blocks]
+            blocks = [self._transform(block) for block in self.blocks]
+            self.transformed = {dtype: [block.to(dtype) for block in blocks] for dtype in dtypes}
         else:
             logger.info(
                 "logistic regression: %.0f MB of features exceed train.memory_budget_mb=%.0f, so they are read and "
@@ -237,7 +243,7 @@ class _Rows:
         return block.to(self.device, torch.float64)
 
     def _transform(self, block: Tensor) -> Tensor:
-        return ((self._load(block) - self.mean) @ self.axes).to(self.dtype)
+        return (self._load(block) - self.mean) @ self.axes
 
     def start_and_hessian(self, C: float) -> tuple[Tensor, Tensor]:
         """Return weights 0 with their best intercepts, and the diagonal of the Hessian there, both [R, d + 1]."""
@@ -260,8 +266,8 @@ class _Rows:
         gradient = F.pad(penalised / C, (0, 1))
         weights, intercept = penalised.to(dtype), point[:, -1].to(dtype)
         block_loss = _softmax_loss if self.targets.ndim == 1 else _sigmoid_loss
-        for block, targets in zip(self.blocks, self.target_blocks, strict=True):
-            features = (block if self.in_memory else self._transform(block)).to(dtype)
+        blocks = self.transformed[dtype] if self.in_memory else (self._transform(b).to(dtype) for b in self.blocks)
+        for features, targets in zip(blocks, self.target_blocks, strict=True):
             block_sum, residuals = block_loss(torch.addmm(intercept, features, weights.T), targets)
             loss += block_sum
             gradient[:, :-1] += residuals.T @ features
