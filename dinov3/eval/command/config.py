@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinov3 import distributed
 from dinov3.configs import ConfigError, resolve_config_path, write_config
 from dinov3.configs.merging import load_yaml, parse_options
 from dinov3.configs.settings import ask_for, check_settings
-from dinov3.eval.command.results import plain
 
 Config = TypeVar("Config")
 
@@ -118,23 +115,3 @@ def parse_arguments(argv: Sequence[str], config_class: type[Config]) -> Config:
 def read_config(path: Path, config_class: type[Config]) -> Config:
     """Read the settings that a run wrote; raises as `parse_arguments` does."""
     return args_dict_to_dataclass({"config_file": str(resolve_config_path(path))}, config_class, save_config=False)[0]
-
-
-def training_settings(config: Any, *, ignored: Sequence[str]) -> dict[str, Any]:
-    """List the settings that a training depends on, by dotted key, and the images per step of all processes.
-
-    Args:
-        config: a dataclass with `bs`, the images per step and process.
-        ignored: keys and sections that have no effect on the training.
-    """
-
-    def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for name, entry in value.items():
-            if prefix + name in ignored:
-                continue
-            if isinstance(entry, Mapping):
-                yield from leaves(entry, f"{prefix}{name}.")
-            else:
-                yield prefix + name, entry
-
-    return {**dict(leaves(plain(asdict(config)))), "bs x processes": config.bs * distributed.get_world_size()}

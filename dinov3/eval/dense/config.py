@@ -29,26 +29,6 @@ class Dtype(Enum):
 
 
 @dataclass
-class SchedulerConfig:
-    """How the learning rate changes."""
-
-    type: str = key("WarmupOneCycleLR", "WarmupOneCycleLR, WarmupMultiStepLR, or a scheduler of torch")
-    total_iter: int = key(38400, "number of steps", minimum=1)
-    constructor_kwargs: dict[str, Any] = key({}, "further arguments of the scheduler, e.g. warmup_iters")
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW."""
-
-    lr: float = key(1e-4, "peak of the learning rate", minimum=0)
-    beta1: float = key(0.9, "decay of the first moment; the scheduler may change it")
-    beta2: float = key(0.999, "decay of the second moment")
-    weight_decay: float = key(0.01, "weight decay", minimum=0)
-    gradient_clip: float = key(35.0, "largest norm of the gradient; inf: any", above=0)
-
-
-@dataclass
 class DatasetsConfig:
     """The images; `root` is added to dataset strings that have none."""
 

@@ -13,17 +13,11 @@ from typing import Any
 
 from dinov3.configs.settings import key
 from dinov3.eval.dense import config as dense
-from dinov3.eval.dense.config import (
-    Dtype,
-    OptimizerConfig,
-    SchedulerConfig,
-    check_declared,
-    check_factors,
-    check_image_size,
-)
+from dinov3.eval.dense.config import Dtype, check_declared, check_factors, check_image_size
 from dinov3.eval.depth.loss import LossType
 from dinov3.eval.depth.metrics import DEPTH_METRICS_NAME, EvalCropType
 from dinov3.eval.depth.transforms import FIXED_CROPS
+from dinov3.eval.training.config import OptimizerConfig, SchedulerConfig
 from dinov3.heads.depth.depther import DecoderConfig
 from dinov3.heads.depth.dpt import DPTHead
 from dinov3.hub import depthers

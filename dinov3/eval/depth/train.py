@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
-from dinov3.eval.command.config import training_settings
 from dinov3.eval.dense.data import collate_pairs
 from dinov3.eval.depth.config import DepthConfig
 from dinov3.eval.depth.eval import evaluate_depther_with_config
 from dinov3.eval.depth.loss import MultiLoss
 from dinov3.eval.depth.metrics import DEPTH_METRICS, make_valid_mask
 from dinov3.eval.training.checkpoints import Checkpoints
+from dinov3.eval.training.config import training_settings
 from dinov3.eval.training.loader import make_train_loader
 from dinov3.eval.training.loop import METRICS_FILENAME, HeadTraining, Metrics, apply_gradients, better_by, train_head
 from dinov3.eval.training.schedulers import build_adamw

@@ -12,16 +12,10 @@ from typing import Any
 
 from dinov3.configs.settings import key
 from dinov3.eval.dense import config as dense
-from dinov3.eval.dense.config import (
-    Dtype,
-    OptimizerConfig,
-    SchedulerConfig,
-    check_declared,
-    check_factors,
-    check_image_size,
-)
+from dinov3.eval.dense.config import Dtype, check_declared, check_factors, check_image_size
 from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
 from dinov3.eval.segmentation.transforms import MEAN, STD
+from dinov3.eval.training.config import OptimizerConfig, SchedulerConfig
 from dinov3.heads.backbone_layers import BackboneLayersSet
 from dinov3.utils import did_you_mean
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3.distributed import runtime
-from dinov3.eval.command.config import training_settings
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
 from dinov3.eval.training.checkpoints import Checkpoints
+from dinov3.eval.training.config import training_settings
 from dinov3.eval.training.loop import (
     METRICS_FILENAME,
     HeadTraining,

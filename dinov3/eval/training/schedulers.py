@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from dinov3.eval.dense.config import OptimizerConfig, SchedulerConfig
+from dinov3.eval.training.config import OptimizerConfig, SchedulerConfig
 from dinov3.utils.messages import did_you_mean
 
 logger = logging.getLogger("dinov3")
