@@ -25,7 +25,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,25 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def evaluate_log_regression(backbone: FrozenBackbone, config: LogregEvalConfig) -> EvaluationResult:
-    """Evaluate as `config` describes, and write the sweep as a table and a picture; see the module."""
-    results, datasets, sweeps = _fit_and_score(backbone, config)
-    details = {
-        "chosen_C": {f"try {name}": sweep.Cs[sweep.best] for name, sweep in sweeps.items()},
-        "sweep": sweep_table(sweeps),
-        "solver": config.train.resolved_solver().value,
-    }
-    return EvaluationResult(
-        metrics=results,
-        datasets=datasets,
-        model=backbone.description,
-        autocast_dtype=backbone.autocast_dtype,
-        report=_format_report(results, config, datasets, sweeps, backbone.description),
-        details=details,
-        files=write_sweeps(sweeps, config.output_dir) if distributed.is_main_process() else [],
-    )
-
-
 def eval_log_regression_with_model(
     *, model: nn.Module, autocast_dtype: torch.dtype, config: LogregEvalConfig
 ) -> dict[str, float]:
@@ -114,13 +95,13 @@ def eval_log_regression_with_model(
     Returns:
         The test metrics in percent: `"top-1"`, ..., or with several tries `"top-1_mean"`, `"top-1_std"`, ...
     """
-    return _fit_and_score(FrozenBackbone(model, autocast_dtype), config)[0]
+    return evaluate_log_regression(FrozenBackbone(model, autocast_dtype), config, writes_sweep=False).metrics
 
 
-def _fit_and_score(
-    backbone: FrozenBackbone, config: LogregEvalConfig
-) -> tuple[dict[str, float], dict[str, Any], dict[int, Sweep]]:
-    # The metrics in percent, the datasets, and the sweep of each try.
+def evaluate_log_regression(
+    backbone: FrozenBackbone, config: LogregEvalConfig, *, writes_sweep: bool = True
+) -> EvaluationResult:
+    """Evaluate as `config` describes, and write the sweep as a table and a picture; see the module."""
     if config.train.resolved_solver() is Solver.SKLEARN:
         check_sklearn()
     config.transform.check(backbone)
@@ -155,17 +136,38 @@ def _fit_and_score(
         "test": {"dataset": config.eval.test_dataset, "images": len(test.dataset)},
         "classes": num_classes,
     }
-    return results, datasets, sweeps
+    return EvaluationResult(
+        metrics=results,
+        datasets=datasets,
+        model=backbone.description,
+        autocast_dtype=backbone.autocast_dtype,
+        report=_format_report(results, config, datasets, sweeps, backbone.description),
+        details={
+            "chosen_C": {f"try {name}": sweep.Cs[sweep.best] for name, sweep in sweeps.items()},
+            "sweep": sweep_table(sweeps),
+            "solver": config.train.resolved_solver().value,
+        },
+        files=write_sweeps(sweeps, config.output_dir) if writes_sweep and distributed.is_main_process() else [],
+    )
 
 
 def _open_datasets(config: LogregEvalConfig) -> tuple[Any, ScoredDataset, ScoredDataset, int]:
     # Training, validation and test images, and the number of classes. Everything that can be wrong with the labels is
     # found here, before an image is read.
     transform = make_transform(config.transform)
-    val_metric_type = config.train.val_metric_type
-    train_dataset, val_dataset = make_train_val_datasets(config, transform)
+    train_dataset = open_dataset(config.train.dataset, transform, "train.dataset")
+    if config.train.val_dataset:
+        val_dataset = open_dataset(config.train.val_dataset, transform, "train.val_dataset")
+    else:
+        share = FEW_SHOT_VAL_SHARE if config.few_shot.enable else VAL_SHARE
+        train_dataset, val_dataset = split_train_val_datasets(train_dataset, share)
+        if len(val_dataset) == 0:
+            raise ValueError(
+                "train.dataset has one image per class, so none can be set apart to choose C by: give train.val_dataset"
+            )
     test_dataset = open_dataset(config.eval.test_dataset, transform, "eval.test_dataset")
     train_labels = read_train_labels(train_dataset)
+    val_metric_type = config.train.val_metric_type
     if val_metric_type.target_kind not in (TargetKind.CLASSES, TargetKind.MULTI_HOT):
         raise ValueError(
             f"train.val_metric_type={val_metric_type.name} cannot choose C, because it needs "
@@ -173,35 +175,12 @@ def _open_datasets(config: LogregEvalConfig) -> tuple[Any, ScoredDataset, Scored
         )
     check_targets(val_metric_type, train_labels, "train.dataset")
     num_classes = count_classes(train_labels)
-    val, test = (
-        make_scored_dataset(
-            dataset,
-            metric_type,
-            train_dataset=train_dataset,
-            num_classes=num_classes,
-            name=name,
-            train_labels=train_labels,
-        )
-        for name, dataset, metric_type in (
-            ("train.val_dataset", val_dataset, val_metric_type),
-            ("eval.test_dataset", test_dataset, config.resolved_test_metric_type()),
-        )
+    make_scored = functools.partial(
+        make_scored_dataset, train_dataset=train_dataset, num_classes=num_classes, train_labels=train_labels
     )
+    val = make_scored(val_dataset, val_metric_type, name="train.val_dataset")
+    test = make_scored(test_dataset, config.resolved_test_metric_type(), name="eval.test_dataset")
     return train_dataset, val, test, num_classes
-
-
-def make_train_val_datasets(config: LogregEvalConfig, transform: Any) -> tuple[Any, Any]:
-    """Open the training and validation images: those named, or a division of the training images."""
-    train_dataset = open_dataset(config.train.dataset, transform, "train.dataset")
-    if config.train.val_dataset:
-        return train_dataset, open_dataset(config.train.val_dataset, transform, "train.val_dataset")
-    share = FEW_SHOT_VAL_SHARE if config.few_shot.enable else VAL_SHARE
-    train_dataset, val_dataset = split_train_val_datasets(train_dataset, share)
-    if len(val_dataset) == 0:
-        raise ValueError(
-            "train.dataset has one image per class, so none can be set apart to choose C by: give train.val_dataset"
-        )
-    return train_dataset, val_dataset
 
 
 def _extract(
@@ -215,31 +194,20 @@ def _extract(
     cache, spill = config.features.make_cache(), config.features.make_spill()
     on_cpu = config.train.train_features_device == "cpu"
     batch_size, num_workers = config.train.batch_size, config.train.num_workers
-    model = backbone.model
+    extract = functools.partial(extract_cached, backbone.model, cache=cache, on_cpu=on_cpu, spill=spill)
     with backbone.autocast():
         train = extract_features_for_dataset_dict(
-            model, tries, batch_size, num_workers, on_cpu, cache=cache, spill=spill
+            backbone.model, tries, batch_size, num_workers, on_cpu, cache=cache, spill=spill
         )
-        val_rows = extract_cached(
-            model,
-            val.dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            cache=cache,
-            on_cpu=on_cpu,
-            description="validation features",
-            spill=spill,
+        val_rows = extract(
+            val.dataset, batch_size=batch_size, num_workers=num_workers, description="validation features"
         )
-        test_rows = extract_cached(
-            model,
+        test_rows = extract(
             test.dataset,
             batch_size=config.eval.batch_size or batch_size,
             num_workers=config.eval.num_workers,
-            cache=cache,
-            on_cpu=on_cpu,
             collate_fn=test.collate_fn,
             description="test features",
-            spill=spill,
         )
     return train, gather_rows(val_rows, spill), test_rows
 
@@ -249,15 +217,16 @@ def _score_try(
 ) -> dict[str, float]:
     # The metrics in percent; writes the files of the try.
     suffix = None if config.few_shot.n_tries == 1 else name
-    save = functools.partial(save_results, output_dir=config.output_dir, filename_suffix=suffix)
     metric = test.metric.clone()
-    values = evaluate_logreg_model(
+    values, scores = evaluate_logreg_model(
         logreg_model=model,
         test_rows=rows,
         metric=metric,
         class_mapping=test.class_mapping,
-        save_results_func=save if config.save_results else None,
+        keep_scores=config.save_results,
     )
+    if scores is not None:
+        save_results(**scores, output_dir=config.output_dir, filename_suffix=suffix)
     save_per_class(values, config.output_dir, config.eval.test_dataset, "" if suffix is None else f"_{suffix}")
     return {key: 100 * value for key, value in scalar_results(metric, values).items()}
 
@@ -268,8 +237,8 @@ def evaluate_logreg_model(
     test_rows: FeatureRows,
     metric: Any,
     class_mapping: Tensor | None = None,
-    save_results_func: Callable[..., None] | None = None,
-) -> dict[str, Tensor]:
+    keep_scores: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Score a fitted model; every process must call it.
 
     Args:
@@ -277,10 +246,10 @@ def evaluate_logreg_model(
         test_rows: the features of this process's share of the test images.
         metric: updated.
         class_mapping: int64, the training class of each scored class. Default: all training classes.
-        save_results_func: called with probabilities [M, C] and targets.
+        keep_scores: also return the probabilities and targets of all images.
 
     Returns:
-        The values of the metric, fractions.
+        The values of the metric, fractions; and probabilities `preds` [M, C] and `target` in dataset order, or None.
     """
     size = rows_per_batch(len(logreg_model.constant[0]))
     parts = (tensor.split(size) for tensor in (test_rows.features, test_rows.positions, test_rows.targets))
@@ -290,11 +259,9 @@ def evaluate_logreg_model(
         postprocessors={"": DictKeysModule(["preds"], class_mapping)},
         metrics={"": metric},
         device=test_rows.features.device,
-        accumulate_results=save_results_func is not None,
+        accumulate_results=keep_scores,
     )
-    if save_results_func is not None and outputs[""] is not None:
-        save_results_func(**outputs[""])
-    return metrics[""]
+    return metrics[""], outputs[""]
 
 
 def _format_report(
