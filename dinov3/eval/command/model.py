@@ -88,7 +88,7 @@ class ModelConfig:
         if self.config_file:
             resolve_config_path(self.config_file)
         for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
-            if path and "://" not in path and path not in Weights.__members__ and not _expand(path).exists():
+            if path and "://" not in path and path not in Weights.__members__ and not Path(path).expanduser().exists():
                 raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
 
     def describe(self) -> str:
@@ -97,7 +97,7 @@ class ModelConfig:
             return f"{self.dino_hub} with {self.weights or 'published weights'}"
         if not self.pretrained_weights:
             return f"{RANDOM_WEIGHTS} of {self.config_file}"
-        path = _expand(self.pretrained_weights)
+        path = Path(self.pretrained_weights).expanduser()
         if not path.exists():
             return self.pretrained_weights
         return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
@@ -106,7 +106,7 @@ class ModelConfig:
         """Return `config_file`, or that of the training run in which `pretrained_weights` lies; None without a run."""
         if self.config_file or not self.pretrained_weights:
             return self.config_file
-        path = _expand(self.pretrained_weights).absolute()
+        path = Path(self.pretrained_weights).expanduser().absolute()
         # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
         for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
             file = directory / CONFIG_FILE
@@ -179,7 +179,7 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
         cfg: Any = OmegaConf.load(resolve_config_path(config_file))
         crops = cfg.get("crops", {})
         return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
-    directory = _expand(str(config.pretrained_weights))
+    directory = Path(str(config.pretrained_weights)).expanduser()
     for name, section, mean, std in (
         ("preprocessor_config.json", None, "image_mean", "image_std"),  # Hugging Face
         ("config.json", "pretrained_cfg", "mean", "std"),  # timm
@@ -219,7 +219,3 @@ def _build_from_weights(weights: str) -> nn.Module:
             weights,
         )
     return model.to(runtime.device()).eval()
-
-
-def _expand(path: str) -> Path:
-    return Path(path).expanduser()

@@ -74,14 +74,11 @@ class Progress:
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
-        parts = [f"{self.description}: {self.unit} {self.done}{of}", self._note, self._time_left()]
+        parts = [f"{self.description}: {self.unit} {self.done}{of}", self._note]
+        if self.total is not None and self.done != self.initial:
+            seconds = (time.monotonic() - self._started) * (self.total - self.done) / (self.done - self.initial)
+            parts.append(f"about {timedelta(seconds=round(seconds))} left")
         return ", ".join(part for part in parts if part)
-
-    def _time_left(self) -> str:
-        if self.total is None or self.done == self.initial:
-            return ""
-        seconds = (time.monotonic() - self._started) * (self.total - self.done) / (self.done - self.initial)
-        return f"about {timedelta(seconds=round(seconds))} left"
 
 
 def track(
