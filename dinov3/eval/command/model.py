@@ -6,7 +6,6 @@ those of Hugging Face and timm, follows from their entries.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from dinov3.distributed import runtime
 from dinov3.hub import backbones
 from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.backbones import Weights
-from dinov3.hub.command_line import ModelChoice, find_normalization
+from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization
 from dinov3.hub.formats.conversion import Converted
 from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
@@ -75,11 +74,7 @@ class ModelConfig:
                 "or timm), or model.dino_hub=dinov3_vits16 model.weights=FILE"
             )
         if self.dino_hub:
-            names = [
-                name
-                for name, entry in vars(backbones).items()
-                if name.startswith("dinov3_") and inspect.isfunction(entry)
-            ]
+            names = [name for name in vars(backbones) if name in ENTRIES]
             if self.dino_hub not in names:
                 raise ValueError(
                     f"model.dino_hub={self.dino_hub}: no such model{did_you_mean(self.dino_hub, names)}; the hub has "

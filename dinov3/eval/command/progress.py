@@ -81,19 +81,14 @@ class Progress:
         return ", ".join(part for part in parts if part)
 
 
-def track(
-    items: Iterable[Item], description: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
-) -> Iterator[Item]:
+def track(items: Iterable[Item], description: str, *, unit: str = "batch") -> Iterator[Item]:
     """Yield the items, counting those that have been worked on.
 
     Args:
         items: any number.
-        description, unit, initial: see `Progress`.
-        total: see `Progress`. Default: the length of `items`, if they have one.
+        description, unit: see `Progress`.
     """
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Progress(description, total, unit=unit, initial=initial) as progress:
+    with Progress(description, len(items) if isinstance(items, Sized) else None, unit=unit) as progress:
         for item in items:
             yield item
             progress.advance()

@@ -104,8 +104,8 @@ class WarmupOneCycleLR(LRScheduler):
                 "is built for its length"
             )
         super().step(epoch)
-        # None in the warm-up: the published NYU heads were trained so, for a third of the steps. use_beta1=False together
-        # with update_momentum=False leaves the optimizer's own momentum as it is.
+        # None in the warm-up: the published NYU heads were trained so, for a third of the steps. use_beta1=False with
+        # update_momentum=False leaves the optimizer's own momentum as it is.
         momentum = 0.0
         if self.last_epoch >= self.warmup_iters:
             annealing = annealing_cos if self.anneal_strategy == "cos" else annealing_linear
