@@ -66,11 +66,6 @@ class Column:
     metric: str = ""
     setting: str = ""
 
-    @property
-    def is_lower_better(self) -> bool:
-        """Whether the smallest value is the best."""
-        return self.metric in LOWER_IS_BETTER
-
     def __str__(self) -> str:
         return ", ".join(part for part in (self.dataset, self.title) if part)
 
@@ -160,7 +155,7 @@ def format_table(rows: Sequence[Row]) -> str:
     best = {}
     for column in columns:
         values = [row.values[column] for row in rows if column in row.values]
-        best[column] = min(values) if column.is_lower_better else max(values)
+        best[column] = min(values) if column.metric in LOWER_IS_BETTER else max(values)
     for row in rows:
         lines.append([row.name, row.model or "-"])
         for column in columns:

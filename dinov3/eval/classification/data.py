@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,7 @@ def make_transform(config: TransformConfig) -> Any:
             f"transform: images are resized to {config.resize_size} for crops of {config.crop_size}; customary is "
             f"{customary:.0f}"
         )
-    return make_classification_eval_transform(
-        resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
-    )
+    return make_classification_eval_transform(**asdict(config))
 
 
 def open_dataset(dataset_str: str, transform: Any, name: str) -> Any:

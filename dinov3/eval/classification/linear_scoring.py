@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ class Evaluator:
     top_1: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        config = self.transform_config
-        transform = make_classification_eval_transform(
-            resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
-        )
+        transform = make_classification_eval_transform(**asdict(self.transform_config))
         self.dataset = open_dataset(self.dataset_str, transform, self.dataset_str)
         self._scored = make_scored_dataset(
             self.dataset,

@@ -155,7 +155,14 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
         model: nn.Module = entry(weights=config.weights) if config.weights else entry()
         model = model.to(runtime.device()).eval()
     elif config_file is not None:
-        model, dtype = _build_as_trained(config_file, config.pretrained_weights)
+        cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
+        if not config.pretrained_weights:
+            logger.warning("model.pretrained_weights is not given: the model is a %s, a baseline", RANDOM_WEIGHTS)
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
+            model = build_model_for_eval(cfg, config.pretrained_weights)
+        if as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16:
+            dtype = torch.bfloat16
         if not config.config_file:
             logger.info("model: configuration found in %s", config_file)
     else:
@@ -185,17 +192,6 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
             if mean in content and std in content:
                 return content[mean], content[std]
     return None
-
-
-def _build_as_trained(config_file: str, weights: str | None) -> tuple[nn.Module, torch.dtype]:
-    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
-    if not weights:
-        logger.warning("model.pretrained_weights is not given: the model is a %s, a baseline", RANDOM_WEIGHTS)
-    with torch.random.fork_rng():
-        torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
-        model = build_model_for_eval(cfg, weights)
-    is_bfloat16 = as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16
-    return model, torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def _build_from_weights(weights: str) -> nn.Module:
