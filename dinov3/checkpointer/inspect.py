@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3.checkpointer.dcp import CheckpointError, read_metadata, read_nested
 from dinov3.checkpointer.manifest import MANIFEST, check_files, check_is_checkpoint, read_manifest
@@ -38,16 +38,11 @@ def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator
         yield f"written by  another library (no {MANIFEST}: checksums cannot be compared)"
     check_files(directory, True, None)
     yield "files       undamaged"
-    yield from _tensor_lines(metadata) if shows_all else _prefix_lines(metadata)
-
-
-def _tensor_lines(metadata: Metadata) -> Iterator[str]:
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            yield f"{name}  {list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
-
-
-def _prefix_lines(metadata: Metadata) -> Iterator[str]:
+    if shows_all:
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                yield f"{name}  {list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
+        return
     entries: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for name, entry in metadata.state_dict_metadata.items():

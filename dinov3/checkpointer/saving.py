@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,11 +130,16 @@ class BackgroundSaver:
             started[0].result()
 
         def finish() -> None:
-            with _explaining_failure(target), _removing_on_failure(temporary, group):
-                run_on_all(group, wait_for_writing)
-                _complete(temporary, target, group, iteration=iteration, contents=contents, metadata=metadata)
+            try:
+                with _explaining_failure(target), _removing_on_failure(temporary, group):
+                    run_on_all(group, wait_for_writing)
+                    _complete(temporary, target, group, iteration=iteration, contents=contents, metadata=metadata)
+            except CheckpointError as error:
+                self._problem = error
+            except Exception as error:  # Above all, a lost rank.
+                self._problem = CheckpointError(f"{type(error).__name__}: {error}")
 
-        self._thread = threading.Thread(target=self._keep_problem_of, args=(finish,), name="checkpoint")
+        self._thread = threading.Thread(target=finish, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -149,14 +154,6 @@ class BackgroundSaver:
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
-
-    def _keep_problem_of(self, finish: Callable[[], None]) -> None:
-        try:
-            finish()
-        except CheckpointError as error:
-            self._problem = error
-        except Exception as error:  # Above all, a lost rank.
-            self._problem = CheckpointError(f"{type(error).__name__}: {error}")
 
 
 def _check_metadata(metadata: dict[str, Any] | None) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov3.configs.merging import Layer, get_default_config, layers_of, merge_layers, plain, unknown_keys
 from dinov3.configs.multidistillation import disagreements, merge_student, merge_students, shared_problems
-from dinov3.configs.scaling import learning_rate_scale
+from dinov3.configs.scaling import count_iterations, learning_rate_scale
 from dinov3.configs.settings import ConfigError, as_list, flatten, format_keys
 from dinov3.configs.training_config import TrainingConfig, default_values
 from dinov3.configs.validation import find_notes, find_problems
@@ -106,8 +106,7 @@ def summary(networks: Mapping[str, Any], processes: int) -> Iterator[str]:
     if cfg.multidistillation.enabled and cfg.multidistillation.global_batch_size % processes:
         batch_size = cfg.multidistillation.global_batch_size * batches
         of_process = f"up to {cfg.train.batch_size_per_gpu + 1}"
-    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
-    steps = round(optim.epochs * epoch)
+    steps, epoch = count_iterations(cfg, optim.epochs), cfg.train.OFFICIAL_EPOCH_LENGTH
     global_sizes, local_sizes = (
         "/".join(str(size) for size in as_list(sizes)) for sizes in (crops.global_crops_size, crops.local_crops_size)
     )
@@ -119,17 +118,14 @@ def summary(networks: Mapping[str, Any], processes: int) -> Iterator[str]:
         f"{processes} process{'es' if processes > 1 else ''}{f', {batches} batches per step' if batches > 1 else ''})"
     )
     for name, of in networks.items():
-        yield f"peak lr          {_peak_learning_rate(of, processes)}{f' of {name}' if len(networks) > 1 else ''}"
+        lr = of.optim.lr if of.get("schedules") is None else max(of.schedules.lr.peak, of.schedules.lr.end)
+        scale = learning_rate_scale(of, processes)
+        shown = f"{lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {of.optim.scaling_rule})"
+        yield f"peak lr          {shown}{f' of {name}' if len(networks) > 1 else ''}"
     yield f"steps            {steps} ({optim.epochs} epochs of {epoch}), {steps * batch_size} images"
     yield f"checkpoints      every {cfg.checkpointing.period} steps"
     for note in find_notes(cfg):
         yield f"note: {note}"
-
-
-def _peak_learning_rate(cfg: Any, processes: int) -> str:
-    lr = cfg.optim.lr if cfg.get("schedules") is None else max(cfg.schedules.lr.peak, cfg.schedules.lr.end)
-    scale = learning_rate_scale(cfg, processes)
-    return f"{lr * scale:.4g} ({lr:.4g} x {scale:.4g}, {cfg.optim.scaling_rule})"
 
 
 def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> list[str]:

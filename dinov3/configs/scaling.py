@@ -1,4 +1,4 @@
-"""How the learning rate grows with the global batch, and the other numbers that follow from it."""
+"""Numbers that follow from a configuration: iterations of epochs, and how the learning rate grows with the batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from dinov3.configs.settings import ConfigError
 from dinov3.configs.training_config import SETTINGS
 
 logger = logging.getLogger("dinov3")
+
+
+def count_iterations(cfg: Any, epochs: float) -> int:
+    """Return the number of iterations of so many epochs, which may be a fraction."""
+    return round(epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
 
 
 def learning_rate_scale(cfg: Any, world_size: int | None = None) -> float:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from dinov3 import distributed
 from dinov3.configs import multidistillation
 from dinov3.configs.merging import is_placeholder, joined, load_teacher_config, plain, wrong_values
+from dinov3.configs.scaling import count_iterations
 from dinov3.configs.settings import ConfigError, as_list, key_problem, leaves_of
 from dinov3.configs.training_config import (
     MULTI_DISTILLATION,
@@ -219,7 +220,8 @@ def _schedules(cfg: Any, world_size: int) -> Iterator[str]:
     if schedules is None:
         if unset := [key for key in REPLACED_BY_SCHEDULES if OmegaConf.select(cfg, key) is None]:
             yield f"not set: {', '.join(unset)}; give them, or a section `schedules`"
-        if optim.warmup_epochs is not None and _iterations(cfg, optim.warmup_epochs) > _iterations(cfg, optim.epochs):
+        n_iterations = count_iterations(cfg, optim.epochs)
+        if optim.warmup_epochs is not None and count_iterations(cfg, optim.warmup_epochs) > n_iterations:
             yield f"optim.warmup_epochs={optim.warmup_epochs}: longer than the run of optim.epochs={optim.epochs}"
     else:
         for name in SCHEDULED:
@@ -240,8 +242,8 @@ def _schedule(cfg: Any, name: str) -> Iterator[str]:
         yield f"{name} lacks {', '.join(missing)}"
         return
     cosine = section.get("cosine_epochs") or 0
-    planned = _iterations(cfg, section.warmup_epochs) + _iterations(cfg, cosine)
-    if planned > _iterations(cfg, cfg.optim.epochs):
+    planned = count_iterations(cfg, section.warmup_epochs) + count_iterations(cfg, cosine)
+    if planned > count_iterations(cfg, cfg.optim.epochs):
         yield (
             f"{name}: {section.warmup_epochs} epochs of warm-up and {cosine} of cosine do not fit into "
             f"optim.epochs={cfg.optim.epochs}"
@@ -292,7 +294,7 @@ def _gram_weight_is_zero_before(cfg: Any, iteration: int) -> bool:
         return iteration == 0 or cfg.gram.loss_weight == 0
     if schedule.get("start") != 0 or schedule.get("warmup_epochs") is None:
         return iteration == 0
-    warmup = _iterations(cfg, schedule.warmup_epochs)
+    warmup = count_iterations(cfg, schedule.warmup_epochs)
     if schedule.get("peak") != 0:
         # The linear rise is 0 at its first iteration only.
         return iteration <= min(warmup, 1)
@@ -340,10 +342,6 @@ def _distillation(cfg: Any, world_size: int) -> Iterator[str]:
 def _stride(student: Any) -> int:
     # Pixels per side of a feature of the network.
     return CONVNEXT_STRIDE if student.arch.startswith("convnext") else student.patch_size
-
-
-def _iterations(cfg: Any, epochs: float) -> int:
-    return round(epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
 
 
 RULES = (

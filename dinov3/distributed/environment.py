@@ -145,7 +145,9 @@ class TorchDistributedEnvironment:
         self.job_type = "manual"
         self.job_id = ""
         self.master_addr = "127.0.0.1"
-        self.candidate_ports = [_free_port()]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))  # port 0 stands for any free one
+            self.candidate_ports = [int(listener.getsockname()[1])]
         self.rank = self.local_rank = 0
         self.world_size = self.local_world_size = 1
 
@@ -157,12 +159,6 @@ def _ports_of_job(job_id: str) -> list[int]:
     if "MASTER_PORT" in os.environ and _integer("MASTER_PORT") != candidates[0]:
         return [_integer("MASTER_PORT")]
     return candidates
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _variable(name: str) -> str:

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
-from dinov3.fsdp.sharding import make_mesh, shard_backbone, shard_head
+from dinov3.fsdp.sharding import make_mesh, shard_backbone
 from dinov3.utils import as_torch_dtype, has_batchnorms
 
 logger = logging.getLogger("dinov3")
@@ -94,7 +94,7 @@ def ac_compile_parallelize(
             mesh = make_mesh(group, device)
             shard_backbone(model[BACKBONE], _parts_in_order(model[BACKBONE]), mesh, policy)
             for head in _heads(model):
-                shard_head(head, mesh, policy)
+                fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for model in models:
         if any(entry.is_meta for entry in chain(model.parameters(), model.buffers())):
             model.to_empty(device=device)

@@ -45,11 +45,6 @@ def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh
         register_fsdp_forward_method(backbone, "get_intermediate_layers")
 
 
-def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shard a head as a whole."""
-    fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-
 def set_gradient_sync(networks: nn.ModuleDict, is_on: bool) -> None:
     """Let the next backward pass of sharded networks sum gradients over the processes, or keep them for a later one.
 

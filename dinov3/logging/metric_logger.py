@@ -137,7 +137,9 @@ class MetricLogger:
         """
         if n_iterations is None and isinstance(iterable, Sized):
             n_iterations = start_iteration + len(iterable)
-        log = _IterationLog(self, header or "", start_iteration, n_iterations, _wants_bar(progress))
+        if progress == "auto":
+            progress = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+        log = _IterationLog(self, header or "", start_iteration, n_iterations, progress and is_main_process())
         iterator = iter(iterable)
         try:
             iteration = start_iteration
@@ -182,7 +184,10 @@ class _IterationLog:
         settle(self.metrics.meters.values())
         medians = {name: meter.median for name, meter in self.metrics.meters.items()}
         numbers = {"iter_time": self.iter_time.avg, "data_time": self.data_time.avg} | medians
-        self.metrics.latest = _json_line(iteration, numbers)
+        self.metrics.latest = {"iteration": iteration}
+        self.metrics.latest |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if nonfinite := [name for name, value in numbers.items() if not math.isfinite(value)]:
+            self.metrics.latest["nonfinite"] = nonfinite
         if is_subgroup_main_process() and self.metrics.output_file is not None:
             self.metrics.output_file.parent.mkdir(parents=True, exist_ok=True)
             with self.metrics.output_file.open("a") as file:
@@ -193,7 +198,9 @@ class _IterationLog:
             self.tensorboard.flush()
         logger.info(self._line(iteration), extra={"is_in_progress_bar": not self.bar.disable})
         if not self.bar.disable:
-            self.bar.set_postfix_str(self._bar_text(medians))
+            shown = [text.format(medians[name]) for name, text in BAR_METERS.items() if name in medians]
+            waiting = self.data_time.avg / max(self.iter_time.avg, 1e-9)
+            self.bar.set_postfix_str(", ".join([*shown, f"waits for data {waiting:.0%}"]))
 
     def close(self) -> None:
         self.bar.close()
@@ -211,11 +218,6 @@ class _IterationLog:
         entries += [str(self.metrics)] if self.metrics.meters else []
         entries += [f"time: {self.iter_time}", f"data: {self.data_time}", f"max mem: {runtime.max_memory_mib():.0f}"]
         return self.metrics.delimiter.join(entries)
-
-    def _bar_text(self, medians: dict[str, float]) -> str:
-        shown = [text.format(medians[name]) for name, text in BAR_METERS.items() if name in medians]
-        waiting = self.data_time.avg / max(self.iter_time.avg, 1e-9)
-        return ", ".join([*shown, f"waits for data {waiting:.0%}"])
 
 
 def truncate_metrics_file(path: str | os.PathLike[str], first_dropped_iteration: int) -> None:
@@ -238,19 +240,6 @@ def _iteration_of(line: str) -> float:
         return float(json.loads(line)["iteration"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _json_line(iteration: int, numbers: dict[str, float]) -> dict[str, Any]:
-    nonfinite = [name for name, value in numbers.items() if not math.isfinite(value)]
-    line: dict[str, Any] = {"iteration": iteration}
-    line |= {name: None if name in nonfinite else value for name, value in numbers.items()}
-    return line | {"nonfinite": nonfinite} if nonfinite else line
-
-
-def _wants_bar(progress: bool | Literal["auto"]) -> bool:
-    if progress == "auto":
-        progress = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
-    return progress and is_main_process()
 
 
 def _tensorboard_writer(directory: Path | None, start_iteration: int) -> Any:

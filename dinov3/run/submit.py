@@ -113,7 +113,10 @@ def submit_jobs(tasks: Sequence[Callable[[], Any]], args: argparse.Namespace, *,
     cluster = choose_cluster(args.cluster)
     retries = {"slurm_max_num_timeout": MAX_REQUEUES_AFTER_TIMEOUT}
     with clean_env():
-        _make_package_importable_in_jobs()
+        # submitit starts jobs in another directory, where they must find this package.
+        root = Path(dinov3.__file__).resolve().parents[1]
+        if root.name not in ("site-packages", "dist-packages"):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         executor = submitit.AutoExecutor(folder=args.output_dir, cluster=cluster, **retries)
         executor.update_parameters(**_parameters(args, name))
         try:
@@ -206,13 +209,6 @@ def _top_level_names(body: Sequence[ast.AST]) -> set[str]:
 def _part_without_job_id(output_dir: str) -> Path:
     parts = Path(output_dir).parts
     return Path(*parts[: next((i for i, part in enumerate(parts) if JOB_ID in part), len(parts))])
-
-
-def _make_package_importable_in_jobs() -> None:
-    # submitit starts jobs in another directory; `clean_env` restores the environment afterwards.
-    root = Path(dinov3.__file__).resolve().parents[1]
-    if root.name not in ("site-packages", "dist-packages"):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 
 
 @contextlib.contextmanager

@@ -45,11 +45,13 @@ def watch_job(job: Any, cluster: str) -> int:
     Returns:
         The job's exit status: 0 if all its tasks succeeded.
     """
-    status_of = _slurm_status if cluster == "slurm" else _local_status
     tails = [_Tail(job.paths.stdout, sys.stdout), _Tail(job.paths.stderr, sys.stderr)]
     shown = ""
     while True:
-        status = status_of(job)
+        if cluster == "slurm":
+            status = _slurm_status(job)
+        else:
+            status = _status_by_results(job) if job.done() else JobStatus("RUNNING", "", 0)
         for tail in tails:
             tail.show()
         description = f"{status.state}{f' ({status.reason})' if status.reason else ''}"
@@ -60,7 +62,9 @@ def watch_job(job: Any, cluster: str) -> int:
             break
         time.sleep(POLL_S)
     if status.exit_status != 0:
-        _name_failed_tasks(job)
+        for task, traceback in _failed_tasks(job).items():
+            why = f"failed: {traceback.strip().splitlines()[-1]}" if traceback else "was killed"
+            print(f"task {task.task_id} {why} (see {task.paths.stderr})", file=sys.stderr)
     return status.exit_status
 
 
@@ -96,17 +100,11 @@ def _slurm_status(job: Any) -> JobStatus:
     fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
     state = fields.get("JobState", UNKNOWN)
     reason = fields.get("Reason", "None")
-    return JobStatus(state, "" if reason == "None" else reason, _exit_status(state, fields.get("ExitCode", "0:0")))
-
-
-def _exit_status(state: str, exit_code: str) -> int:
-    code, _, number = exit_code.partition(":")
-    status = int(code) or (SIGNAL_STATUS + int(number) if int(number or 0) else 0)
-    return status or (0 if state == "COMPLETED" else 1)
-
-
-def _local_status(job: Any) -> JobStatus:
-    return _status_by_results(job) if job.done() else JobStatus("RUNNING", "", 0)
+    code, _, number = fields.get("ExitCode", "0:0").partition(":")
+    exit_status = int(code) or (SIGNAL_STATUS + int(number) if int(number or 0) else 0)
+    if exit_status == 0 and state != "COMPLETED":
+        exit_status = 1
+    return JobStatus(state, "" if reason == "None" else reason, exit_status)
 
 
 def _status_by_results(job: Any) -> JobStatus:
@@ -128,9 +126,3 @@ def _outcome(task: Any) -> tuple[str, str]:
     except Exception:
         return "success", ""  # a traceback is text, so this is an object that the script returned
     return str(word), content if word == "error" else ""
-
-
-def _name_failed_tasks(job: Any) -> None:
-    for task, traceback in _failed_tasks(job).items():
-        why = f"failed: {traceback.strip().splitlines()[-1]}" if traceback else "was killed"
-        print(f"task {task.task_id} {why} (see {task.paths.stderr})", file=sys.stderr)

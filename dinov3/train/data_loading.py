@@ -50,13 +50,13 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
         An iterable of batches as `collate_data_and_cast` makes them.
     """
     resolutions = crop_resolutions(cfg)
-    delivered = _batches_delivered(resolutions, start_iteration)
+    if len(resolutions) == 1:
+        return _build_loader(cfg, resolutions[0], 0, start_iteration)
+    delivered = count_draws([resolution.ratio for resolution in resolutions], COMBINED_SEED, start_iteration)
     loaders = [
         _build_loader(cfg, resolution, index, first_batch)
         for index, (resolution, first_batch) in enumerate(zip(resolutions, delivered, strict=True))
     ]
-    if len(loaders) == 1:
-        return loaders[0]
     return CombinedDataLoader(
         loaders_with_ratios=[(loader, r.ratio) for loader, r in zip(loaders, resolutions, strict=True)],
         batch_size=images_per_process(cfg),
@@ -79,10 +79,9 @@ def crop_resolutions(cfg: Any) -> list[Resolution]:
 
 def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
     """Build the dataset of `train.dataset_path` with the multi-crop augmentation; targets are dropped."""
-    augmentation = build_augmentation(cfg, resolution)
     return make_dataset(
         dataset_str=cfg.train.dataset_path,
-        transform=augmentation,
+        transform=build_augmentation(cfg, resolution),
         target_transform=_no_target,
         on_bad_image=cfg.train.on_bad_image,
     )
@@ -130,6 +129,10 @@ def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[st
     side = resolution.global_size // patch_size
     # The published expression, floor by floor: at most half of the patches may be masked by one block.
     max_block = 0.5 * resolution.global_size // patch_size * resolution.global_size // patch_size
+    local_batch_size = None
+    if cfg.multidistillation.enabled:
+        # Each student sees all images, with its own masks, on its own processes.
+        local_batch_size = int(cfg.multidistillation.global_batch_size) // distributed.get_subgroup_size()
     return functools.partial(
         collate_data_and_cast,
         mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
@@ -138,7 +141,7 @@ def build_collate(cfg: Any, resolution: Resolution) -> functools.partial[dict[st
         n_tokens=side**2,
         mask_generator=MaskingGenerator(input_size=(side, side), max_num_patches=max_block),
         random_circular_shift=cfg.ibot.mask_random_circular_shift,
-        local_batch_size=_images_per_process_of_student(cfg),
+        local_batch_size=local_batch_size,
         normalize=(tuple(cfg.crops.rgb_mean), tuple(cfg.crops.rgb_std)),
     )
 
@@ -155,19 +158,6 @@ def global_batch_size(cfg: Any) -> int:
     if not cfg.multidistillation.enabled:
         return int(cfg.train.batch_size_per_gpu) * distributed.get_world_size()
     return int(cfg.multidistillation.global_batch_size)
-
-
-def _images_per_process_of_student(cfg: Any) -> int | None:
-    # With several students each sees all images, with its own masks, on its own processes.
-    if not cfg.multidistillation.enabled:
-        return None
-    return int(cfg.multidistillation.global_batch_size) // distributed.get_subgroup_size()
-
-
-def _batches_delivered(resolutions: list[Resolution], n_batches: int) -> list[int]:
-    if len(resolutions) == 1:
-        return [n_batches]
-    return count_draws([resolution.ratio for resolution in resolutions], COMBINED_SEED, n_batches)
 
 
 def _no_target(_target: Any) -> tuple[()]:

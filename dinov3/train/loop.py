@@ -19,6 +19,7 @@ import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import RngState, checkpoint_holds, find_latest_checkpoint, load_checkpoint
+from dinov3.configs.scaling import count_iterations
 from dinov3.distributed import runtime
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, TEACHER_FILE
 from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
@@ -94,8 +95,8 @@ class Trainer:
         self.model = model.train()
         self.output_dir = Path(cfg.train.output_dir)
         self.checkpoint_root = self.output_dir / CHECKPOINT_DIRECTORY
-        self.n_iterations = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
-        self.n_iterations_of_heads = round(cfg.optim.freeze_backbone_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+        self.n_iterations = count_iterations(cfg, cfg.optim.epochs)
+        self.n_iterations_of_heads = count_iterations(cfg, cfg.optim.freeze_backbone_epochs)
         self.batches_per_step: int = cfg.train.grad_accumulation_steps
         self.global_batch_size = global_batch_size(cfg) * self.batches_per_step
         self.schedules = build_schedulers(cfg)

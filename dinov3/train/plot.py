@@ -123,9 +123,11 @@ def read_evaluations(output_dir: str | Path) -> Evaluations:
     evaluations: Evaluations = {}
     for directory in sorted(Path(output_dir, EVALUATION_DIRECTORY).glob("training_*"), key=_iteration):
         for path in sorted(directory.rglob("results-*.csv")) if _iteration(directory) >= 0 else ():
+            # `knn/results-knn.csv` is "knn", `digits/results-knn.csv` is "digits knn".
+            places = (*path.relative_to(directory).parent.parts, path.stem.removeprefix("results-"))
+            title = " ".join(dict.fromkeys(places))
             for column, value in _read_row(path).items():
-                columns = evaluations.setdefault(_title(path.relative_to(directory)), {})
-                columns.setdefault(column, {})[_iteration(directory)] = value
+                evaluations.setdefault(title, {}).setdefault(column, {})[_iteration(directory)] = value
     return evaluations
 
 
@@ -160,10 +162,15 @@ def draw_metrics(records: list[dict[str, Any]], evaluations: Evaluations | None 
     Returns:
         A figure with one axes per quantity for which there is a finite value, and one per evaluation.
     """
-    panels = [(panel.title, _recorded(panel, records), panel.is_log) for panel in PANELS]
+    iterations = [record["iteration"] for record in records]
+    panels: list[tuple[str, dict[str, Curve], bool]] = []
+    for panel in PANELS:
+        series = {label: [_number(record.get(key)) for record in records] for key, label in panel.curves.items()}
+        recorded = {label: (iterations, values) for label, values in series.items() if not all(map(math.isnan, values))}
+        panels.append((panel.title, recorded, panel.is_log))
     for title, columns in (evaluations or {}).items():
         panels.append((title, {name: (list(of), list(of.values())) for name, of in columns.items()}, False))
-    panels = [panel for panel in panels if panel[1]]
+    panels = [entry for entry in panels if entry[1]]
 
     n_rows = max(1, math.ceil(len(panels) / N_COLUMNS))
     width, height = PANEL_WIDTH * N_COLUMNS, PANEL_HEIGHT * n_rows + MARGIN_BELOW
@@ -182,12 +189,6 @@ def draw_metrics(records: list[dict[str, Any]], evaluations: Evaluations | None 
         _draw_panel(figure.add_subplot(n_rows, N_COLUMNS, index + 1), title, curves, is_log=is_log)
     figure.supxlabel("iteration", fontsize=9, y=0.05 / height, va="bottom")
     return figure
-
-
-def _recorded(panel: Panel, records: list[dict[str, Any]]) -> dict[str, Curve]:
-    iterations = [record["iteration"] for record in records]
-    columns = {label: [_number(record.get(key)) for record in records] for key, label in panel.curves.items()}
-    return {label: (iterations, column) for label, column in columns.items() if not all(map(math.isnan, column))}
 
 
 def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], *, is_log: bool) -> None:
@@ -212,11 +213,6 @@ def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], *, is_log: boo
 def _iteration(directory: Path) -> int:
     number = directory.name.removeprefix("training_")
     return int(number) if number.isdecimal() else -1
-
-
-def _title(path: Path) -> str:
-    # `knn/results-knn.csv` is "knn", `digits/results-knn.csv` is "digits knn".
-    return " ".join(dict.fromkeys((*path.parent.parts, path.stem.removeprefix("results-"))))
 
 
 def _read_row(path: Path) -> dict[str, float]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -69,17 +70,23 @@ class Preemption:
         Raises:
             SystemExit: with status 75, unless the handler exits differently.
         """
-        received = next((s for s in distributed.all_gather_objects(self.received, _everybody()) if s is not None), None)
+        # In multi-distillation the groups of the students stop together.
+        everybody = distributed.get_default_process_group()
+        received = next((s for s in distributed.all_gather_objects(self.received, everybody) if s is not None), None)
         name = "a signal" if received is None else received.name
         handler = None if received is None else self._previous.get(received)
         if not callable(handler) or handler is signal.default_int_handler:
             logger.warning("%s: leaving with exit status %d; the same command continues from here", name, EXIT_STATUS)
             sys.exit(EXIT_STATUS)
         logger.warning("%s: rank 0 passes it on to the launcher, which may requeue this job", name)
-        distributed.barrier(_everybody())
+        distributed.barrier(everybody)
         if distributed.is_main_process():
             handler(received, None)
-        _wait_for_rank_0()
+        if distributed.get_world_size() > 1:
+            # Until rank 0 comes here too, is gone, or the time is over.
+            work = dist.all_reduce(torch.zeros(1), group=everybody, async_op=True)
+            with suppress(RuntimeError):
+                work.wait(timeout=REQUEUE_TIMEOUT)
         logger.warning("the launcher did not end this process: leaving with exit status %d", EXIT_STATUS)
         sys.exit(EXIT_STATUS)
 
@@ -93,19 +100,3 @@ class Preemption:
             hint = " (once more: at once, without saving)" if number == signal.SIGINT else ""
             # Not through the log, which the interrupted code may be writing to.
             os.write(2, f"\n{self.received.name}: stopping after this step, with a checkpoint{hint}\n".encode())
-
-
-def _everybody() -> Any:
-    # In multi-distillation the groups of the students stop together.
-    return distributed.get_default_process_group()
-
-
-def _wait_for_rank_0() -> None:
-    # Returns when rank 0 comes here too, is gone, or the time is over.
-    if distributed.get_world_size() == 1:
-        return
-    work = dist.all_reduce(torch.zeros(1), group=_everybody(), async_op=True)
-    try:
-        work.wait(timeout=REQUEUE_TIMEOUT)
-    except RuntimeError:
-        return

@@ -57,19 +57,19 @@ def ending_together(output_dir: Path) -> Iterator[None]:
         LostRankError: another rank failed or was killed; the message says what is known.
     """
     logs = output_dir / "logs"
+    if distributed.is_main_process():
+        for path in logs.glob("error.rank*.txt"):
+            path.unlink(missing_ok=True)
     if distributed.get_world_size() == 1:
-        _remove_old_errors(logs)
         yield
         return
-    if distributed.is_main_process():
-        _remove_old_errors(logs)
     neighbour = _Neighbour(logs)
     try:
         yield
     except Exception as error:
         neighbour.stop_listening()
         logger.exception("rank %d failed", distributed.get_rank())
-        if _is_lost_connection(error):
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_CONNECTION):
             raise LostRankError(_explain(logs)) from error
         raise
     except BaseException:
@@ -122,10 +122,6 @@ class _Neighbour:
         self.is_over.set()
 
 
-def _is_lost_connection(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_CONNECTION)
-
-
 def _explain(logs: Path) -> str:
     deadline = time.monotonic() + FILE_DELAY_SECONDS
     while not (failed := _errors_of_others(logs)) and time.monotonic() < deadline:
@@ -144,8 +140,3 @@ def _errors_of_others(logs: Path) -> list[Path]:
     # Files with an error that is not the loss of another rank, the earliest first.
     found = [path for path in logs.glob("error.rank*.txt") if LostRankError.__name__ not in path.read_text("utf-8")]
     return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def _remove_old_errors(logs: Path) -> None:
-    for path in logs.glob("error.rank*.txt"):
-        path.unlink(missing_ok=True)

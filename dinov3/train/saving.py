@@ -129,14 +129,15 @@ def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, shar
         The file or directory.
     """
     path = export_path(output_dir, iteration, sharded=sharded)
-    # Every process takes part, though only one writes the file.
-    state = None if sharded else full_state_dict(model.model_ema)
     if sharded:
         save_checkpoint(path, iteration=iteration, model=model.model_ema)
-    if distributed.is_subgroup_main_process():
-        if not sharded:
+    else:
+        # Every process takes part, though only one writes the file.
+        state = full_state_dict(model.model_ema)
+        if distributed.is_subgroup_main_process():
             with atomic_write(path) as file:
                 torch.save({"teacher": state}, file)
+    if distributed.is_subgroup_main_process():
         link = output_dir / TEACHER_FILE
         temporary = temporary_beside(link)
         temporary.symlink_to(os.path.relpath(path, output_dir))

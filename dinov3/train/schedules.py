@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinov3.configs import learning_rate_scale
+from dinov3.configs.scaling import count_iterations, learning_rate_scale
 
 
 class Schedule:
@@ -63,7 +63,7 @@ def build_schedulers(cfg: Any) -> tuple[Schedule, Schedule, Schedule, Schedule, 
         warmup_cosine(cfg, sections.weight_decay),
         warmup_cosine(cfg, sections.momentum),
         warmup_cosine(cfg, sections.teacher_temp),
-        _freeze_start(lr, _iterations(cfg, sections.lr.get("freeze_last_layer_epochs") or 0)),
+        _freeze_start(lr, count_iterations(cfg, sections.lr.get("freeze_last_layer_epochs") or 0)),
     )
 
 
@@ -81,9 +81,9 @@ def warmup_cosine(cfg: Any, section: Any, *, scale: float = 1) -> Schedule:
             start=section.start,
             peak=section.peak * scale,
             end=section.end * scale,
-            warmup_iterations=_iterations(cfg, section.warmup_epochs),
-            total_iterations=_iterations(cfg, cfg.optim.epochs),
-            cosine_iterations=None if cosine_epochs is None else _iterations(cfg, cosine_epochs),
+            warmup_iterations=count_iterations(cfg, section.warmup_epochs),
+            total_iterations=count_iterations(cfg, cfg.optim.epochs),
+            cosine_iterations=None if cosine_epochs is None else count_iterations(cfg, cosine_epochs),
         )
     )
 
@@ -102,21 +102,19 @@ def apply_optim_scheduler(optimizer: torch.optim.Optimizer, lr: float, wd: float
 
 def _build_v1(cfg: Any) -> tuple[Schedule, Schedule, Schedule, Schedule, Schedule]:
     optim, teacher = cfg.optim, cfg.teacher
-    total = _iterations(cfg, optim.epochs)
+    total = count_iterations(cfg, optim.epochs)
 
     def cosine(base: float, final: float, warmup_epochs: float = 0) -> Schedule:
-        schedule = CosineScheduler(
+        return CosineScheduler(
             base_value=base,
             final_value=final,
             total_iters=total,
-            warmup_iters=_iterations(cfg, warmup_epochs),
-            start_warmup_value=0,
+            warmup_iters=count_iterations(cfg, warmup_epochs),
             trunc_extra=optim.schedule_trunc_extra,
         )
-        return Schedule(schedule.schedule, after_end=final)
 
     lr = cosine(optim.lr, optim.min_lr, optim.warmup_epochs)
-    warmup = _iterations(cfg, teacher.warmup_teacher_temp_epochs)
+    warmup = count_iterations(cfg, teacher.warmup_teacher_temp_epochs)
     temperature = np.full(max(total, warmup), float(teacher.teacher_temp))
     temperature[:warmup] = np.linspace(teacher.warmup_teacher_temp, teacher.teacher_temp, warmup)
     return (
@@ -124,7 +122,7 @@ def _build_v1(cfg: Any) -> tuple[Schedule, Schedule, Schedule, Schedule, Schedul
         cosine(optim.weight_decay, optim.weight_decay_end),
         cosine(teacher.momentum_teacher, teacher.final_momentum_teacher),
         Schedule(temperature, after_end=teacher.teacher_temp),
-        _freeze_start(lr, _iterations(cfg, optim.freeze_last_layer_epochs)),
+        _freeze_start(lr, count_iterations(cfg, optim.freeze_last_layer_epochs)),
     )
 
 
@@ -134,11 +132,7 @@ def _freeze_start(schedule: Schedule, iterations: int) -> Schedule:
     return Schedule(values, after_end=schedule.after_end)
 
 
-def _iterations(cfg: Any, epochs: float) -> int:
-    return round(epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
-
-
-class CosineScheduler:
+class CosineScheduler(Schedule):
     """DINOv2's form: a frozen start, a linear warm-up and a cosine; afterwards the final value.
 
     `schedule` is the float64 array of the first `total_iters` values.
@@ -167,13 +161,11 @@ class CosineScheduler:
         freeze_iters: float = 0,
         trunc_extra: float = 0.0,
     ) -> None:
-        self.final_value = float(final_value)
-        self.total_iters = round(total_iters)
-        warmup, freeze = round(warmup_iters), round(freeze_iters)
-        remaining = self.total_iters - warmup - freeze
+        total, warmup, freeze = round(total_iters), round(warmup_iters), round(freeze_iters)
+        remaining = total - warmup - freeze
         if remaining < 0:
             raise ValueError(
-                f"a schedule of {self.total_iters} iterations cannot hold {freeze} frozen and {warmup} warm-up "
+                f"a schedule of {total} iterations cannot hold {freeze} frozen and {warmup} warm-up "
                 "iterations: train longer or warm up for fewer epochs"
             )
         self.schedule: NDArray[np.float64] = np.concatenate(
@@ -183,11 +175,7 @@ class CosineScheduler:
                 final_value + (base_value - final_value) * _falling_cosine(remaining, trunc_extra),
             ]
         )
-        assert len(self.schedule) == self.total_iters
-
-    def __getitem__(self, iteration: int) -> float:
-        """The value at `iteration`: `final_value` past the end; negative ones count from the end."""
-        return float(self.schedule[iteration]) if iteration < self.total_iters else self.final_value
+        super().__init__(self.schedule, after_end=final_value)
 
 
 def linear_warmup_cosine_decay(

@@ -150,7 +150,8 @@ def _main(args: argparse.Namespace) -> dict[str, float]:
             if getattr(args, flag):
                 logger.warning("--%s has no effect and is ignored", flag)
         cfg = setup_multidistillation(setup) if args.multi_distillation else setup_config(setup)
-        _check_flag(cfg, args)
+        if cfg.multidistillation.enabled and not args.multi_distillation:
+            raise ConfigError("multidistillation.enabled=true: several students are trained with --multi-distillation")
         fix_random_seeds(cfg.train.seed + distributed.get_rank())
         return _run(cfg, args, preemption)
 
@@ -192,11 +193,6 @@ def build_model(cfg: Any) -> SSLMetaArch:
     logger.info("student's backbone: %s", summarize(model.student["backbone"], size, cfg.student.in_chans))
     model.prepare_for_distributed_training()
     return model
-
-
-def _check_flag(cfg: Any, args: argparse.Namespace) -> None:
-    if cfg.multidistillation.enabled and not args.multi_distillation:
-        raise ConfigError("multidistillation.enabled=true: several students are trained with --multi-distillation")
 
 
 def _export_newest(cfg: Any, model: SSLMetaArch, checkpoint_root: Path) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dinov3.train import get_args_parser, main
+from dinov3.train import get_args_parser, main, train
 from dinov3.train.train import parse_args
 from tests.parity import golden
 
 from . import tiny
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -141,13 +139,19 @@ def test_second_run_in_the_same_directory_is_refused(config: Path, tmp_path: Pat
         run(config, tmp_path / "out")
 
 
-def test_command_prints_one_message_instead_of_a_traceback(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "dinov3/train/train.py", "--config-file", str(config), "optim.lrr=1"]
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "error: " in done.stderr and "optim.lr" in done.stderr and "Traceback" not in done.stderr
+def test_command_prints_one_message_instead_of_a_traceback(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config-file", str(config), "optim.lrr=1", "--output-dir", str(tmp_path / "out")]
+    script = Path(train.__file__)
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    monkeypatch.delenv("DINOV3_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 1 and sys.path[0] == str(script.parents[2])
+    printed = capsys.readouterr().err
+    assert "error: " in printed and "optim.lr" in printed and "Traceback" not in printed
 
 
 def test_eval_only_exports_the_newest_teacher(config: Path, tmp_path: Path) -> None:
