@@ -32,7 +32,7 @@ from dinov3.eval.classification.linear_training import train_step
 from dinov3.eval.classification.log_regression_config import TrainConfig
 from dinov3.eval.classification.log_regression_module import LogRegModule, fit_modules
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
-from dinov3.eval.features.extraction import FeatureRows
+from dinov3.eval.features.cache import FeatureRows
 from dinov3.eval.log_regression import evaluate_logreg_model
 
 DIM = 64

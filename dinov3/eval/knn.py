@@ -52,8 +52,8 @@ from dinov3.eval.classification.scoring import (
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import EvaluationResult
-from dinov3.eval.features.cache import extract_cached
-from dinov3.eval.features.extraction import FeatureRows, extract_rows, model_device
+from dinov3.eval.features.cache import FeatureRows, FeatureStore, model_device
+from dinov3.eval.features.extraction import extract_cached, extract_rows
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write
 
@@ -101,7 +101,8 @@ def evaluate_knn(backbone: FrozenBackbone, config: KnnEvalConfig) -> EvaluationR
     )
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    train_data_dict, test_rows = _extract(backbone, tries, test, config)
+    store = config.features.make_store()
+    train_data_dict, test_rows = _extract(backbone, tries, test, config, store)
 
     def save(values: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None, suffix: str) -> None:
         save_per_class(values, config.output_dir, config.eval.test_dataset, f"_{suffix}")
@@ -116,7 +117,7 @@ def evaluate_knn(backbone: FrozenBackbone, config: KnnEvalConfig) -> EvaluationR
         num_classes=num_classes,
         device=backbone.device,
         class_mapping=test.class_mapping,
-        stream=config.features.make_spill().takes(len(train_dataset), test_rows.features.shape[1]),
+        stream=store.is_too_large(len(train_dataset), test_rows.features.shape[1]),
         save=save,
         keep_scores=config.save_results,
     )
@@ -169,10 +170,9 @@ def eval_knn(
 
 
 def _extract(
-    backbone: FrozenBackbone, tries: Mapping[int, Any], test: ScoredDataset, config: KnnEvalConfig
+    backbone: FrozenBackbone, tries: Mapping[int, Any], test: ScoredDataset, config: KnnEvalConfig, store: FeatureStore
 ) -> tuple[dict[int, dict[str, Tensor]], FeatureRows]:
     # The training features of each try, and this process's test features.
-    cache, spill = config.features.make_cache(), config.features.make_spill()
     feature = ModelWithPatchMean(backbone.model) if config.eval.feature is Feature.PATCH_MEAN else backbone.model
     model = wrap_model(feature, normalize=True)
     with backbone.autocast():
@@ -183,18 +183,16 @@ def _extract(
             config.train.num_workers,
             gather_on_cpu=True,
             shard_above_bytes=int(config.train.memory_budget_mb * 2**20),
-            cache=cache,
-            spill=spill,
+            store=store,
         )
         test_rows = extract_cached(
             model,
             test.dataset,
+            store,
             batch_size=config.eval.batch_size or config.train.batch_size,
             num_workers=config.eval.num_workers,
-            cache=cache,
             collate_fn=test.collate_fn,
             description="test features",
-            spill=spill,
         )
     return train_data_dict, test_rows
 

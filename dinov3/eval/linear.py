@@ -24,6 +24,7 @@ if __name__ == "__main__" and not __package__:  # run by path: this directory wo
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ from dinov3.eval.classification.scoring import average_metrics
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import EvaluationResult
-from dinov3.eval.features.cache import FeatureCache
+from dinov3.eval.features.cache import FeatureStore
 from dinov3.eval.training.checkpoints import unwrap_ddp_state_dict
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.utils.command_line import run_command_line
@@ -123,9 +124,10 @@ def evaluate_linear(backbone: FrozenBackbone, config: LinearEvalConfig) -> Evalu
     config.train.check_blocks(backbone.model)
     if distributed.is_main_process():  # before any image is read
         find_checkpoint(config.train, _checkpoint_directory(config, 0))
-    cache = config.features.make_cache()
+    # Features are extracted at once only if they fit into `train.memory_budget_mb`, so none go to a file.
+    store = config.features.make_store(memory_budget_mb=math.inf)
     train_dataset, num_classes = _make_train_dataset(config)
-    val_evaluator, test_evaluators = make_evaluators(config, num_classes, cache, train_dataset)
+    val_evaluator, test_evaluators = make_evaluators(config, num_classes, store, train_dataset)
     n_blocks = max(config.train.n_last_blocks_list)
     feature_model = ModelWithIntermediateLayers(backbone.model, n_blocks, backbone.autocast)
     few_shot = config.few_shot
@@ -134,7 +136,7 @@ def evaluate_linear(backbone: FrozenBackbone, config: LinearEvalConfig) -> Evalu
     grids: dict[int, dict[str, float]] = {}
     for name, dataset in tries.items():
         results[name], grids[name] = _evaluate_try(
-            config, feature_model, dataset, num_classes, val_evaluator, test_evaluators, cache=cache, name=name
+            config, feature_model, dataset, num_classes, val_evaluator, test_evaluators, store=store, name=name
         )
     metrics = results[0] if len(results) == 1 else average_metrics(results, [BEST_CLASSIFIER])
     datasets = {
@@ -175,7 +177,7 @@ def _evaluate_try(
     val_evaluator: Evaluator,
     test_evaluators: Sequence[Evaluator],
     *,
-    cache: FeatureCache | None,
+    store: FeatureStore,
     name: int,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     # Returns the results, and the validation scores of all classifiers in percent.
@@ -188,7 +190,7 @@ def _evaluate_try(
         training_num_classes=num_classes,
         val_evaluator=val_evaluator,
         checkpoint_output_dir=directory,
-        cache=cache,
+        store=store,
         prefixstring=prefix,
     )
 

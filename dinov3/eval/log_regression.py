@@ -62,8 +62,8 @@ from dinov3.eval.classification.scoring import DictKeysModule, average_metrics, 
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import EvaluationResult
-from dinov3.eval.features.cache import extract_cached
-from dinov3.eval.features.extraction import FeatureRows, gather_rows
+from dinov3.eval.features.cache import FeatureRows, FeatureStore
+from dinov3.eval.features.extraction import extract_cached, gather_rows
 from dinov3.utils.command_line import run_command_line
 
 logger = logging.getLogger("dinov3")
@@ -108,7 +108,8 @@ def evaluate_log_regression(
     train_dataset, val, test, num_classes = _open_datasets(config)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    train, val_rows, test_rows = _extract(backbone, tries, val, test, config)
+    store = config.features.make_store()
+    train, val_rows, test_rows = _extract(backbone, tries, val, test, config, store)
     val_labels = val_rows.targets
     if val.class_mapping is not None and val_labels.ndim == 1:
         val_labels = val.class_mapping.to(val_labels.device)[val_labels]
@@ -122,7 +123,7 @@ def evaluate_log_regression(
             concatenate_train_val=not few_shot.enable,
             train_config=config.train,
             num_classes=num_classes,
-            spill=config.features.make_spill(),
+            store=store,
         )
         assert best.sweep is not None
         sweeps[name] = best.sweep
@@ -189,16 +190,14 @@ def _extract(
     val: ScoredDataset,
     test: ScoredDataset,
     config: LogregEvalConfig,
+    store: FeatureStore,
 ) -> tuple[dict[int, dict[str, Tensor]], FeatureRows, FeatureRows]:
     # All training features by try, all validation features, and this process's share of the test features.
-    cache, spill = config.features.make_cache(), config.features.make_spill()
     on_cpu = config.train.train_features_device == "cpu"
     batch_size, num_workers = config.train.batch_size, config.train.num_workers
-    extract = functools.partial(extract_cached, backbone.model, cache=cache, on_cpu=on_cpu, spill=spill)
+    extract = functools.partial(extract_cached, backbone.model, store=store, on_cpu=on_cpu)
     with backbone.autocast():
-        train = extract_features_for_dataset_dict(
-            backbone.model, tries, batch_size, num_workers, on_cpu, cache=cache, spill=spill
-        )
+        train = extract_features_for_dataset_dict(backbone.model, tries, batch_size, num_workers, on_cpu, store=store)
         val_rows = extract(
             val.dataset, batch_size=batch_size, num_workers=num_workers, description="validation features"
         )
@@ -209,7 +208,7 @@ def _extract(
             collate_fn=test.collate_fn,
             description="test features",
         )
-    return train, gather_rows(val_rows, spill), test_rows
+    return train, gather_rows(val_rows, store), test_rows
 
 
 def _score_try(

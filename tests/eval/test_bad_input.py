@@ -212,5 +212,5 @@ def test_model_that_gives_nan_is_refused(module: Any, augment: str, root: Path, 
 
 
 def test_cache_directory_of_ones_own_is_made(tmp_path: Path) -> None:
-    assert FeaturesConfig(cache_dir=str(tmp_path / "new" / "cache")).make_cache() is not None
+    FeaturesConfig(cache_dir=str(tmp_path / "new" / "cache")).make_store()
     assert (tmp_path / "new" / "cache").is_dir()

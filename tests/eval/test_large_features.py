@@ -16,14 +16,12 @@ from dinov3.eval import knn, log_regression
 from dinov3.eval.classification.config import TransformConfig
 from dinov3.eval.classification.data import make_transform
 from dinov3.eval.classification.knn_module import KnnModule
-from dinov3.eval.features.cache import FeaturesConfig, extract_cached
+from dinov3.eval.features.cache import IN_MEMORY, FeatureRows, FeaturesConfig, FeatureStore
 from dinov3.eval.features.extraction import (
-    FeatureRows,
-    Spill,
+    extract_cached,
     extract_rows,
     join_rows,
     make_enumerated_loader,
-    new_matrix,
     take_rows,
     usable_workers,
 )
@@ -45,58 +43,58 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 @pytest.fixture
-def spill(tmp_path: Path) -> Spill:
-    """Takes everything above 1000 bytes: 20 rows of 12."""
-    return Spill(tmp_path / "spill", 1000)
+def store(tmp_path: Path) -> FeatureStore:
+    """Maps everything above 1000 bytes: 20 rows of 12."""
+    return FeatureStore(tmp_path / "store", 1000 / 2**20, keeps_entries=False)
 
 
-def extract(dataset: Any, spill: Spill | None) -> FeatureRows:
-    return extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), spill=spill)
+def extract(dataset: Any, store: FeatureStore) -> FeatureRows:
+    return extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), store=store)
 
 
-def test_matrix_is_in_memory_up_to_the_budget(spill: Spill) -> None:
-    assert not is_mapped(new_matrix(20, 12, CPU, spill)) and not is_mapped(new_matrix(2000, 12, CPU, None))
-    mapped = new_matrix(21, 12, CPU, spill)
+def test_matrix_is_in_memory_up_to_the_budget(store: FeatureStore) -> None:
+    assert not is_mapped(store.new_matrix(20, 12, CPU)) and not is_mapped(IN_MEMORY.new_matrix(2000, 12, CPU))
+    mapped = store.new_matrix(21, 12, CPU)
     assert is_mapped(mapped) and mapped.shape == (21, 12)
     mapped.fill_(3.0)
     assert float(mapped.sum()) == 21 * 12 * 3
-    assert not list(spill.directory.iterdir())  # its file has no name: nothing stays behind
+    assert not list(store.directory.iterdir())  # its file has no name: nothing stays behind
 
 
-def test_extraction_says_so_and_gives_the_same_rows(spill: Spill, caplog: pytest.LogCaptureFixture) -> None:
+def test_extraction_says_so_and_gives_the_same_rows(store: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
     dataset = toy.Vectors("train", 90)
-    want = extract(dataset, None)
+    want = extract(dataset, IN_MEMORY)
     with caplog.at_level("WARNING", logger="dinov3"):
-        rows = extract(dataset, spill)
+        rows = extract(dataset, store)
     assert is_mapped(rows.features) and not is_mapped(want.features)
     for found, expected in zip(rows, want, strict=True):
         assert torch.equal(found, expected)
-    assert "more than features.memory_budget_mb=" in caplog.text and f"a file in {spill.directory}" in caplog.text
+    assert "more than features.memory_budget_mb=" in caplog.text and f"a file in {store.directory}" in caplog.text
     assert caplog.text.count("memory_budget_mb") == 1
 
 
-def test_batches_without_a_foreseen_number_are_taken(spill: Spill) -> None:
+def test_batches_without_a_foreseen_number_are_taken(store: FeatureStore) -> None:
     dataset = toy.Vectors("train", 90)
-    for chosen in (None, spill):
+    for chosen in (IN_MEMORY, store):
         batches = (batch for batch in make_enumerated_loader(dataset, 16, 0))
-        rows = extract_rows(nn.Identity(), batches, spill=chosen)
-        assert torch.equal(rows.features, extract(dataset, None).features)
+        rows = extract_rows(nn.Identity(), batches, store=chosen)
+        assert torch.equal(rows.features, extract(dataset, IN_MEMORY).features)
 
 
-def test_parts_and_sums_of_large_matrices_are_mapped_too(spill: Spill) -> None:
+def test_parts_and_sums_of_large_matrices_are_mapped_too(store: FeatureStore) -> None:
     features = torch.randn(60, 12)
     places = torch.arange(0, 60, 2)
-    taken, joined = take_rows(features, places, spill), join_rows([features, features[:5]], spill)
+    taken, joined = take_rows(features, places, store), join_rows([features, features[:5]], store)
     assert is_mapped(taken) and torch.equal(taken, features[places])
     assert is_mapped(joined) and torch.equal(joined, torch.cat([features, features[:5]]))
 
 
-def test_full_disk_is_told_with_what_to_do(spill: Spill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_about_a_full_disk_says_what_to_do(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10))  # type: ignore
     with pytest.raises(
         OSError, match=r"features of 0\.0 GB are larger than .*memory_budget_mb.*0\.0 GB free.*cache_dir"
     ):
-        extract(toy.Vectors("train", 90), spill)
+        extract(toy.Vectors("train", 90), store)
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +153,9 @@ def test_entries_of_the_cache_are_mapped(faces: Path, tmp_path: Path) -> None:
     dataset = make_dataset(dataset_str=f"ImageFolder:root={faces}/faces/test", transform=transform)
     config = FeaturesConfig(cache_dir=str(tmp_path), memory_budget_mb=0.001)
     model = MeanColour()
-    want = extract_cached(model, dataset, batch_size=16, num_workers=0, cache=None)
+    want = extract_cached(model, dataset, IN_MEMORY, batch_size=16, num_workers=0)
     for _ in range(2):  # stored, then found
-        rows = extract_cached(
-            model, dataset, batch_size=16, num_workers=0, cache=config.make_cache(), spill=config.make_spill()
-        )
+        rows = extract_cached(model, dataset, config.make_store(), batch_size=16, num_workers=0)
         assert is_mapped(rows.features) and torch.equal(rows.features, want.features)
         rows.features[0] = 7.0  # changes no file
     (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -173,10 +169,10 @@ class MeanColour(nn.Module):
         return images.mean(dim=2).flatten(1)
 
 
-def test_search_takes_features_from_where_they_are(spill: Spill) -> None:
+def test_search_takes_features_from_where_they_are(store: FeatureStore) -> None:
     generator = torch.Generator().manual_seed(0)
     features, queries = torch.randn(300, 12, generator=generator), torch.randn(40, 12, generator=generator)
-    mapped = join_rows([features], spill)
+    mapped = join_rows([features], store)
     options: dict[str, Any] = {
         "train_labels": torch.arange(300) % 7,
         "device": "cpu",

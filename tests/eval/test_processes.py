@@ -16,9 +16,9 @@ from dinov3.eval.classification.data import SubsetEx, extract_features_for_datas
 from dinov3.eval.classification.log_regression_config import Solver
 from dinov3.eval.classification.metrics import ClassificationMetricType, build_classification_metric
 from dinov3.eval.command.model import FrozenBackbone
+from dinov3.eval.features.cache import FeatureStore
 from dinov3.eval.features.extraction import (
     ResultsAccumulator,
-    Spill,
     extract_features,
     extract_rows,
     gather_rows,
@@ -114,19 +114,19 @@ def divided_problem(n_rows: int) -> tuple[Tensor, Tensor]:
 def gather_large_features(rank: int, world_size: int, directory: Path) -> None:
     """What does not fit into memory is gathered in a file."""
     dataset = toy.Vectors("train", 91)
-    spill = Spill(directory, 1000)
-    rows = gather_rows(extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), spill=spill), spill)
+    store = FeatureStore(directory, 1000 / 2**20, keeps_entries=False)
+    rows = gather_rows(extract_rows(nn.Identity(), make_enumerated_loader(dataset, 16, 0), store=store), store)
     assert is_mapped(rows.features) and torch.equal(rows.positions, torch.arange(91))
     assert torch.equal(rows.features, dataset.samples) and rows.targets.tolist() == dataset.labels.tolist()
     tries = {0: SubsetEx(dataset, [3, 5, 90]), 1: SubsetEx(dataset, list(range(40)))}
-    features = extract_features_for_dataset_dict(nn.Identity(), tries, 16, 0, True, spill=spill)
+    features = extract_features_for_dataset_dict(nn.Identity(), tries, 16, 0, True, store=store)
     for name, subset in tries.items():
         assert torch.equal(features[name]["train_features"], dataset.samples[list(subset.indices)])
 
 
 def work(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     check_parts(rank, world_size)
-    gather_large_features(rank, world_size, root / "spill")
+    gather_large_features(rank, world_size, root / "store")
     return evaluate_all(root)
 
 

@@ -26,8 +26,8 @@ from dinov3.eval.classification.metrics import (
     build_classification_metric,
     check_targets,
 )
-from dinov3.eval.features.cache import FeatureCache, extract_cached
-from dinov3.eval.features.extraction import Spill, gather_rows, take_rows
+from dinov3.eval.features.cache import IN_MEMORY, FeatureStore
+from dinov3.eval.features.extraction import extract_cached, gather_rows, gather_targets, take_rows
 from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
@@ -302,8 +302,7 @@ def extract_features_for_dataset_dict(
     gather_on_cpu: bool = False,
     *,
     shard_above_bytes: int | None = None,
-    cache: FeatureCache | None = None,
-    spill: Spill | None = None,
+    store: FeatureStore = IN_MEMORY,
 ) -> dict[int, dict[str, Tensor]]:
     """Extract the training features of each try; samples that several tries share go through the model once.
 
@@ -314,8 +313,7 @@ def extract_features_for_dataset_dict(
         num_workers: loader processes.
         gather_on_cpu: return tensors on the CPU instead of the model's device.
         shard_above_bytes: with several processes, each keeps only its own rows if all would take more memory than this.
-        cache: where features are looked up, and put.
-        spill: for features that are too large for memory.
+        store: where features are found, and where they go.
 
     Returns:
         `{try: {"train_features": float32 [N, D], "train_labels": int64 [N] or [N, L]}}`. If each process keeps its own
@@ -325,18 +323,17 @@ def extract_features_for_dataset_dict(
     rows = extract_cached(
         model,
         dataset,
+        store,
         batch_size=batch_size,
         num_workers=num_workers,
-        cache=cache,
         on_cpu=gather_on_cpu,
         description="training features",
-        spill=spill,
     )
     n_bytes = 4 * len(dataset) * rows.features.shape[1]
     sharded = distributed.get_world_size() > 1 and shard_above_bytes is not None and n_bytes > shard_above_bytes
     if not sharded:
-        rows = gather_rows(rows, spill)
-    labels = gather_rows(rows._replace(features=rows.features[:, :0])).targets if sharded else rows.targets
+        rows = gather_rows(rows, store)
+    labels = gather_targets(rows) if sharded else rows.targets
     result = {}
     for name, position in positions.items():
         # Where each of the rows here stands in this try, if it is part of it.
@@ -345,7 +342,7 @@ def extract_features_for_dataset_dict(
         place = place[rows.positions]
         mine = place >= 0
         result[name] = {
-            "train_features": rows.features if mine.all() else take_rows(rows.features, mine.nonzero()[:, 0], spill),
+            "train_features": rows.features if mine.all() else take_rows(rows.features, mine.nonzero()[:, 0], store),
             "train_labels": labels[position.to(labels.device)],
         }
         if sharded:

@@ -22,7 +22,7 @@ from dinov3.eval.classification.knn_config import TrainConfig
 from dinov3.eval.classification.metrics import scalar_results
 from dinov3.eval.classification.scoring import DictKeysModule, average_metrics, evaluate
 from dinov3.eval.command.progress import track
-from dinov3.eval.features.extraction import FeatureRows
+from dinov3.eval.features.cache import FeatureRows
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.eval.features.extraction import model_device
+from dinov3.eval.features.cache import model_device
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 
 logger = logging.getLogger("dinov3")

@@ -24,8 +24,8 @@ from dinov3.eval.classification.metrics import ClassificationMetricType, scalar_
 from dinov3.eval.classification.scoring import save_per_class, save_results
 from dinov3.eval.command.progress import track
 from dinov3.eval.command.results import as_file_name
-from dinov3.eval.features.cache import FeatureCache, extract_cached
-from dinov3.eval.features.extraction import FeatureRows, ResultsAccumulator, make_enumerated_loader, model_device
+from dinov3.eval.features.cache import IN_MEMORY, FeatureRows, FeatureStore, model_device
+from dinov3.eval.features.extraction import ResultsAccumulator, extract_cached, make_enumerated_loader
 from dinov3.utils.files import atomic_write
 
 logger = logging.getLogger("dinov3")
@@ -52,7 +52,7 @@ class Evaluator:
         save_results_func: called with logits, targets and `filename_suffix` of the chosen classifier.
         name_suffix: appended to the dataset string, for a second metric on one dataset.
         memory_budget_mb: for features kept between evaluations.
-        cache: of features, on disk.
+        store: of features kept between runs.
         train_dataset: whose classes are those of the logits. Default: those of this dataset.
         dataset: what `dataset_str` names.
         top_1: of all classifiers, at the last evaluation.
@@ -68,7 +68,7 @@ class Evaluator:
     save_results_func: Callable[..., None] | None = None
     name_suffix: str = ""
     memory_budget_mb: float = 8192
-    cache: FeatureCache | None = None
+    store: FeatureStore = IN_MEMORY
     train_dataset: Any = None
     dataset: Any = field(init=False)
     top_1: dict[str, float] = field(init=False, default_factory=dict)
@@ -172,9 +172,9 @@ class Evaluator:
             self._rows = extract_cached(
                 model,
                 self.dataset,
+                self.store,
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
-                cache=self.cache,
                 collate_fn=collate_fn,
                 description="evaluation features",
             )
@@ -185,7 +185,7 @@ class Evaluator:
 
 
 def make_evaluators(
-    config: LinearEvalConfig, training_num_classes: int, cache: FeatureCache | None = None, train_dataset: Any = None
+    config: LinearEvalConfig, training_num_classes: int, store: FeatureStore = IN_MEMORY, train_dataset: Any = None
 ) -> tuple[Evaluator, list[Evaluator]]:
     """Make the evaluators of the validation dataset, and of the test datasets."""
     metric_types = list(config.eval.test_metric_types) or [config.train.val_metric_type]
@@ -212,7 +212,7 @@ def make_evaluators(
                 else None,
                 name_suffix=f"_{metric_type.value}" if is_second else "",
                 memory_budget_mb=config.train.memory_budget_mb,
-                cache=cache,
+                store=store,
                 train_dataset=train_dataset,
             )
         )

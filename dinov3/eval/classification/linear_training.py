@@ -23,8 +23,8 @@ from dinov3.eval.classification.linear_heads import (
     tokens_of_first_image,
 )
 from dinov3.eval.classification.linear_scoring import Evaluator
-from dinov3.eval.features.cache import FeatureCache, extract_cached, weights_digest
-from dinov3.eval.features.extraction import gather_rows, model_device, usable_workers
+from dinov3.eval.features.cache import IN_MEMORY, FeatureStore, model_device, weights_digest
+from dinov3.eval.features.extraction import extract_cached, gather_rows, usable_workers
 from dinov3.eval.training.checkpoints import Checkpoints, copy_entries, unwrap_ddp_state_dict
 from dinov3.eval.training.loader import TrainOrder, make_train_loader
 from dinov3.eval.training.loop import HeadTraining, Metrics, train_head
@@ -49,7 +49,7 @@ def train_linear_classifiers(
     training_num_classes: int,
     val_evaluator: Evaluator,
     checkpoint_output_dir: str | Path,
-    cache: FeatureCache | None = None,
+    store: FeatureStore = IN_MEMORY,
     prefixstring: str = "",
 ) -> tuple[ModelWithIntermediateLayers, AllClassifiers, int]:
     """Train the grid of classifiers on a frozen backbone.
@@ -61,7 +61,7 @@ def train_linear_classifiers(
         training_num_classes: number of logits.
         val_evaluator: is asked every `eval_period_iterations`, but not after the last step.
         checkpoint_output_dir: gets `<iteration>/`, `best/` and `final/`, each with a `checkpoint.pth`.
-        cache: of inputs, for `augment=false`.
+        store: of inputs, for `augment=false`.
         prefixstring: of the records of validations.
 
     Returns:
@@ -97,7 +97,7 @@ def train_linear_classifiers(
         scheduler=scheduler,
         checkpoints=LinearCheckpoints(checkpoint_output_dir, config, classifiers.names),
         settings=_settings(config, feature_model, len(train_dataset), training_num_classes),
-        make_batches=lambda first: make_batches(feature_model, train_dataset, config, first, cache),
+        make_batches=lambda first: make_batches(feature_model, train_dataset, config, first, store),
         step=step,
         evaluate=evaluate,
         is_better=lambda metrics, best: val_evaluator.is_improvement(metrics[ACCURACY], best[ACCURACY]),
@@ -182,7 +182,7 @@ def make_batches(
     dataset: Any,
     config: TrainConfig,
     first_iteration: int,
-    cache: FeatureCache | None,
+    store: FeatureStore,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield endless batches of (inputs float32 [B, W], labels), starting with that of `first_iteration`."""
     model = LinearInputs(feature_model, max(config.n_last_blocks_list)).eval()
@@ -196,9 +196,9 @@ def make_batches(
         extract_cached(
             model,
             dataset,
+            store,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            cache=cache,
             description="training features",
         )
     )

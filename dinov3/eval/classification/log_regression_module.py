@@ -23,7 +23,8 @@ from dinov3.eval.classification.log_regression_config import Solver, TrainConfig
 from dinov3.eval.classification.log_regression_solvers import Fit, fit_with_sklearn, fit_with_torch
 from dinov3.eval.classification.metrics import scalar_results
 from dinov3.eval.command.progress import Progress
-from dinov3.eval.features.extraction import Spill, join_rows
+from dinov3.eval.features.cache import IN_MEMORY, FeatureStore
+from dinov3.eval.features.extraction import join_rows
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")
@@ -284,7 +285,7 @@ def get_best_logreg_with_features(
     concatenate_train_val: bool,
     train_config: TrainConfig,
     num_classes: int | None = None,
-    spill: Spill | None = None,
+    store: FeatureStore = IN_MEMORY,
 ) -> LogRegModule:
     """Fit the model with the best C of the grid; its `sweep` attribute holds the results of all.
 
@@ -297,7 +298,7 @@ def get_best_logreg_with_features(
         concatenate_train_val: fit the final model on training and validation rows, not only on training rows.
         train_config: settings of the fit.
         num_classes: columns of the probabilities. Default: as many as the training labels need.
-        spill: for training and validation rows together, if they are too large for memory.
+        store: for training and validation rows together, if they are too large for memory.
     """
     sweep = sweep_C_values(
         train_features=train_features,
@@ -313,7 +314,7 @@ def get_best_logreg_with_features(
     if sweep.best in (0, len(sweep.Cs) - 1):
         logger.warning("logistic regression: the chosen C=%.3g is at an end of the range that was tried", best_C)
     if concatenate_train_val:
-        train_features = join_rows([train_features, val_features], spill)
+        train_features = join_rows([train_features, val_features], store)
         train_labels = torch.cat([train_labels, val_labels])
     module = train_for_C(
         C=best_C,

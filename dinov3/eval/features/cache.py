@@ -1,12 +1,15 @@
-"""Features on disk, so that several evaluations of one model, or one evaluation run again, extract them once.
+"""A store of features: those that fit into memory stay there, and the disk keeps all for the next evaluation.
 
-An entry is a directory named by a digest of everything that its rows depend on: the model's code names, settings and
-weights, the precision that it runs in, the images (files, sizes, times of change), their order and their transform.
+Several evaluations of one model, or one evaluation run again, extract them once: an entry on disk is a directory named
+by a digest of everything that its rows depend on: the model's code names, settings and weights, the precision that it
+runs in, the images (files, sizes, times of change), their order and their transform.
 
 Notable:
 - On top of that, an entry is only used if the model still returns the stored features for three of its images, so the
   entry of another model is never used, whatever the digest might miss.
 - An entry appears complete or not at all. Any number of processes can read it, each only its own rows.
+- Matrices that are too large for memory are mapped from a file, of an entry or without a name: reading them block by
+  block needs no more memory than a block.
 - What cannot be described, such as datasets that are not files or transforms without a name, is not stored.
 """
 
@@ -15,15 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
 from dinov3.configs.settings import key
-from dinov3.eval.features.extraction import FeatureRows, Spill, extract_rows, make_enumerated_loader, model_device
+from dinov3.distributed import runtime
 from dinov3.utils.files import publish_directory, temporary_beside
 
 logger = logging.getLogger("dinov3")
@@ -60,49 +63,113 @@ class FeaturesConfig:
         if self.memory_budget_mb < 0:
             raise ValueError(f"features.memory_budget_mb={self.memory_budget_mb}: expected 0 or more")
 
-    def make_cache(self) -> FeatureCache | None:
-        """Return the cache, or None if it is turned off.
+    def make_store(self, *, memory_budget_mb: float | None = None) -> FeatureStore:
+        """Return the store of an evaluation.
+
+        Args:
+            memory_budget_mb: infinity if the caller bounds the memory itself. Default: the setting.
 
         Raises:
-            OSError: `cache_dir` is given but cannot be written.
+            OSError: features are kept in a given `cache_dir`, which cannot be written.
         """
-        if not self.cache:
-            return None
-        if self.cache_dir is not None:
-            _check_writable(self._directory())
-        return FeatureCache(self._directory())
+        directory = Path(self.cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/dinov3/features").expanduser()
+        if self.cache and self.cache_dir is not None:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    pass
+            except OSError as error:
+                raise OSError(
+                    f"features.cache_dir={directory} cannot be written ({error}): choose another directory, or "
+                    "--no-cache"
+                ) from error
+        budget = self.memory_budget_mb if memory_budget_mb is None else memory_budget_mb
+        return FeatureStore(directory, budget, self.cache)
 
-    def make_spill(self) -> Spill:
-        """Return where features go that are too large for memory."""
-        return Spill(self._directory(), int(self.memory_budget_mb * 2**20))
 
-    def _directory(self) -> Path:
-        return Path(self.cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/dinov3/features").expanduser()
+class FeatureRows(NamedTuple):
+    """Some rows of a dataset's features.
 
-
-class FeatureCache:
-    """Feature matrices in a directory.
-
-    Args:
-        directory: created when the first entry is stored.
+    Attributes:
+        features: float32 [n, D].
+        targets: int64 [n], or [n, L].
+        positions: int64 [n] on the CPU, in the dataset, ascending and all different.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+    features: Tensor
+    targets: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Memory or disk for the features of an evaluation.
+
+    Attributes:
+        directory: of entries, and of unnamed files that vanish with the process; created when it is first needed.
+        memory_budget_mb: matrices above it are mapped from a file, even if no entries are kept.
+        keeps_entries: whether features are read from and written to entries, which later evaluations find.
+    """
+
+    directory: Path
+    memory_budget_mb: float = math.inf
+    keeps_entries: bool = True
+
+    def is_too_large(self, n_rows: int, n_columns: int) -> bool:
+        """Return whether a float32 matrix is too large for memory."""
+        return 4 * n_rows * n_columns > self.memory_budget_mb * 2**20
+
+    def new_matrix(self, n_rows: int, n_columns: int, device: torch.device, *, total_rows: int | None = None) -> Tensor:
+        """Make a float32 matrix of undefined values, on the device or, if too large for memory, mapped from a file.
+
+        Args:
+            n_rows: rows of the matrix.
+            n_columns: columns of the matrix.
+            device: of a matrix in memory; a mapped one is on the CPU.
+            total_rows: rows of the matrix of which this is a part, if that one's size decides.
+
+        Raises:
+            OSError: the disk is too small, or the directory cannot be written.
+        """
+        if not self.is_too_large(n_rows if total_rows is None else total_rows, n_columns):
+            return torch.empty(n_rows, n_columns, device=device)
+        n_bytes = 4 * n_rows * n_columns
+        try:
+            self._check_space(n_bytes)
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.truncate(n_bytes)
+                return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(n_rows, n_columns)))
+        except OSError as error:
+            raise OSError(
+                f"features of {n_bytes / 1e9:.1f} GB are larger than features.memory_budget_mb="
+                f"{self.memory_budget_mb:.0f} and cannot be put on the disk ({error}): set a larger budget, or a "
+                "features.cache_dir on a larger disk"
+            ) from error
 
     def find(self, description: dict[str, Any] | None, model: nn.Module, dataset: Any) -> Path | None:
         """Return the entry of a description if the model still returns its features; every process must call it."""
         path = None if description is None else self._path_of(description)
-        usable = path is not None and path.is_dir() and self._fits(path, model, dataset)
+        usable = path is not None and path.is_dir() and _is_valid(path, model, dataset)
         return path if all(distributed.all_gather_objects(usable)) else None
 
-    def store(self, description: dict[str, Any] | None, rows: FeatureRows, n_rows: int) -> Path | None:
-        """Write the rows of all processes; every process must call it.
+    def read(self, path: Path, device: torch.device) -> FeatureRows:
+        """Read this process's share of an entry, every `world size`-th row; map it on the CPU if all are too large."""
+        features = np.load(path / FEATURES_FILE, mmap_mode="c")
+        targets = torch.from_numpy(np.load(path / TARGETS_FILE))
+        share = slice(distributed.get_rank(), None, distributed.get_world_size())
+        positions = torch.arange(len(features))[share]
+        if self.is_too_large(*features.shape):
+            return FeatureRows(torch.from_numpy(features[share]), targets[share], positions)
+        rows = torch.from_numpy(np.array(features[share]))
+        return FeatureRows(rows.to(device), targets[share].to(device), positions)
+
+    def write(self, description: dict[str, Any] | None, rows: FeatureRows, all_targets: Tensor) -> Path | None:
+        """Make an entry of the rows of all processes; every process must call it.
 
         Args:
             description: from `describe`.
             rows: those of this process.
-            n_rows: of all processes.
+            all_targets: those of all processes, in the order of the dataset.
 
         Returns:
             The entry, or None if it could not be described or written, for a reason that is logged.
@@ -111,149 +178,65 @@ class FeatureCache:
             logger.info("features are not stored: this dataset, its transform or the model cannot be identified")
             return None
         assert description is not None
-        shape = (n_rows, rows.features.shape[1])
+        shape = (len(all_targets), rows.features.shape[1])
+        n_bytes = 4 * shape[0] * shape[1]
         target = self._path_of(description)
-        temporary = distributed.broadcast_object(self._begin(target, shape))
-        if temporary is None or not self._write_rows(temporary, rows):
-            return None
-        return self._finish(temporary, target, description, rows, shape)
+        temporary: Path = distributed.broadcast_object(temporary_beside(target))
+
+        def begin() -> None:
+            if distributed.is_main_process():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                # Left by killed processes; younger ones may be in use at this moment.
+                for entry in self.directory.glob(".tmp-*"):
+                    if time.time() - entry.stat().st_mtime > ABANDONED_AFTER:
+                        shutil.rmtree(entry, ignore_errors=True)
+                self._check_space(n_bytes, SHARE_OF_FREE_SPACE)
+                temporary.mkdir()
+                np.lib.format.open_memmap(temporary / FEATURES_FILE, mode="w+", dtype=np.float32, shape=shape).flush()
+
+        def add_rows() -> None:
+            # Each process writes its own rows into one file. On a machine that does not see the file this fails.
+            if len(rows.positions):
+                features = np.load(temporary / FEATURES_FILE, mmap_mode="r+")
+                features[rows.positions.numpy()] = rows.features.cpu().numpy()
+                features.flush()
+
+        def publish() -> None:
+            if distributed.is_main_process():
+                np.save(temporary / TARGETS_FILE, all_targets.long().cpu().numpy())
+                text = json.dumps(description | {"shape": shape}, indent=2)
+                (temporary / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+                publish_directory(temporary, target)
+                logger.info("features stored in %s, %.1f MB", target, 1e-6 * n_bytes)
+
+        for step in (begin, add_rows, publish):
+            try:
+                step()
+                failure = None
+            except OSError as error:
+                failure = str(error)
+            # Also holds every process until all have finished the step.
+            failures = [text for text in distributed.all_gather_objects(failure) if text is not None]
+            if failures:
+                if distributed.is_main_process():
+                    logger.warning("features of %.1f GB are not stored: %s", n_bytes / 1e9, failures[0])
+                    shutil.rmtree(temporary, ignore_errors=True)
+                return None
+        return target
 
     def _path_of(self, description: dict[str, Any]) -> Path:
         text = json.dumps(description, sort_keys=True)
         return self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def _fits(self, path: Path, model: nn.Module, dataset: Any) -> bool:
-        try:
-            features = np.load(path / FEATURES_FILE, mmap_mode="r")
-            targets = np.load(path / TARGETS_FILE, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            logger.warning("cached features in %s cannot be read, so they are not used: %s", path, error)
-            return False
-        if len(features) != len(dataset) or len(targets) != len(dataset):
-            return False
-        places = sorted({0, len(dataset) // 2, len(dataset) - 1})
-        stored = torch.from_numpy(np.array(features[places]))
-        computed = _features_of(model, dataset, places)
-        bound = TOLERANCE[_precision(model)] * float(stored.abs().max())
-        fits = stored.shape == computed.shape and bool((stored - computed).abs().max() <= bound)
-        if not fits:
-            logger.warning("cached features in %s are not what this model returns, so they are not used", path)
-        return fits
-
-    def _begin(self, target: Path, shape: tuple[int, int]) -> Path | None:
-        if not distributed.is_main_process():
-            return None
-        n_bytes = 4 * shape[0] * shape[1]
-        temporary = temporary_beside(target)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.directory)
-            free = shutil.disk_usage(self.directory).free
-            if n_bytes > SHARE_OF_FREE_SPACE * free:
-                logger.warning(
-                    "features of %.1f GB are not stored: %s has %.1f GB free", n_bytes / 1e9, self.directory, free / 1e9
-                )
-                return None
-            temporary.mkdir()
-            np.lib.format.open_memmap(temporary / FEATURES_FILE, mode="w+", dtype=np.float32, shape=shape).flush()
-        except OSError as error:
-            logger.warning("features are not stored: %s", error)
-            shutil.rmtree(temporary, ignore_errors=True)
-            return None
-        return temporary
-
-    def _write_rows(self, temporary: Path, rows: FeatureRows) -> bool:
-        # Each process writes its own rows into one file. On a machine that does not see the file this fails, for all.
-        try:
-            if len(rows.positions):
-                features = np.load(temporary / FEATURES_FILE, mmap_mode="r+")
-                features[rows.positions.numpy()] = rows.features.cpu().numpy()
-                features.flush()
-            failed = None
-        except OSError as error:
-            failed = str(error)
-        failures = [text for text in distributed.all_gather_objects(failed) if text is not None]
-        if failures:
-            logger.warning("features are not stored: %s", failures[0])
-            if distributed.is_main_process():
-                shutil.rmtree(temporary, ignore_errors=True)
-        return not failures
-
-    def _finish(
-        self, temporary: Path, target: Path, description: dict[str, Any], rows: FeatureRows, shape: tuple[int, int]
-    ) -> Path:
-        parts = distributed.all_gather_objects((rows.positions.numpy(), rows.targets.cpu().numpy()))
-        if distributed.is_main_process():
-            width = max(part.shape[1:] for _, part in parts)
-            targets = np.full((shape[0], *width), -1, dtype=np.int64)
-            for positions, part in parts:
-                if part.ndim == 1:
-                    targets[positions] = part
-                else:
-                    targets[positions, : part.shape[1]] = part
-            np.save(temporary / TARGETS_FILE, targets)
-            text = json.dumps(description | {"shape": shape}, indent=2)
-            (temporary / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
-            publish_directory(temporary, target)
-            logger.info("features stored in %s, %.1f MB", target, 4e-6 * shape[0] * shape[1])
-        distributed.barrier()
-        return target
+    def _check_space(self, n_bytes: int, share: float = 1.0) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if n_bytes > share * free:
+            raise OSError(f"{self.directory} has {free / 1e9:.1f} GB free")
 
 
-def extract_cached(
-    model: nn.Module,
-    dataset: Any,
-    *,
-    batch_size: int,
-    num_workers: int,
-    cache: FeatureCache | None,
-    on_cpu: bool = False,
-    collate_fn: Any = None,
-    description: str = "features",
-    spill: Spill | None = None,
-) -> FeatureRows:
-    """Return this process's rows of a dataset's features, from the cache or newly stored; every process must call it.
-
-    Args:
-        model: returns [B, D] for a batch of images, under the caller's autocast.
-        dataset: yields (image, target).
-        batch_size: images per step and process.
-        num_workers: of the loader.
-        cache: None turns it off.
-        on_cpu: return features on the CPU instead of the model's device.
-        collate_fn: see `make_enumerated_loader`.
-        description: of the progress bar.
-        spill: for features that are too large for memory; those of the cache are then read from its file.
-    """
-    device = torch.device("cpu") if on_cpu else model_device(model)
-    entry = describe(model, dataset) if cache is not None else None
-    path = cache.find(entry, model, dataset) if cache is not None else None
-    if path is not None:
-        logger.info("%s: read from %s", description, path)
-        return read_rows(path, device=device, spill=spill)
-    loader = make_enumerated_loader(dataset, batch_size, num_workers, collate_fn)
-    rows = extract_rows(model, loader, on_cpu=on_cpu, description=description, spill=spill)
-    path = cache.store(entry, rows, len(dataset)) if cache is not None else None
-    if path is not None and spill is not None and spill.takes(len(dataset), rows.features.shape[1]):
-        # Drops the spilled file, so that the disk holds one copy instead of two.
-        return read_rows(path, device=device, spill=spill)
-    return rows
-
-
-def open_features(path: Path) -> tuple[np.ndarray, Tensor]:
-    """Return the features of an entry as a copy-on-write memory map (float32 [N, D]), and its targets."""
-    return np.load(path / FEATURES_FILE, mmap_mode="c"), torch.from_numpy(np.load(path / TARGETS_FILE))
-
-
-def read_rows(path: Path, *, device: torch.device, spill: Spill | None = None) -> FeatureRows:
-    """Read this process's share of an entry, every `world size`-th row, or map it on the CPU if `spill` takes all."""
-    features, targets = open_features(path)
-    share = slice(distributed.get_rank(), None, distributed.get_world_size())
-    positions = torch.arange(len(features))[share]
-    if spill is not None and spill.takes(*features.shape):
-        return FeatureRows(torch.from_numpy(features[share]), targets[share], positions)
-    rows = torch.from_numpy(np.array(features[share]))
-    return FeatureRows(rows.to(device), targets[share].to(device), positions)
+# Keeps no entries and has no limit, so it never touches the directory.
+IN_MEMORY = FeatureStore(Path(), keeps_entries=False)
 
 
 def describe(model: nn.Module, dataset: Any) -> dict[str, Any] | None:
@@ -308,34 +291,40 @@ def describe_images(dataset: Any) -> dict[str, Any] | None:
 def weights_digest(model: nn.Module) -> str:
     """Return the SHA-256 of the names, dtypes, shapes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in _all_tensors(model):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    # Includes buffers that are not saved, because the model computes with them too.
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Includes buffers that are not saved, because the model computes with them too.
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's parameters, or this process's device if it has none."""
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return runtime.device() if tensor is None else tensor.device
 
 
-def _check_writable(directory: Path) -> None:
+def _is_valid(path: Path, model: nn.Module, dataset: Any) -> bool:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"features.cache_dir={directory} cannot be written ({error}): choose another directory, or --no-cache"
-        ) from error
-
-
-def _remove_abandoned(directory: Path) -> None:
-    # Left by killed processes; younger ones may be in use at this moment.
-    for entry in directory.glob(".tmp-*"):
-        if time.time() - entry.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(entry, ignore_errors=True)
+        features = np.load(path / FEATURES_FILE, mmap_mode="r")
+        targets = np.load(path / TARGETS_FILE, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("cached features in %s cannot be read, so they are not used: %s", path, error)
+        return False
+    if len(features) != len(dataset) or len(targets) != len(dataset):
+        return False
+    places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+    stored = torch.from_numpy(np.array(features[places]))
+    model.eval()
+    with torch.no_grad():
+        images = default_collate([dataset[place][0] for place in places])
+        computed = model(images.to(model_device(model))).float().cpu()
+    bound = TOLERANCE[_precision(model)] * float(stored.abs().max())
+    is_valid = stored.shape == computed.shape and bool((stored - computed).abs().max() <= bound)
+    if not is_valid:
+        logger.warning("cached features in %s are not what this model returns, so they are not used", path)
+    return is_valid
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -344,10 +333,3 @@ def _precision(model: nn.Module) -> torch.dtype:
         return declared
     device = model_device(model).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-
-
-@torch.no_grad()
-def _features_of(model: nn.Module, dataset: Any, places: list[int]) -> Tensor:
-    model.eval()
-    images = default_collate([dataset[place][0] for place in places])
-    return model(images.to(model_device(model))).float().cpu()

@@ -3,23 +3,17 @@
 Notable:
 - An evaluation can use the rows where they are (`extract_rows`), or gather the whole matrix on every process
   (`gather_rows`, in bounded pieces); both in dataset order.
-- Matrices that are too large for memory are mapped from a file (`Spill`): reading them block by block needs no more
-  memory than a block.
+- Functions that make a matrix ask a `FeatureStore` where it lies: in memory, or in a file.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,97 +21,12 @@ from torch.utils.data import default_collate
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
-from dinov3.distributed import runtime
 from dinov3.eval.command.progress import track
+from dinov3.eval.features.cache import IN_MEMORY, FeatureRows, FeatureStore, describe, model_device
 
 logger = logging.getLogger("dinov3")
 
 GATHER_PIECE_BYTES = 64 * 2**20
-
-
-class FeatureRows(NamedTuple):
-    """Some rows of a dataset's features.
-
-    Attributes:
-        features: float32 [n, D].
-        targets: int64 [n], or [n, L].
-        positions: int64 [n] on the CPU, in the dataset, ascending and all different.
-    """
-
-    features: Tensor
-    targets: Tensor
-    positions: Tensor
-
-
-@dataclass(frozen=True)
-class Spill:
-    """Files for matrices that are too large for memory.
-
-    Attributes:
-        directory: of the files, which have no name and vanish with the process.
-        above_bytes: larger matrices are too large.
-    """
-
-    directory: Path
-    above_bytes: int
-
-    def takes(self, n_rows: int, n_columns: int) -> bool:
-        """Return whether a float32 matrix is too large for memory."""
-        return 4 * n_rows * n_columns > self.above_bytes
-
-    def make(self, n_rows: int, n_columns: int) -> Tensor:
-        """Map a new float32 matrix from a file, on the CPU.
-
-        Raises:
-            OSError: the disk is too small, or the directory cannot be written.
-        """
-        n_bytes = 4 * n_rows * n_columns
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.directory).free
-            if n_bytes > free:
-                raise OSError(f"the disk has {free / 1e9:.1f} GB free")
-            with tempfile.TemporaryFile(dir=self.directory) as file:
-                file.truncate(n_bytes)
-                matrix = np.memmap(file, dtype=np.float32, mode="r+", shape=(n_rows, n_columns))
-        except OSError as error:
-            raise OSError(
-                f"features of {n_bytes / 1e9:.1f} GB are larger than features.memory_budget_mb="
-                f"{self.above_bytes / 2**20:.0f} and do not fit into {self.directory} ({error}): set a larger budget, "
-                "or a features.cache_dir on a larger disk"
-            ) from error
-        return torch.from_numpy(matrix)
-
-
-def new_matrix(n_rows: int, n_columns: int, device: torch.device, spill: Spill | None) -> Tensor:
-    """Make a float32 matrix of undefined values, on the device or, if `spill` takes it, mapped from a file."""
-    if spill is not None and spill.takes(n_rows, n_columns):
-        return spill.make(n_rows, n_columns)
-    return torch.empty(n_rows, n_columns, device=device)
-
-
-def _spill_for(spill: Spill | None, description: str, n_rows: int, n_columns: int) -> Spill | None:
-    # None if the matrix fits into memory. Otherwise log that it does not; the result takes every part of it.
-    if spill is None or not spill.takes(n_rows, n_columns):
-        return None
-    if distributed.is_main_process():
-        logger.warning(
-            "%s: %d x %d take %.0f MB, more than features.memory_budget_mb=%.0f, so they lie in a file in %s and are "
-            "read block by block",
-            description,
-            n_rows,
-            n_columns,
-            4 * n_rows * n_columns / 2**20,
-            spill.above_bytes / 2**20,
-            spill.directory,
-        )
-    return Spill(spill.directory, above_bytes=-1)
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the model's parameters, or this process's device if it has none."""
-    tensor = next(model.parameters(), next(model.buffers(), None))
-    return runtime.device() if tensor is None else tensor.device
 
 
 def usable_workers(wanted: int) -> int:
@@ -154,6 +63,45 @@ def collate_enumerated(samples: list[tuple[Any, tuple[int, Any]]]) -> Any:
     return default_collate([(image, (index, index if y is None else y)) for image, (index, y) in samples])
 
 
+def extract_cached(
+    model: nn.Module,
+    dataset: Any,
+    store: FeatureStore,
+    *,
+    batch_size: int,
+    num_workers: int,
+    on_cpu: bool = False,
+    collate_fn: Any = None,
+    description: str = "features",
+) -> FeatureRows:
+    """Return this process's rows of a dataset's features, from the store or new; every process must call it.
+
+    Args:
+        model: returns [B, D] for a batch of images, under the caller's autocast.
+        dataset: yields (image, target).
+        store: where features are found, and where they go.
+        batch_size: images per step and process.
+        num_workers: of the loader.
+        on_cpu: return features on the CPU instead of the model's device.
+        collate_fn: see `make_enumerated_loader`.
+        description: of the progress bar.
+    """
+    device = torch.device("cpu") if on_cpu else model_device(model)
+    entry = describe(model, dataset) if store.keeps_entries else None
+    path = store.find(entry, model, dataset)
+    if path is not None:
+        logger.info("%s: read from %s", description, path)
+        return store.read(path, device)
+    loader = make_enumerated_loader(dataset, batch_size, num_workers, collate_fn)
+    rows = extract_rows(model, loader, on_cpu=on_cpu, description=description, store=store)
+    if store.keeps_entries:
+        path = store.write(entry, rows, gather_targets(rows))
+        if path is not None and store.is_too_large(len(dataset), rows.features.shape[1]):
+            # Drops the file without a name, so that the disk holds one copy instead of two.
+            return store.read(path, device)
+    return rows
+
+
 @torch.no_grad()
 def extract_rows(
     model: nn.Module,
@@ -161,7 +109,7 @@ def extract_rows(
     *,
     on_cpu: bool = False,
     description: str = "features",
-    spill: Spill | None = None,
+    store: FeatureStore = IN_MEMORY,
 ) -> FeatureRows:
     """Extract the features of the images that this process's loader yields.
 
@@ -170,7 +118,7 @@ def extract_rows(
         data_loader: yields `(images, (index, targets))`; rows with a negative index are padding and are dropped.
         on_cpu: keep the features on the CPU instead of the model's device.
         description: of the progress bar.
-        spill: for features of all processes that are too large for memory.
+        store: maps a file if the features of all processes are too large for memory.
 
     Raises:
         ValueError: the model returns NaN or infinity.
@@ -178,19 +126,36 @@ def extract_rows(
     """
     model.eval()
     device = model_device(model)
-    matrix = _GrowingMatrix(torch.device("cpu") if on_cpu else device, spill, description)
+    matrix_device = torch.device("cpu") if on_cpu else device
     started = time.perf_counter()
-    targets, index = [], []
+    matrix, n_rows, total_rows = torch.empty(0, 0), 0, 0
+    targets: list[Tensor] = []
+    index: list[Tensor] = []
     n_batches = len(data_loader) if isinstance(data_loader, Sized) else 1
     for images, (batch_index, batch_targets) in track(data_loader, description):
         real = batch_index >= 0
         features = model(images.to(device, non_blocking=True)).float()[real.to(device)]
         if not features.isfinite().all():
             raise ValueError(f"{description}: the model returns NaN or infinite features, so its weights are unusable")
-        matrix.append(features, expected=n_batches * len(images))
-        targets.append(batch_targets[real].to(matrix.device))
+        end = n_rows + len(features)
+        if not index:
+            # The size of the matrix of all processes decides where it lies; they have equal shares of it.
+            share = n_batches * len(images)
+            total_rows = share * distributed.get_world_size()
+            _warn_if_too_large(store, description, total_rows, features.shape[1])
+            matrix = store.new_matrix(share, features.shape[1], matrix_device, total_rows=total_rows)
+        elif end > len(matrix):  # The loader has no length, or its first batch is smaller than others.
+            larger = store.new_matrix(2 * end, features.shape[1], matrix.device, total_rows=total_rows)
+            larger[:n_rows] = matrix[:n_rows]
+            matrix = larger
+        matrix[n_rows:end] = features.to(matrix.device)
+        n_rows = end
+        targets.append(batch_targets[real].to(matrix_device))
         index.append(batch_index[real])
-    rows = _in_order(matrix.rows(), cat_padded(targets), torch.cat(index))
+    rows = FeatureRows(matrix[:n_rows], cat_padded(targets), torch.cat(index))
+    order = first_occurrences(rows.positions)
+    if not torch.equal(order, torch.arange(n_rows)):
+        rows = FeatureRows(*(tensor[order.to(tensor.device)] for tensor in rows))
     seconds = time.perf_counter() - started
     logger.info(
         "%s: %d images, %.1f images/s per process", description, len(rows.positions), len(rows.positions) / seconds
@@ -198,12 +163,26 @@ def extract_rows(
     return rows
 
 
-def gather_rows(rows: FeatureRows, spill: Spill | None = None) -> FeatureRows:
+def _warn_if_too_large(store: FeatureStore, description: str, n_rows: int, n_columns: int) -> None:
+    if store.is_too_large(n_rows, n_columns) and distributed.is_main_process():
+        logger.warning(
+            "%s: %d x %d take %.0f MB, more than features.memory_budget_mb=%.0f, so they lie in a file in %s and are "
+            "read block by block",
+            description,
+            n_rows,
+            n_columns,
+            4 * n_rows * n_columns / 2**20,
+            store.memory_budget_mb,
+            store.directory,
+        )
+
+
+def gather_rows(rows: FeatureRows, store: FeatureStore = IN_MEMORY) -> FeatureRows:
     """Gather the rows of all processes on every process; all must call it.
 
     Args:
         rows: those of this process.
-        spill: for matrices that are too large for memory.
+        store: maps a file if the matrix is too large for memory.
     """
     if distributed.get_world_size() == 1:
         return rows
@@ -212,7 +191,7 @@ def gather_rows(rows: FeatureRows, spill: Spill | None = None) -> FeatureRows:
     order = first_occurrences(all_positions)
     positions = all_positions[order]
     dim = rows.features.shape[1]
-    features = new_matrix(len(positions), dim, rows.features.device, spill)
+    features = store.new_matrix(len(positions), dim, rows.features.device)
     piece = max(1, GATHER_PIECE_BYTES // (len(own_positions) * 4 * max(1, dim)))
     for start in range(0, max(map(len, own_positions)), piece):
         parts = distributed.gather_all_tensors(rows.features[start : start + piece])
@@ -223,15 +202,20 @@ def gather_rows(rows: FeatureRows, spill: Spill | None = None) -> FeatureRows:
     return FeatureRows(features, targets[order.to(targets.device)], positions)
 
 
-def take_rows(features: Tensor, places: Tensor, spill: Spill | None = None) -> Tensor:
+def gather_targets(rows: FeatureRows) -> Tensor:
+    """Gather only the targets of all processes, in dataset order; all processes must call it."""
+    return gather_rows(rows._replace(features=rows.features[:, :0])).targets
+
+
+def take_rows(features: Tensor, places: Tensor, store: FeatureStore = IN_MEMORY) -> Tensor:
     """Copy some rows of a float32 matrix, by their indices (int64)."""
-    taken = new_matrix(len(places), features.shape[1], features.device, spill)
+    taken = store.new_matrix(len(places), features.shape[1], features.device)
     return torch.index_select(features, 0, places.to(features.device), out=taken)
 
 
-def join_rows(parts: Sequence[Tensor], spill: Spill | None = None) -> Tensor:
+def join_rows(parts: Sequence[Tensor], store: FeatureStore = IN_MEMORY) -> Tensor:
     """Concatenate the rows of feature matrices, float32."""
-    joined = new_matrix(sum(map(len, parts)), parts[0].shape[1], parts[0].device, spill)
+    joined = store.new_matrix(sum(map(len, parts)), parts[0].shape[1], parts[0].device)
     start = 0
     for part in parts:
         joined[start : start + len(part)] = part.to(joined.device)
@@ -276,41 +260,6 @@ def extract_features_with_dataloader(
     """
     rows = gather_rows(extract_rows(model, data_loader, on_cpu=gather_on_cpu))
     return rows.features, rows.targets
-
-
-class _GrowingMatrix:
-    # Collects batches of rows in one piece of memory (or of a file), allocated at once if their number is known.
-
-    def __init__(self, device: torch.device, spill: Spill | None, description: str) -> None:
-        self.device = device
-        self._spill, self._description = spill, description
-        self._matrix: Tensor | None = None
-        self._n_rows = 0
-
-    def append(self, rows: Tensor, expected: int) -> None:
-        end = self._n_rows + len(rows)
-        if self._matrix is None:
-            # The size of the matrix of all processes decides; they have equal shares of it.
-            n_all = expected * distributed.get_world_size()
-            self._spill = _spill_for(self._spill, self._description, n_all, rows.shape[1])
-            self._matrix = new_matrix(max(expected, end), rows.shape[1], self.device, self._spill)
-        elif end > len(self._matrix):
-            larger = new_matrix(2 * end, rows.shape[1], self.device, self._spill)
-            larger[: self._n_rows] = self.rows()
-            self._matrix = larger
-        self._matrix[self._n_rows : end] = rows.to(self._matrix.device)
-        self._n_rows = end
-
-    def rows(self) -> Tensor:
-        assert self._matrix is not None, "no batches"
-        return self._matrix[: self._n_rows]
-
-
-def _in_order(features: Tensor, targets: Tensor, index: Tensor) -> FeatureRows:
-    order = first_occurrences(index)
-    if torch.equal(order, torch.arange(len(index))):
-        return FeatureRows(features, targets, index)
-    return FeatureRows(features[order.to(features.device)], targets[order.to(targets.device)], index[order])
 
 
 class ResultsAccumulator:
