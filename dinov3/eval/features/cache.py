@@ -185,7 +185,6 @@ class FeatureStore:
 
         def begin() -> None:
             if distributed.is_main_process():
-                self.directory.mkdir(parents=True, exist_ok=True)
                 # Left by killed processes; younger ones may be in use at this moment.
                 for entry in self.directory.glob(".tmp-*"):
                     if time.time() - entry.stat().st_mtime > ABANDONED_AFTER:
