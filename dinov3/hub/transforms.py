@@ -20,7 +20,7 @@ from torch import Tensor
 from dinov3.hub.backbones import Weights
 from dinov3.hub.depthers import DepthWeights
 from dinov3.utils import pixel_statistics
-from dinov3.utils.messages import did_you_mean
+from dinov3.utils.messages import check_choice
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
 
@@ -78,25 +78,20 @@ def make_transform(
         ValueError: an argument is not as described; the function raises it for a picture that is not.
         ModuleNotFoundError: the package torchvision is missing.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r}{did_you_mean(str(order), ORDERS)}: choose one of {', '.join(ORDERS)}")
+    check_choice("order", order, ORDERS)
     mean, std = normalization_of(weights)
     v2 = _import_v2()
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    steps = [*_resize(resize_size), to_float]
+    steps = [v2.ToDtype(torch.float32, scale=True)]
+    if resize_size is not None:
+        size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(
+                f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}"
+            )
+        steps.insert(0, v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True))
     if order == "float_then_resize":
         steps.reverse()
     return v2.Compose([_to_rgb, *steps, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])
-
-
-def _resize(resize_size: int | Sequence[int] | None) -> list[Any]:
-    if resize_size is None:
-        return []
-    size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}")
-    v2 = _import_v2()
-    return [v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)]
 
 
 def _data_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Weights | DepthWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,29 +14,7 @@ from dinov3.layers import convert_linears_to_fp8
 from dinov3.layers.fp8_linear import fp8_problem
 from dinov3.models import vision_transformer
 from dinov3.models.convnext import ConvNeXt, get_convnext_arch
-
-#: Keys of the configuration that are arguments of a ViT.
-_VIT_OPTIONS = (
-    "patch_size",
-    "in_chans",
-    "pos_embed_rope_base",
-    "pos_embed_rope_min_period",
-    "pos_embed_rope_max_period",
-    "pos_embed_rope_normalize_coords",
-    "pos_embed_rope_shift_coords",
-    "pos_embed_rope_jitter_coords",
-    "pos_embed_rope_rescale_coords",
-    "pos_embed_rope_dtype",
-    "qkv_bias",
-    "norm_layer",
-    "ffn_layer",
-    "ffn_bias",
-    "proj_bias",
-    "n_storage_tokens",
-    "mask_k_bias",
-    "untie_cls_and_patch_norms",
-    "untie_global_and_local_cls_norm",
-)
+from dinov3.models.vision_transformer import DinoVisionTransformer
 
 
 def build_model(
@@ -72,13 +51,16 @@ def build_model(
         teacher = _convnext(args, device)
         student = None if only_teacher else _convnext(args, device)
     elif args.arch in architectures:
-        options = {name: args[name] for name in _VIT_OPTIONS if name in args}
-        options |= {name: args[name] for name in ("ffn_ratio", "depth") if args.get(name) is not None}
+        options = {name: args[name] for name in signature(DinoVisionTransformer).parameters if name in args}
+        drop_path_rate = options.pop("drop_path_rate", 0.0)
+        for name in ("ffn_ratio", "depth"):
+            if options.get(name) is None:
+                options.pop(name, None)
         if "layerscale" in args:
             options["layerscale_init"] = args.layerscale
         make = functools.partial(getattr(vision_transformer, args.arch), **options, img_size=img_size, device=device)
         teacher = make()
-        student = None if only_teacher else make(drop_path_rate=args.get("drop_path_rate", 0.0))
+        student = None if only_teacher else make(drop_path_rate=drop_path_rate)
         if fp8:
             init_fp8(teacher, args)
     else:

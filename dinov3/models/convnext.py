@@ -11,6 +11,7 @@ Notable:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class DropPath(nn.Module):
         return drop_path(x, self.drop_prob, self.training)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """Layer norm over the channels, which are last or first.
 
     Args:
@@ -85,27 +86,16 @@ class LayerNorm(nn.Module):
     """
 
     def __init__(self, normalized_shape: int, eps: float = 1e-6, data_format: str = "channels_last") -> None:
-        super().__init__()
+        super().__init__(normalized_shape, eps)
         if data_format not in ("channels_last", "channels_first"):
             raise NotImplementedError(f"data_format must be channels_last or channels_first, got {data_format!r}")
-        self.weight = nn.Parameter(torch.empty(normalized_shape))
-        self.bias = nn.Parameter(torch.empty(normalized_shape))
-        self.eps = eps
         self.data_format = data_format
-        self.normalized_shape = (normalized_shape,)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Set weight to ones and bias to zeros."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of the shape of x."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return a tensor of the shape of the input."""
         if self.data_format == "channels_last":
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        x = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.movedim(-1, 1)
+            return super().forward(input)
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 class Block(nn.Module):
@@ -184,7 +174,14 @@ class ConvNeXt(Backbone):
         self.patch_size = patch_size
         self.input_pad_size = STEM_STRIDE
 
-        self.downsample_layers = nn.ModuleList(_downsample_layers(in_chans, dims))
+        stem = nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE)
+        between = [
+            nn.Sequential(LayerNorm(a, data_format="channels_first"), nn.Conv2d(a, b, kernel_size=2, stride=2))
+            for a, b in itertools.pairwise(dims)
+        ]
+        self.downsample_layers = nn.ModuleList(
+            [_Stem(stem, LayerNorm(dims[0], data_format="channels_first")), *between]
+        )
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dim, rate, layer_scale_init_value) for rate in stage_rates.tolist()))
@@ -202,7 +199,7 @@ class ConvNeXt(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | LayerNorm):
+            elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, Block) and module.gamma is not None:
                 nn.init.constant_(module.gamma, module.layer_scale_init_value)
@@ -338,15 +335,3 @@ class _Stem(nn.Sequential):
         """Map [B, C, H, W] to [B, dims[0], H // 4, W // 4]."""
         convolution, norm = self
         return norm(convolve_images(convolution, images))
-
-
-def _downsample_layers(in_chans: int, dims: Sequence[int]) -> list[nn.Module]:
-    stem = _Stem(
-        nn.Conv2d(in_chans, dims[0], kernel_size=STEM_STRIDE, stride=STEM_STRIDE),
-        LayerNorm(dims[0], data_format="channels_first"),
-    )
-    between = [
-        nn.Sequential(LayerNorm(a, data_format="channels_first"), nn.Conv2d(a, b, kernel_size=2, stride=2))
-        for a, b in zip(dims[:-1], dims[1:], strict=True)
-    ]
-    return [stem, *between]

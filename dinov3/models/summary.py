@@ -248,15 +248,12 @@ class _LiveTensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for output in result if isinstance(result, tuple | list) else (result,):
             if isinstance(output, Tensor) and _storage_id(output) not in self._known:
-                self._add(output)
+                key, n_bytes = _storage_id(output), _n_bytes(output)
+                self._known.add(key)
+                self._alive += n_bytes
+                self.peak = max(self.peak, self._alive)
+                weakref.finalize(output.untyped_storage(), self._drop, key, n_bytes)
         return result
-
-    def _add(self, tensor: Tensor) -> None:
-        key, n_bytes = _storage_id(tensor), _n_bytes(tensor)
-        self._known.add(key)
-        self._alive += n_bytes
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(tensor.untyped_storage(), self._drop, key, n_bytes)
 
     def _drop(self, key: int, n_bytes: int) -> None:
         self._known.discard(key)

@@ -29,7 +29,8 @@ from dinov3.layers import (
 )
 from dinov3.layers.attention import Rope, rope_with_prefix
 from dinov3.models.backbone import Backbone
-from dinov3.utils import did_you_mean, named_apply, refuse_unknown_arguments
+from dinov3.utils import named_apply, refuse_unknown_arguments
+from dinov3.utils.messages import check_choice
 
 Grid = tuple[int, int]
 Features = dict[str, Any]
@@ -149,9 +150,8 @@ class DinoVisionTransformer(Backbone):
         super().__init__()
         refuse_unknown_arguments(type(self), unknown)
         self.num_features = self.embed_dim = embed_dim
-        self.n_blocks, self.num_heads = depth, num_heads
+        self.n_blocks, self.num_heads, self.n_storage_tokens = depth, num_heads, n_storage_tokens
         self.patch_size, self.in_chans = patch_size, in_chans
-        self.n_storage_tokens = n_storage_tokens
         self.chunked_blocks = False
         self.untie_cls_and_patch_norms = untie_cls_and_patch_norms
         self.untie_global_and_local_cls_norm = untie_global_and_local_cls_norm
@@ -161,13 +161,14 @@ class DinoVisionTransformer(Backbone):
             self.storage_tokens = nn.Parameter(torch.empty(1, n_storage_tokens, embed_dim, device=device))
         # The embedding has the same arguments without the prefix.
         rope = {k.removeprefix("pos_embed_rope_"): v for k, v in locals().items() if k.startswith("pos_embed_rope_")}
-        rope["dtype"] = _choose("pos_embed_rope_dtype", pos_embed_rope_dtype, dtype_dict)
+        rope["dtype"] = dtype_dict[check_choice("pos_embed_rope_dtype", pos_embed_rope_dtype, dtype_dict)]
         self.rope_embed = RopePositionEmbedding(embed_dim, num_heads=num_heads, device=device, **rope)
-        make_norm = _choose("norm_layer", norm_layer, norm_layer_dict)
-        layers = {"norm_layer": make_norm, "ffn_layer": _choose("ffn_layer", ffn_layer, ffn_layer_dict)}
+        make_norm = norm_layer_dict[check_choice("norm_layer", norm_layer, norm_layer_dict)]
+        make_ffn = ffn_layer_dict[check_choice("ffn_layer", ffn_layer, ffn_layer_dict)]
+        layers = {"norm_layer": make_norm, "ffn_layer": make_ffn, "ffn_ratio": ffn_ratio}
         residual = {"init_values": layerscale_init, "drop_path": drop_path_rate}
         biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias, "mask_k_bias": mask_k_bias}
-        block_options: dict[str, Any] = {"ffn_ratio": ffn_ratio, **layers, **residual, **biases, "device": device}
+        block_options: dict[str, Any] = {**layers, **residual, **biases, "device": device}
         self.blocks = nn.ModuleList(SelfAttentionBlock(embed_dim, num_heads, **block_options) for _ in range(depth))
         self.norm = make_norm(embed_dim, device=device)
         self.cls_norm = make_norm(embed_dim, device=device) if untie_cls_and_patch_norms else None
@@ -298,7 +299,11 @@ class DinoVisionTransformer(Backbone):
             # Adds nothing, even if the mask token is NaN, but gives it a gradient (of zeros), which sharding needs.
             cls_token = cls_token + self.mask_token[:, :0].sum()
         else:
-            _check_masks(masks, (b, h * w))
+            if masks.dtype != torch.bool or masks.shape != (b, h * w):
+                raise ValueError(
+                    f"expected bool masks of shape {[b, h * w]} (images, patches), "
+                    f"got {masks.dtype} of {list(masks.shape)}"
+                )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = [cls_token.expand(b, -1, -1)]
         if self.n_storage_tokens > 0:
@@ -334,58 +339,41 @@ class DinoVisionTransformer(Backbone):
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 192, 12 blocks of 3 heads. Not among the published models: for tests, demonstrations and small machines."""
-    return _build({"patch_size": patch_size, "embed_dim": 192, "depth": 12, "num_heads": 3}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 192, "depth": 12, "num_heads": 3} | kwargs)
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 384, 12 blocks of 6 heads. All arguments of `DinoVisionTransformer` can be given."""
-    return _build({"patch_size": patch_size, "embed_dim": 384, "depth": 12, "num_heads": 6}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 384, "depth": 12, "num_heads": 6} | kwargs)
 
 
 def vit_base(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 768, 12 blocks of 12 heads."""
-    return _build({"patch_size": patch_size, "embed_dim": 768, "depth": 12, "num_heads": 12}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 768, "depth": 12, "num_heads": 12} | kwargs)
 
 
 def vit_large(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 1024, 24 blocks of 16 heads."""
-    return _build({"patch_size": patch_size, "embed_dim": 1024, "depth": 24, "num_heads": 16}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 1024, "depth": 24, "num_heads": 16} | kwargs)
 
 
 def vit_so400m(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 1152, 27 blocks of 18 heads, about 400 million parameters with its FFNs of 3.777778 D."""
     sizes = {"patch_size": patch_size, "embed_dim": 1152, "depth": 27, "num_heads": 18, "ffn_ratio": 3.777777778}
-    return _build(sizes, kwargs)
+    return DinoVisionTransformer(**sizes | kwargs)
 
 
 def vit_huge2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 1280, 32 blocks of 20 heads."""
-    return _build({"patch_size": patch_size, "embed_dim": 1280, "depth": 32, "num_heads": 20}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 1280, "depth": 32, "num_heads": 20} | kwargs)
 
 
 def vit_giant2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 1536, 40 blocks of 24 heads."""
-    return _build({"patch_size": patch_size, "embed_dim": 1536, "depth": 40, "num_heads": 24}, kwargs)
+    return DinoVisionTransformer(**{"patch_size": patch_size, "embed_dim": 1536, "depth": 40, "num_heads": 24} | kwargs)
 
 
 def vit_7b(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
     """D = 4096, 40 blocks of 32 heads, FFNs of 3 D."""
     sizes = {"patch_size": patch_size, "embed_dim": 4096, "depth": 40, "num_heads": 32, "ffn_ratio": 3}
-    return _build(sizes, kwargs)
-
-
-def _build(sizes: dict[str, Any], kwargs: dict[str, Any]) -> DinoVisionTransformer:
     return DinoVisionTransformer(**sizes | kwargs)
-
-
-def _choose(option: str, name: str, choices: dict[str, Any]) -> Any:
-    if name not in choices:
-        raise ValueError(f"{option}={name!r}{did_you_mean(str(name), choices)}: choose one of {', '.join(choices)}")
-    return choices[name]
-
-
-def _check_masks(masks: Tensor, shape: tuple[int, int]) -> None:
-    if masks.dtype != torch.bool or tuple(masks.shape) != shape:
-        raise ValueError(
-            f"expected bool masks of shape {list(shape)} (images, patches), got {masks.dtype} of {list(masks.shape)}"
-        )

@@ -29,6 +29,19 @@ def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
+def check_choice(option: str, given: str, choices: Collection[str]) -> str:
+    """Return `given`, or raise a ValueError that lists the choices and suggests the nearest.
+
+    Args:
+        option: what is chosen, as the user calls it.
+        given: what the user chose.
+        choices: the names that exist.
+    """
+    if given not in choices:
+        raise ValueError(f"{option}={given!r}{did_you_mean(str(given), choices)}: choose one of {', '.join(choices)}")
+    return given
+
+
 def refuse_unknown_arguments(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
     """Raise a TypeError that names each unknown argument and the nearest known one, unless `unknown` is empty."""
     if not unknown:

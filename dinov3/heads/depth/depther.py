@@ -35,10 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _key(default: Any, text: str) -> Any:
-    metadata = {"help": text}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -49,7 +46,9 @@ class DecoderConfig:
     max_depth: float = _key(80.0, "centre of the last bin, in metres")
     bins_strategy: str = _key("linear", "spacing of the bins: linear, log or chmv2_mixlog")
     norm_strategy: str = _key("linear", "how logits become weights: linear, softmax, sigmoid or chmv2_mixlog")
-    head_kwargs: dict[str, Any] = _key({}, "of a DPT head: more arguments of DPTHead")
+    head_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "of a DPT head: more arguments of DPTHead"}
+    )
     backbone_out_layers: Any = _key(
         BackboneLayersSet.FOUR_EVEN_INTERVALS, "blocks: LAST, FOUR_LAST, FOUR_EVEN_INTERVALS or a list of indices"
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dinov3.heads.precision import autocast_to
 from dinov3.layers.resizing import resize_bilinear
-from dinov3.utils.messages import did_you_mean
+from dinov3.utils.messages import check_choice
 
 N_LEVELS = 4
 READOUTS = ("ignore", "add", "project")
@@ -68,7 +68,10 @@ class DPTHead(nn.Module):
         projection_after_fusion: bool = True,
     ) -> None:
         super().__init__()
-        _check_arguments(in_channels, post_process_channels, readout_type)
+        for option, widths in {"in_channels": in_channels, "post_process_channels": post_process_channels}.items():
+            if len(widths) != N_LEVELS:
+                raise ValueError(f"{option}={list(widths)}: a DPT head has {N_LEVELS} levels, got {len(widths)}")
+        check_choice("readout_type", readout_type, READOUTS)
         self.reassemble_blocks = _Reassembly(in_channels, post_process_channels, readout_type, use_batchnorm)
         self.convs = nn.ModuleList(_Convolution(width, channels, 3, bias=False) for width in post_process_channels)
         self.fusion_blocks = nn.ModuleList(_Fusion(channels, use_bias, has_skip=i > 0) for i in range(N_LEVELS))
@@ -229,12 +232,3 @@ def _in_fastest_layout(maps: Tensor) -> Tensor:
     if maps.device.type != "cpu" or torch.compiler.is_compiling():
         return maps
     return maps.contiguous(memory_format=torch.channels_last)
-
-
-def _check_arguments(in_channels: Sequence[int], post_process_channels: Sequence[int], readout_type: str) -> None:
-    for option, widths in {"in_channels": in_channels, "post_process_channels": post_process_channels}.items():
-        if len(widths) != N_LEVELS:
-            raise ValueError(f"{option}={list(widths)}: a DPT head has {N_LEVELS} levels, got {len(widths)}")
-    if readout_type not in READOUTS:
-        hint = did_you_mean(str(readout_type), READOUTS)
-        raise ValueError(f"readout_type={readout_type!r}{hint}: choose one of {', '.join(READOUTS)}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinov3.heads.backbone_layers import BackboneLayers, BackboneLayersSet, backbone_out_indices, backbone_widths
 from dinov3.layers.patch_multiple import CenterPadding, Margins, StretchToMultiple
-from dinov3.utils.messages import did_you_mean
+from dinov3.utils.messages import check_choice
 
 __all__ = ["BackboneLayersSet", "DinoVisionTransformerWrapper", "PatchSizeAdaptationStrategy"]
 
@@ -103,9 +103,7 @@ def _make_adapter(strategy: PatchSizeAdaptationStrategy | str, multiple: int) ->
     if not isinstance(strategy, PatchSizeAdaptationStrategy):
         by_text = {text: member for member in PatchSizeAdaptationStrategy for text in (member.name, member.value)}
         if strategy not in by_text:
-            names = PatchSizeAdaptationStrategy.__members__
-            hint = did_you_mean(str(strategy), names)
-            raise ValueError(f"adapt_to_patch_size={strategy!r}{hint}: choose one of {', '.join(names)}")
+            check_choice("adapt_to_patch_size", strategy, PatchSizeAdaptationStrategy.__members__)
         strategy = by_text[strategy]
     if strategy is PatchSizeAdaptationStrategy.CENTER_PADDING:
         return CenterPadding(multiple)

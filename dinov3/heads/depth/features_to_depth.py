@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinov3.heads.precision import autocast_to
-from dinov3.utils.messages import did_you_mean
+from dinov3.utils.messages import check_choice
 
 logger = logging.getLogger("dinov3")
 
@@ -87,9 +87,14 @@ class FeaturesToDepth(nn.Module):
         norm_strategy: str = "linear",
     ) -> None:
         super().__init__()
-        _check_choice("bins_strategy", bins_strategy, _BINS)
-        _check_choice("norm_strategy", norm_strategy, _NORMS)
-        _check_range(min_depth, max_depth, bins_strategy)
+        check_choice("bins_strategy", bins_strategy, _BINS)
+        check_choice("norm_strategy", norm_strategy, _NORMS)
+        if not 0 <= min_depth < max_depth:
+            raise ValueError(
+                f"min_depth={min_depth}, max_depth={max_depth}: expected 0 <= min_depth < max_depth, in metres"
+            )
+        if min_depth == 0 and bins_strategy != "linear":
+            raise ValueError(f"min_depth=0 has no logarithm: bins_strategy={bins_strategy!r} needs min_depth above 0")
         if (bins_strategy == MIXLOG) != (norm_strategy == MIXLOG):
             logger.warning(
                 "bins_strategy=%s with norm_strategy=%s: depths are off by a factor of 8, as %s only works as both",
@@ -113,10 +118,10 @@ class FeaturesToDepth(nn.Module):
             x = x.float()
             if x.shape[1] == 1:
                 return x.relu() + self.min_depth
-            norm, sums = _NORMS[self.norm_strategy], self._sums_of(x)
+            values, sums = _NORMS[self.norm_strategy].activation(x), self._sums_of(x)
             if self.norm_strategy == MIXLOG:
-                return _mixlog_depth(norm.activation(x), sums)
-            weighted, total = sums(norm.activation(x))
+                return _mixlog_depth(values, sums)
+            weighted, total = sums(values)
             return sums.scale * (weighted / total)
 
     def _sums_of(self, x: Tensor) -> _Sums:
@@ -190,17 +195,3 @@ def _log_bins(lowest: float, highest: float, n_bins: int, device: torch.device |
 
 
 _BINS: dict[str, _MakeBins] = {"linear": _linear_bins, "log": _log_bins, MIXLOG: create_chmv2_mixlog_bins}
-
-
-def _check_choice(option: str, name: str, choices: Iterable[str]) -> None:
-    if name not in choices:
-        raise ValueError(f"{option}={name!r}{did_you_mean(str(name), choices)}: choose one of {', '.join(choices)}")
-
-
-def _check_range(min_depth: float, max_depth: float, bins_strategy: str) -> None:
-    if not 0 <= min_depth < max_depth:
-        raise ValueError(
-            f"min_depth={min_depth}, max_depth={max_depth}: expected 0 <= min_depth < max_depth, in metres"
-        )
-    if min_depth == 0 and bins_strategy != "linear":
-        raise ValueError(f"min_depth=0 has no logarithm: bins_strategy={bins_strategy!r} needs min_depth above 0")
