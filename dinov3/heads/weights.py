@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError, read_file
 
-__all__ = ["WeightsError", "cast_like", "head_entries", "list_differences", "load_head_", "read_head"]
+__all__ = ["WeightsError", "cast_like", "head_entries", "list_differences", "load_head_", "read_head", "without_prefix"]
 
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -59,6 +59,11 @@ def head_entries(content: Mapping[str, Any], prefix: str = "decoder.") -> dict[s
     """
     if isinstance(content.get("model"), Mapping):
         content = content["model"]
+    return without_prefix(content, prefix)
+
+
+def without_prefix(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return entries without `module.` and this prefix; if some have it, only those."""
     entries = {re.sub(r"^(module\.)+", "", str(name)): value for name, value in content.items()}
     if any(name.startswith(prefix) for name in entries):
         pattern = re.compile(rf"^{re.escape(prefix)}(module\.)*")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,14 +63,8 @@ class PublishedViT:
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `DinoVisionTransformer`, all but `untie_global_and_local_cls_norm`."""
-        return SHARED_VIT_OPTIONS | {
-            "embed_dim": self.embed_dim,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-            "ffn_ratio": self.ffn_ratio,
-            "ffn_layer": self.ffn_layer,
-            "qkv_bias": self.qkv_bias,
-        }
+        own = ("embed_dim", "depth", "num_heads", "ffn_ratio", "ffn_layer", "qkv_bias")
+        return SHARED_VIT_OPTIONS | {name: getattr(self, name) for name in own}
 
 
 @dataclass(frozen=True)
@@ -133,16 +126,11 @@ def identify(state: Mapping[str, Tensor]) -> str | None:
     if "cls_token" not in state:
         return None
     dim, depth = state["cls_token"].shape[-1], count_blocks(state)
-    names = [name for name, sizes in _factory_sizes().items() if sizes == (dim, depth)]
-    same = f", like a {names[0]}" if names else ""
-    return f"it is a ViT with {dim} channels and {depth} blocks{same}"
-
-
-@functools.cache
-def _factory_sizes() -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         models = {name: make() for name, make in vars(vision_transformer).items() if name.startswith("vit_")}
-    return {name: (model.embed_dim, model.n_blocks) for name, model in models.items()}
+    names = [name for name, model in models.items() if (model.embed_dim, model.n_blocks) == (dim, depth)]
+    same = f", like a {names[0]}" if names else ""
+    return f"it is a ViT with {dim} channels and {depth} blocks{same}"
 
 
 def identify_other_model(names: Collection[str]) -> str | None:
@@ -191,19 +179,15 @@ def build_from_shapes(state: Mapping[str, Tensor]) -> DinoVisionTransformer | Co
     try:
         with torch.device("meta"):
             if "downsample_layers.0.0.weight" in state:
-                return ConvNeXt(**_convnext_options(state))
+                return ConvNeXt(
+                    in_chans=state["downsample_layers.0.0.weight"].shape[1],
+                    depths=[count_blocks(state, rf"stages\.{stage}\.(\d+)\.") for stage in range(4)],
+                    dims=[state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4)],
+                    layer_scale_init_value=1e-6 if "stages.0.0.gamma" in state else 0.0,
+                )
             return DinoVisionTransformer(**_vit_options(state))
     except (KeyError, ValueError, IndexError, ZeroDivisionError, AssertionError):
         return None
-
-
-def _convnext_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        "in_chans": state["downsample_layers.0.0.weight"].shape[1],
-        "depths": [count_blocks(state, rf"stages\.{stage}\.(\d+)\.") for stage in range(4)],
-        "dims": [state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4)],
-        "layer_scale_init_value": 1e-6 if "stages.0.0.gamma" in state else 0.0,
-    }
 
 
 def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -229,7 +229,19 @@ def _make(
     options = published.options() | {k: v for k, v in kwargs.items() if k in MODEL_OPTIONS[model_class]}
     state: dict[str, Tensor] | None = None
     if pretrained:
-        state, name = _read(entry, source, check_hash, **kwargs)
+        if isinstance(source, Mapping):
+            state, name = backbone_entries(source, source="the state dict"), "the state dict"
+            for key, tensor in state.items():
+                state[key] = tensor.clone()  # Because the model takes its tensors over.
+        else:
+            version, file_hash = selectors["version"], selectors["hash"]
+            file = (
+                url_of(entry, source, version=version, file_hash=file_hash) if isinstance(source, Weights) else source
+            )
+            mmap, progress = kwargs.get("mmap", True), kwargs.get("progress", True)
+            state, name = read_weights(
+                file, lambda path: read_state_dict(path, mmap=mmap), check_hash=check_hash, progress=progress
+            )
     if isinstance(published, PublishedViT):
         # The data decide which norms there are; of other weights their entries do.
         untied = source.name in published.untied if isinstance(source, Weights) else has_untied_cls_norm(state or {})
@@ -244,27 +256,6 @@ def _make(
         model.to_empty(device=device)
         model.init_weights()
     return _cast(model, dtype).eval()  # Cast last: random numbers of few bits have another distribution.
-
-
-def _read(
-    entry: str,
-    source: Weights | Source,
-    check_hash: bool,
-    *,
-    hash: str | None = None,
-    version: str | None = None,
-    mmap: bool = True,
-    progress: bool = True,
-    **_: Any,
-) -> tuple[dict[str, Tensor], str]:
-    if isinstance(source, Mapping):
-        entries = backbone_entries(source, source="the state dict")
-        for name, tensor in entries.items():
-            entries[name] = tensor.clone()  # Because the model takes its tensors over.
-        return entries, "the state dict"
-    if isinstance(source, Weights):
-        source = url_of(entry, source, version=version, file_hash=hash)
-    return read_weights(source, lambda path: read_state_dict(path, mmap=mmap), check_hash=check_hash, progress=progress)
 
 
 def _cast(model: Backbone, dtype: torch.dtype | None) -> Backbone:

@@ -82,7 +82,7 @@ def dinov3_vit7b16_lc(
     )
 
 
-def _build(backbone: DinoVisionTransformer, head_device: torch.device) -> _LinearClassifierWrapper:
+def _build(backbone: DinoVisionTransformer, *, head_device: torch.device) -> _LinearClassifierWrapper:
     linear = nn.Linear(2 * backbone.embed_dim, N_CLASSES, device=head_device)
     if head_device.type != "meta":
         nn.init.normal_(linear.weight, std=INIT_STD)

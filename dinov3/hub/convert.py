@@ -11,7 +11,6 @@ Notable:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -120,7 +119,9 @@ def convert(
         foreign = _convert(weights, to, source=path)
         tensors, metadata = foreign.state, metadata | foreign.metadata
     name, size = published_name(weights.state), sum(tensor.nbytes for tensor in tensors.values())
-    _check_space(destination, size)
+    free = shutil.disk_usage(destination.absolute().parent).free
+    if size > free:
+        raise OSError(f"{destination} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk")
     files: tuple[Path, ...] = (destination,)
     unit: Any = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
     with tqdm(total=size, disable=not progress, desc="writing", **unit) as bar:
@@ -130,7 +131,9 @@ def convert(
             with atomic_write(destination) as file:
                 # A file has some bytes more than its tensors.
                 counted = CallbackIOWrapper(lambda n_bytes: bar.update(min(n_bytes, size - bar.n)), file, "write")
-                torch.save(_without_shared_storage(tensors), counted)
+                # It writes the whole storage that a tensor is a part of.
+                is_whole = {key: tensor.untyped_storage().nbytes() == tensor.nbytes for key, tensor in tensors.items()}
+                torch.save({k: t.detach() if is_whole[k] else t.detach().clone() for k, t in tensors.items()}, counted)
         else:
             mean, std = normalization_of(data or _recognise_data(path, weights.state, name))
             if to == "huggingface":
@@ -210,23 +213,9 @@ def _check_destination(path: Path, to: Target, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite")
 
 
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.absolute().parent).free
-    if needed > free:
-        raise OSError(f"{path} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk")
-
-
 def _recognise_data(path: Path, state: Mapping[str, Tensor], name: str | None) -> Data:
     is_named = names_satellite_weights(path.name) or names_satellite_weights(path.resolve().parent.name)
     return "sat493m" if is_named or (name == "dinov3_vitl16" and "local_cls_norm.weight" in state) else "lvd1689m"
-
-
-def _without_shared_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # torch.save writes the whole storage that a tensor is a part of.
-    return {
-        name: tensor.detach() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.detach().clone()
-        for name, tensor in state.items()
-    }
 
 
 def _write_directory(
@@ -265,8 +254,8 @@ def _write_directory(
     return tuple(sorted(path.iterdir()))
 
 
-def make_arguments() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, given what follows the program's name."""
     parser = make_parser(
         "convert",
         "Write the weights of a backbone in another format.",
@@ -295,12 +284,7 @@ def make_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--no-progress", action="store_true", help="show no bar")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line, given what follows the program's name."""
-    args = make_arguments().parse_args(argv)
+    args = parser.parse_args(argv)
     written = convert(
         args.source,
         args.destination,

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from dinov3.heads.depth.depther import DecoderConfig, Depther, make_depther_from_config
 from dinov3.hub.backbones import Weights, WeightsLike
@@ -94,10 +93,15 @@ def dinov3_vit7b16_dd(
     config = config_of("dinov3_vit7b16_dd")
     depth_range = kwargs.pop("depth_range", None)
     if depth_range is not None:
-        config.min_depth, config.max_depth = _two_depths(depth_range)
+        try:
+            config.min_depth, config.max_depth = map(float, depth_range)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"depth_range={depth_range!r}: expected two depths in metres, e.g. (0.001, 20.0)"
+            ) from error
     return load_published(
         SYNTHMIX,
-        partial(_build, config, autocast_dtype),
+        partial(make_depther_from_config, config=config, autocast_dtype=autocast_dtype),
         pretrained=pretrained,
         weights=weights,
         backbone_weights=backbone_weights,
@@ -116,9 +120,10 @@ def dinov3_vitl16_chmv2(
     **kwargs: Any,
 ) -> Depther:
     """DINOv3 ViT-L/16 with the CHMv2 head: satellite images, in their own normalisation, to metres of canopy."""
+    config = config_of("dinov3_vitl16_chmv2")
     return load_published(
         CHMV2,
-        partial(_build, config_of("dinov3_vitl16_chmv2"), autocast_dtype),
+        partial(make_depther_from_config, config=config, autocast_dtype=autocast_dtype),
         pretrained=pretrained,
         weights=weights,
         backbone_weights=backbone_weights,
@@ -130,17 +135,3 @@ def dinov3_vitl16_chmv2(
 def config_of(entry: str) -> DecoderConfig:
     """Return a fresh copy of the configuration of a published head, given the name of its hub entry."""
     return DecoderConfig(**copy.deepcopy(CONFIGS[entry]))
-
-
-def _build(
-    config: DecoderConfig, autocast_dtype: torch.dtype, backbone: nn.Module, head_device: torch.device
-) -> Depther:
-    return make_depther_from_config(backbone, config, autocast_dtype=autocast_dtype, head_device=head_device)
-
-
-def _two_depths(depth_range: Any) -> tuple[float, float]:
-    try:
-        first, last = map(float, depth_range)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"depth_range={depth_range!r}: expected two depths in metres, e.g. (0.001, 20.0)") from error
-    return first, last

@@ -106,7 +106,14 @@ def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool)
         start = most = file.tell()
         if start == length:
             return
-        _check_disk(partial, start, length)
+        free = shutil.disk_usage(partial.parent).free
+        if length is not None and length - start > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the download still needs {(length - start) / 1e9:.1f} GB in {partial.parent}, but only "
+                f"{free / 1e9:.1f} GB are free there: make room, or set the environment variable TORCH_HOME to a "
+                "directory on another disk",
+            )
         if start > 0:
             first_response.close()
             response = None
@@ -137,15 +144,13 @@ def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool)
 
 def _request_rest(url: str, file: BinaryIO, validator: str | None, bar: Any) -> Response:
     start = file.tell()
-    if validator is not None:
-        # If-Range lets a server that has another version by now send the whole file instead of the rest of a mixture.
-        response = _request(url, {"Range": f"bytes={start}-", "If-Range": validator})
-        if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            return response
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:  # Another part than the one that was requested.
-            response.close()
-            response = _request(url)
-    else:
+    # If-Range lets a server that has another version by now send the whole file instead of the rest of a mixture.
+    rest = {} if validator is None else {"Range": f"bytes={start}-", "If-Range": validator}
+    response = _request(url, rest)
+    if rest and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return response
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:  # Another part than the one that was requested.
+        response.close()
         response = _request(url)
     bar.update(-start)
     _empty(file)
@@ -199,16 +204,6 @@ def _validator(response: Response) -> str | None:
 def _empty(file: BinaryIO) -> None:
     file.seek(0)
     file.truncate()
-
-
-def _check_disk(path: Path, start: int, length: int | None) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if length is not None and length - start > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"the download still needs {(length - start) / 1e9:.1f} GB in {path.parent}, but only {free / 1e9:.1f} GB "
-            "are free there: make room, or set the environment variable TORCH_HOME to a directory on another disk",
-        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,20 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov3.hub.command_line import (
-    MODEL_HELP,
-    WEIGHTS_HELP,
-    ModelChoice,
-    check_image_size,
-    check_output,
-    describe_bytes,
-    find_normalization,
-    make_parser,
-    option,
-    parse_options,
-    parse_size,
-    positive,
-)
+from dinov3.hub import command_line as cli
 from dinov3.models.summary import patch_stride
 from dinov3.utils.command_line import run_command_line
 
@@ -89,17 +76,19 @@ class ExportOptions:
         model: which backbone.
     """
 
-    model: ModelChoice
-    format: str = option("what to write", choices=tuple(ENDINGS))
-    out: Path = option("the .onnx or .pt2 file to write", type=Path, metavar="FILE")
-    size: tuple[int, int] = option(
+    model: cli.ModelChoice
+    format: str = cli.option("what to write", choices=tuple(ENDINGS))
+    out: Path = cli.option("the .onnx or .pt2 file to write", type=Path, metavar="FILE")
+    size: tuple[int, int] = cli.option(
         "of the image that the model is traced with, in pixels; the file takes any (default: 224)",
         default=(224, 224),
-        type=parse_size,
+        type=cli.parse_size,
         metavar="S | HxW",
     )
-    opset: int = option(f"of ONNX (default: {DEFAULT_OPSET})", default=DEFAULT_OPSET, type=positive, metavar="N")
-    overwrite: bool = option("replace FILE", default=False, action="store_true")
+    opset: int = cli.option(
+        f"of ONNX (default: {DEFAULT_OPSET})", default=DEFAULT_OPSET, type=cli.positive, metavar="N"
+    )
+    overwrite: bool = cli.option("replace FILE", default=False, action="store_true")
 
 
 class Difference(NamedTuple):
@@ -145,8 +134,8 @@ def export(options: ExportOptions) -> list[Difference]:
     _check(options)
     model = Features(options.model.load()).requires_grad_(False)
     stride = patch_stride(model.backbone)
-    check_image_size(model.backbone, options.size)
-    data, normalization = find_normalization(options.model, model.backbone)
+    cli.check_image_size(model.backbone, options.size)
+    data, normalization = cli.find_normalization(options.model, model.backbone)
     is_onnx = options.format == "onnx"
     if is_onnx:
         _compute_positions_in_float32_(model)
@@ -171,13 +160,15 @@ def export(options: ExportOptions) -> list[Difference]:
         differences = [compare(model, run, shape) for shape in _other_shapes(model, options.size)]
         del run  # Windows cannot move a file that is open.
         for difference in differences:
-            print(_describe(difference))
+            shape = " x ".join(str(size) for size in difference.shape)
+            largest = ", ".join(f"{name} {value:.1e}" for name, value in difference.largest.items())
+            print(f"images {shape}: largest difference {largest} (relative {difference.relative:.1e})")
         _refuse_wrong(differences, options)
         for written in sorted(Path(directory).iterdir(), key=lambda path: path == file):  # The model after its weights.
             written.replace(options.out.with_name(written.name))
     weights = _data_file(options.out)
-    more = f" and {describe_bytes(weights.stat().st_size)} in {weights.name}" if weights.exists() else ""
-    print(f"{options.out}: {describe_bytes(options.out.stat().st_size)}{more}, normalisation {data}")
+    more = f" and {cli.describe_bytes(weights.stat().st_size)} in {weights.name}" if weights.exists() else ""
+    print(f"{options.out}: {cli.describe_bytes(options.out.stat().st_size)}{more}, normalisation {data}")
     return differences
 
 
@@ -216,11 +207,11 @@ def _check(options: ExportOptions) -> None:
     ending = ENDINGS[options.format]
     if options.out.suffix != ending:
         raise ValueError(f"--out {options.out}: files of --format {options.format} end in {ending}")
-    check_output(options.out, overwrite=options.overwrite)
+    cli.check_output(options.out, overwrite=options.overwrite)
     options.model.check()
     if options.format != "onnx":
         return
-    check_output(_data_file(options.out), overwrite=options.overwrite)
+    cli.check_output(_data_file(options.out), overwrite=options.overwrite)
     packages = ("onnx", "onnxscript", "onnxruntime")
     for package in packages:
         try:
@@ -264,12 +255,10 @@ def _trace(model: Features, size: tuple[int, int]) -> Any:
     return torch.export.export(model, (images,), dynamic_shapes={"images": dynamic})
 
 
-def _other_shapes(model: Features, size: tuple[int, int]) -> list[tuple[int, ...]]:
+def _other_shapes(model: Features, size: tuple[int, int]) -> Sequence[tuple[int, ...]]:
     stride, channels = patch_stride(model.backbone), model.backbone.in_chans
     grids = [(1, 3, 5), (3, 6, 2), (2, 4, 4)]
-    shapes: list[tuple[int, ...]] = [
-        (batch, channels, rows * stride, columns * stride) for batch, rows, columns in grids
-    ]
+    shapes = [(batch, channels, rows * stride, columns * stride) for batch, rows, columns in grids]
     return [shape for shape in shapes if shape[2:] != size][:2]
 
 
@@ -321,12 +310,6 @@ def _refuse_wrong(differences: list[Difference], options: ExportOptions) -> None
         )
 
 
-def _describe(difference: Difference) -> str:
-    shape = " x ".join(str(size) for size in difference.shape)
-    largest = ", ".join(f"{name} {value:.1e}" for name, value in difference.largest.items())
-    return f"images {shape}: largest difference {largest} (relative {difference.relative:.1e})"
-
-
 def _data_file(out: Path) -> Path:
     # The exporter puts weights there that do not fit into the 2 GB of an ONNX file.
     return out.with_name(f"{out.name}.data")
@@ -356,10 +339,10 @@ def _quiet() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, given what follows the program's name."""
     description = "Export a backbone to ONNX or torch.export, for any batch size, height and width, and check the file."
-    parser = make_parser("export", description, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    export(parse_options(parser, ExportOptions, argv))
+    parser = cli.make_parser("export", description, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=cli.MODEL_HELP)
+    parser.add_argument("--weights", metavar="WEIGHTS", help=cli.WEIGHTS_HELP)
+    export(cli.parse_options(parser, ExportOptions, argv))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,23 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinov3.distributed import runtime
-from dinov3.hub.command_line import (
-    MODEL_HELP,
-    NORMALIZATIONS,
-    WEIGHTS_HELP,
-    ModelChoice,
-    check_image_size,
-    check_output,
-    describe_bytes,
-    describe_tokens,
-    find_normalization,
-    make_parser,
-    option,
-    parse_dtype,
-    parse_options,
-    parse_size,
-    positive,
-)
+from dinov3.hub import command_line as cli
 from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
 from dinov3.utils.command_line import run_command_line
@@ -86,14 +69,6 @@ examples:
 """
 
 
-def _parse_tokens(text: str) -> tuple[str, ...]:
-    return tuple(token.strip() for token in text.split(","))
-
-
-def _not_negative(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
 @dataclass(frozen=True)
 class ExtractOptions:
     """What to extract; also the options of the command line.
@@ -102,39 +77,44 @@ class ExtractOptions:
         model: which backbone.
     """
 
-    model: ModelChoice
-    images: Path = option("folder, searched at any depth", type=Path, metavar="DIR")
-    out: Path = option("the safetensors file to write", type=Path, metavar="FILE")
-    tokens: tuple[str, ...] = option(
-        f"some of {','.join(TOKENS)}, see below (default: cls)", default=("cls",), type=_parse_tokens
+    model: cli.ModelChoice
+    images: Path = cli.option("folder, searched at any depth", type=Path, metavar="DIR")
+    out: Path = cli.option("the safetensors file to write", type=Path, metavar="FILE")
+    tokens: tuple[str, ...] = cli.option(
+        f"some of {','.join(TOKENS)}, see below (default: cls)",
+        default=("cls",),
+        type=lambda text: tuple(token.strip() for token in text.split(",")),
     )
-    size: tuple[int, int] = option(
+    size: tuple[int, int] = cli.option(
         "pixels to which every image is resized, a multiple of the patch (16; ConvNeXt: 32); default: 256",
         default=(256, 256),
-        type=parse_size,
+        type=cli.parse_size,
         metavar="S | HxW",
     )
-    batch_size: int = option("default: 16", default=16, type=positive, metavar="N")
-    dtype: torch.dtype = option(
+    batch_size: int = cli.option("default: 16", default=16, type=cli.positive, metavar="N")
+    dtype: torch.dtype = cli.option(
         "float32, bfloat16 or float16: of weights, arithmetic and stored features (default: float32)",
         default=torch.float32,
-        type=parse_dtype,
+        type=cli.parse_dtype,
         metavar="DTYPE",
     )
-    device: str = option("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", default="auto")
-    num_workers: int = option(
-        "processes that read images (default: 4); 0: the main process", default=4, type=_not_negative, metavar="N"
+    device: str = cli.option("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", default="auto")
+    num_workers: int = cli.option(
+        "processes that read images (default: 4); 0: the main process",
+        default=4,
+        type=lambda text: 0 if text == "0" else cli.positive(text),
+        metavar="N",
     )
-    normalization: str = option(
+    normalization: str = cli.option(
         "mean and deviation of the pixels that the weights were trained with: web images (lvd), satellite images "
         "(sat), or decided by the weights (auto, the default: satellite images for SAT493M, or a file of that name)",
         default="auto",
-        choices=NORMALIZATIONS,
+        choices=cli.NORMALIZATIONS,
     )
-    on_bad_image: str = option(
+    on_bad_image: str = cli.option(
         "skip and list images that cannot be read (default), or stop at the first", default="skip", choices=ON_BAD_IMAGE
     )
-    overwrite: bool = option(
+    overwrite: bool = cli.option(
         "replace FILE, and parts of it that were made with other settings", default=False, action="store_true"
     )
 
@@ -166,7 +146,7 @@ def read_features(path: str | os.PathLike[str]) -> Features:
         raise ValueError(
             f"{path} does not hold features of images: it has no entry {NAMES!r}, only {', '.join(tensors)}"
         )
-    names = _decode_names(tensors.pop(NAMES))
+    names = [os.fsdecode(name) for name in tensors.pop(NAMES).numpy().tobytes().split(b"\0")[:-1]]
     tensors.pop(SKIPPED, None)
     return Features(names, tensors)
 
@@ -183,18 +163,35 @@ def extract(options: ExtractOptions) -> Features:
         BadImageError: an image cannot be read, with `on_bad_image="raise"`.
         ValueError: another option is out of its range, no image can be read, or the model returns NaN or infinity.
     """
+    from torchvision.transforms import v2
+
+    from dinov3.data.loaders import make_data_loader
+    from dinov3.data.transforms import make_base_transform
+
     dataset = _check(options)
     device = runtime.set_device(options.device)
     model = options.model.load(device=device, dtype=options.dtype)
-    tokens = check_image_size(model, options.size)
-    data, normalization = find_normalization(options.model, model, options.normalization)
+    tokens = cli.check_image_size(model, options.size)
+    data, normalization = cli.find_normalization(options.model, model, options.normalization)
     print(f"{len(dataset)} images in {options.images}; {options.model} on {device}", file=sys.stderr)
     print(f"{options.size[0]} x {options.size[1]} pixels, normalisation {data}", file=sys.stderr)
-    print(f"tokens of an image: {describe_tokens(tokens)}", file=sys.stderr)
+    print(f"tokens of an image: {cli.describe_tokens(tokens)}", file=sys.stderr)
     settings = _settings(options, dataset, model, normalization)
     parts = _Parts(options.out, len(dataset), _images_per_shard(options, tokens))
     parts.open(settings, overwrite=options.overwrite)
-    loader = _make_loader(_ReadableImages(dataset, parts.left(), _make_transform(options, normalization)), options)
+    resize = v2.Resize(options.size, antialias=True)
+    transform = v2.Compose([v2.ToImage(), resize, make_base_transform(normalization.mean, normalization.std)])
+    images = _ReadableImages(dataset, parts.left(), transform)
+    loader = make_data_loader(
+        dataset=images,
+        # All shards but the last are whole batches, so that no batch has images of two.
+        batch_size=options.batch_size,
+        num_workers=min(options.num_workers, -(-len(images) // options.batch_size)),
+        shuffle=False,
+        sampler_type=None,
+        drop_last=False,
+        collate_fn=_collate,
+    )
     _fill(parts, loader, model, tokens.grid, options)
     good, bad = _join(parts, dataset, settings, options)
     if bad:
@@ -204,7 +201,7 @@ def extract(options: ExtractOptions) -> Features:
         print(f"skipped, because they cannot be read: {len(bad)} of {n_all} images{listed}", file=sys.stderr)
     features = read_features(options.out)
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in features.tensors.items())
-    print(f"{options.out}: {shapes}, {describe_bytes(options.out.stat().st_size)}")
+    print(f"{options.out}: {shapes}, {cli.describe_bytes(options.out.stat().st_size)}")
     return features
 
 
@@ -215,7 +212,7 @@ def _check(options: ExtractOptions) -> Any:
     if unknown or not options.tokens or len(set(options.tokens)) != len(options.tokens):
         raise ValueError(f"--tokens {','.join(options.tokens)}: expected some of {','.join(TOKENS)}, each once")
     options.model.check()
-    check_output(options.out, overwrite=options.overwrite)
+    cli.check_output(options.out, overwrite=options.overwrite)
     if not options.images.is_dir():
         kind = "it is a file" if options.images.exists() else "there is no such directory"
         raise FileNotFoundError(f"--images {options.images}: {kind}; expected a folder of images")
@@ -262,7 +259,7 @@ class _Parts:
 
     def left(self) -> list[int]:
         """Return the images of the missing shards."""
-        return list(chain.from_iterable(self.indices(shard) for shard in self.missing()))
+        return [index for shard in self.missing() for index in self.indices(shard)]
 
 
 Sample = tuple[int, Tensor | None, str]
@@ -293,30 +290,6 @@ def _collate(samples: list[Sample]) -> tuple[Tensor | None, list[int], list[tupl
     good = [index for index, image, _ in samples if image is not None]
     bad = [(index, reason) for index, image, reason in samples if image is None]
     return torch.stack(images) if images else None, good, bad
-
-
-def _make_transform(options: ExtractOptions, normalization: Normalization) -> Any:
-    from torchvision.transforms import v2
-
-    from dinov3.data.transforms import make_base_transform
-
-    resize = v2.Resize(options.size, antialias=True)
-    return v2.Compose([v2.ToImage(), resize, make_base_transform(normalization.mean, normalization.std)])
-
-
-def _make_loader(images: _ReadableImages, options: ExtractOptions) -> Any:
-    from dinov3.data.loaders import make_data_loader
-
-    return make_data_loader(
-        dataset=images,
-        # All shards but the last are whole batches, so that no batch has images of two.
-        batch_size=options.batch_size,
-        num_workers=min(options.num_workers, -(-len(images) // options.batch_size)),
-        shuffle=False,
-        sampler_type=None,
-        drop_last=False,
-        collate_fn=_collate,
-    )
 
 
 def _images_per_shard(options: ExtractOptions, tokens: Tokens) -> int:
@@ -437,16 +410,12 @@ def _encode_names(dataset: Any, indices: Sequence[int]) -> bytes:
     return b"".join(os.fsencode(dataset.get_image_relpath(index)) + b"\0" for index in indices)
 
 
-def _decode_names(encoded: Tensor) -> list[str]:
-    return [os.fsdecode(name) for name in encoded.numpy().tobytes().split(b"\0")[:-1]]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, given what follows the program's name."""
-    parser = make_parser("extract", "Write the features of every image in a folder into one file.", EPILOG)
-    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    extract(parse_options(parser, ExtractOptions, argv))
+    parser = cli.make_parser("extract", "Write the features of every image in a folder into one file.", EPILOG)
+    parser.add_argument("--model", required=True, metavar="MODEL", help=cli.MODEL_HELP)
+    parser.add_argument("--weights", metavar="WEIGHTS", help=cli.WEIGHTS_HELP)
+    extract(cli.parse_options(parser, ExtractOptions, argv))
 
 
 if __name__ == "__main__":

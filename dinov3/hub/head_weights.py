@@ -98,7 +98,7 @@ def document_arguments(
 
 def load_published(
     published: PublishedHead,
-    build: Callable[[Any, torch.device], Model],
+    build: Callable[..., Model],
     *,
     pretrained: bool,
     weights: Enum | Source,
@@ -110,7 +110,7 @@ def load_published(
 
     Args:
         published: which head on which backbone.
-        build: makes the whole model, given the backbone and the device to build the head on.
+        build: makes the whole model, given the backbone, and as `head_device` the device to build the head on.
         pretrained: see `document_arguments`, as for all that follow.
         weights: of the head.
         backbone_weights: of the backbone.
@@ -127,12 +127,23 @@ def load_published(
     backbone = make_backbone(pretrained=pretrained, weights=backbone_weights, check_hash=check_hash, **kwargs)
     parameter = next(backbone.parameters())
     # On the meta device nothing is initialised that the weights overwrite.
-    model = build(backbone, torch.device("meta") if pretrained else parameter.device)
+    model = build(backbone, head_device=torch.device("meta") if pretrained else parameter.device)
     head = model.get_submodule(published.module).to(parameter.dtype)
     if pretrained:
-        if isinstance(source, Enum):
-            source = published.url(selectors["hash"])
-        entries, name = _read(source, f"{published.module}.", check_hash, **kwargs)
+        prefix, mmap = f"{published.module}.", kwargs.get("mmap", True)
+        if isinstance(source, Mapping):
+            # Copied, because the head takes its tensors over.
+            entries = {
+                key: e.clone() if isinstance(e, Tensor) else e for key, e in head_entries(source, prefix).items()
+            }
+            name = "the state dict"
+        else:
+            entries, name = read_weights(
+                published.url(selectors["hash"]) if isinstance(source, Enum) else source,
+                lambda path: read_head(path, prefix=prefix, mmap=mmap),
+                check_hash=check_hash,
+                progress=kwargs.get("progress", True),
+            )
         try:
             load_head_(head, entries, source=name, target=target).to(parameter.device)
         except WeightsError as error:
@@ -141,15 +152,3 @@ def load_published(
                 raise WeightsError(f"{error} {hint}") from error
             raise
     return model.eval()
-
-
-def _read(
-    source: Source, prefix: str, check_hash: bool, *, progress: bool = True, mmap: bool = True, **_: Any
-) -> tuple[dict[str, Any], str]:
-    if isinstance(source, Mapping):
-        # Copied, because the head takes its tensors over.
-        entries = head_entries(source, prefix)
-        return {name: e.clone() if isinstance(e, Tensor) else e for name, e in entries.items()}, "the state dict"
-    return read_weights(
-        source, lambda path: read_head(path, prefix=prefix, mmap=mmap), check_hash=check_hash, progress=progress
-    )

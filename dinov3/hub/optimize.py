@@ -10,6 +10,8 @@ Notable:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -50,23 +52,28 @@ def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
             if isinstance(child, nn.Linear):
                 setattr(parent, name, _make_linear(child, dtype))
             elif isinstance(child, nn.Conv2d):
-                setattr(parent, name, _Conv2d(child, dtype))
+                options: Any = {key: getattr(child, key) for key in ("stride", "padding", "dilation", "groups")}
+                convolve = functools.partial(F.conv2d, **options)
+                setattr(parent, name, _Layer(convolve, _cast(child.weight, dtype), _cast(child.bias, dtype)))
         _join_gelu(parent)
     return model.requires_grad_(False)
 
 
-class _Linear(nn.Module):
+class _Layer(nn.Module):
+    """A linear or a convolution that is not trained."""
+
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, function: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.function = function
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features], in the dtype of the weight."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        """Apply the function with weight and bias, in the dtype of the weight."""
+        return self.function(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class _PackedLinear(nn.Module):
@@ -84,21 +91,6 @@ class _PackedLinear(nn.Module):
         )
 
 
-class _Conv2d(nn.Module):
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", _cast(convolution.weight, dtype))
-        self.register_buffer("bias", _cast(convolution.bias, dtype))
-        self.options: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C', H', W'], in the dtype of the weight."""
-        return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.options)
-
-
 class _OverwritingGELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         """Overwrite the input with its GELU."""
@@ -109,8 +101,8 @@ def _make_linear(linear: nn.Linear, dtype: torch.dtype | None) -> nn.Module:
     bias: Tensor | None = linear.bias
     if isinstance(linear, LinearKMaskedBias) and bias is not None:
         bias = bias * linear.bias_mask.to(bias.dtype)
-    weight = linear.weight.detach().to(dtype or linear.weight.dtype)
-    return (_PackedLinear if _can_be_packed(weight) else _Linear)(weight, _cast(bias, dtype))
+    weight, bias = _cast(linear.weight, dtype), _cast(bias, dtype)
+    return _PackedLinear(weight, bias) if _can_be_packed(weight) else _Layer(F.linear, weight, bias)
 
 
 def _can_be_packed(weight: Tensor) -> bool:
@@ -136,5 +128,5 @@ def _join_gelu(parent: nn.Module) -> None:
         parent.act = _OverwritingGELU(act.approximate)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _cast(tensor: Any, dtype: torch.dtype | None) -> Any:
     return None if tensor is None else tensor.detach().to(dtype or tensor.dtype)

@@ -32,10 +32,7 @@ SHARDED_TEACHER_DIRECTORY = "sharded_teacher_checkpoint"
 
 
 def dinov3_from_run(
-    run_dir: str | os.PathLike[str],
-    *,
-    iteration: int | None = None,
-    device: torch.device | str = "cpu",
+    run_dir: str | os.PathLike[str], *, iteration: int | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """Load the backbone of the newest teacher that a training run has saved.
 

@@ -93,11 +93,7 @@ def choose_weights(
 
 
 def read_weights(
-    weights: str | os.PathLike[str],
-    read: Callable[[Path], Entries],
-    *,
-    check_hash: bool = False,
-    progress: bool = True,
+    weights: str | os.PathLike[str], read: Callable[[Path], Entries], *, check_hash: bool = False, progress: bool = True
 ) -> tuple[Entries, str]:
     """Locate weights, downloading them if need be, and read them.
 

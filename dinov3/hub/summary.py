@@ -12,19 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dinov3.hub.command_line import (
-    MODEL_HELP,
-    ModelChoice,
-    check_image_size,
-    describe_bytes,
-    describe_tokens,
-    make_parser,
-    option,
-    parse_dtype,
-    parse_options,
-    parse_size,
-    positive,
-)
+from dinov3.hub import command_line as cli
 from dinov3.models.summary import estimate_memory, flops_by_module, module_table
 from dinov3.utils import count_parameters
 from dinov3.utils.command_line import run_command_line
@@ -52,18 +40,20 @@ class SummaryOptions:
         model: which backbone; of its weights only the kind counts, e.g. `SAT493M`.
     """
 
-    model: ModelChoice
-    size: tuple[int, int] = option(
-        "of the image, in pixels (default: 224)", default=(224, 224), type=parse_size, metavar="S | HxW"
+    model: cli.ModelChoice
+    size: tuple[int, int] = cli.option(
+        "of the image, in pixels (default: 224)", default=(224, 224), type=cli.parse_size, metavar="S | HxW"
     )
-    batch_size: int = option("images at once, for the memory (default: 1)", default=1, type=positive, metavar="N")
-    dtype: torch.dtype = option(
+    batch_size: int = cli.option(
+        "images at once, for the memory (default: 1)", default=1, type=cli.positive, metavar="N"
+    )
+    dtype: torch.dtype = cli.option(
         "float32, bfloat16 or float16, of parameters and images, for the memory (default: float32)",
         default=torch.float32,
-        type=parse_dtype,
+        type=cli.parse_dtype,
         metavar="DTYPE",
     )
-    depth: int = option("levels of modules in the table (default: 2)", default=2, type=positive, metavar="N")
+    depth: int = cli.option("levels of modules in the table (default: 2)", default=2, type=cli.positive, metavar="N")
 
 
 def describe(options: SummaryOptions) -> Iterator[str]:
@@ -74,17 +64,17 @@ def describe(options: SummaryOptions) -> Iterator[str]:
         FileNotFoundError: there is no such training run.
     """
     model, size = options.model.build(), options.size
-    tokens = check_image_size(model, size)
+    tokens = cli.check_image_size(model, size)
     memory = estimate_memory(model, size, batch_size=options.batch_size, dtype=options.dtype)
     flops = flops_by_module(model, size)
     dtype = str(options.dtype).removeprefix("torch.")
     batch = "a batch of 1 image" if options.batch_size == 1 else f"a batch of {options.batch_size} images"
-    inference, backward = describe_bytes(memory.forward), describe_bytes(memory.backward)
+    inference, backward = cli.describe_bytes(memory.forward), cli.describe_bytes(memory.backward)
     yield f"{options.model}: {type(model).__name__}, {count_parameters(model):,} parameters"
     yield f"image        {size[0]} x {size[1]} pixels"
-    yield f"tokens       {describe_tokens(tokens)}"
+    yield f"tokens       {cli.describe_tokens(tokens)}"
     yield f"arithmetic   {flops[''] / 1e9:.2f} GFLOP per image"
-    yield f"weights      {describe_bytes(memory.weights)} in {dtype}"
+    yield f"weights      {cli.describe_bytes(memory.weights)} in {dtype}"
     yield (
         f"activations  about {inference} for inference, {backward} kept for a backward pass "
         f"(estimates, {dtype}, {batch})"
@@ -95,16 +85,16 @@ def describe(options: SummaryOptions) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, given what follows the program's name."""
-    parser = make_parser(
+    parser = cli.make_parser(
         "summary", "Parameters, tokens, arithmetic and memory of a backbone, module by module.", EPILOG
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=cli.MODEL_HELP)
     parser.add_argument(
         "--weights",
         choices=("LVD1689M", "SAT493M"),
         help="which published weights the structure is for; nothing is downloaded (default: LVD1689M)",
     )
-    for line in describe(parse_options(parser, SummaryOptions, argv)):
+    for line in describe(cli.parse_options(parser, SummaryOptions, argv)):
         print(line)
 
 

@@ -8,17 +8,15 @@ Notable:
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from dinov3.heads.weights import cast_like, list_differences
+from dinov3.heads.weights import cast_like, list_differences, without_prefix
 from dinov3.hub.architectures import has_untied_cls_norm, identify, identify_other_model
 from dinov3.hub.formats.conversion import Converted, to_release
 from dinov3.hub.formats.reading import is_model_directory, read_content
@@ -96,12 +94,8 @@ def backbone_entries(
     """
     if isinstance(content.get("teacher"), Mapping):
         content = content["teacher"]
-    entries = {re.sub(r"^(module\.)+", "", str(name)): value for name, value in content.items()}
-    if any(name.startswith("backbone.") for name in entries):
-        pattern = re.compile(r"^backbone\.(module\.)*")
-        entries = {pattern.sub("", name): value for name, value in entries.items() if pattern.match(name)}
-    else:
-        entries = {name: value for name, value in entries.items() if not name.startswith(HEADS)}
+    entries = without_prefix(content, "backbone.")
+    entries = {name: value for name, value in entries.items() if not name.startswith(HEADS)}
     others = [name for name, value in entries.items() if not isinstance(value, Tensor)]
     if others or not entries:
         problem = f"{len(others)} of its {len(content)} entries are not tensors ({list_names(others)})"
@@ -160,8 +154,15 @@ def load_backbone_(
     expected, origin = model.state_dict(), ""
     if isinstance(state, Converted):
         origin = f" It came in the layout of {state.layout}; these are the names after conversion."
-        _warn_of_other_norms(model, state, source)
-        state = _without_invented_biases(expected, state)
+        eps, given = getattr(getattr(model, "norm", None), "eps", None), state.config.get("layer_norm_eps")
+        if given is not None and given != eps:
+            logger.warning("%s was made for layer norms with eps=%s, but the model has eps=%s", source, given, eps)
+        # Converting could not know whether the model has the masks, nor, from timm, whether it has the biases.
+        unknown = {name: tensor for name, tensor in state.items() if name not in expected}
+        masks = [name for name in unknown if name.endswith(".qkv.bias_mask")]
+        biases = [name for name in unknown if name.endswith(".qkv.bias")]
+        if not any(bool(unknown[name].any()) for name in biases):
+            state = {name: tensor for name, tensor in state.items() if name not in (*masks, *biases)}
     if not has_untied_cls_norm(state):
         # Only local crops in training see this norm: weights without it are complete, and training starts from `norm`.
         copies = {name: name.replace("local_cls_norm.", "norm.") for name in expected if "local_cls_norm." in name}
@@ -171,7 +172,7 @@ def load_backbone_(
         raise WeightsError(f"{source} does not fit {target or type(model).__name__}: {details}.{origin}")
     _check_initialised(state, source)
     model.load_state_dict({name: cast_like(state[name], entry) for name, entry in expected.items()}, assign=True)
-    on_meta = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    on_meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not on_meta, f"not part of the state dict: {on_meta}"
     return model
 
@@ -205,21 +206,6 @@ def _read_distributed(path: Path) -> dict[str, Tensor]:
         if state:
             return state
     raise WeightsError(f"{path} does not hold a teacher: no entry starts with any of {', '.join(TEACHER_PREFIXES)}")
-
-
-def _warn_of_other_norms(model: nn.Module, state: Converted, source: str) -> None:
-    eps, given = getattr(getattr(model, "norm", None), "eps", None), state.config.get("layer_norm_eps")
-    if given is not None and given != eps:
-        logger.warning("%s was made for layer norms with eps=%s, but the model has eps=%s", source, given, eps)
-
-
-def _without_invented_biases(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    # Converting could not know whether the model has the masks, nor, from timm, whether it has the biases.
-    masks = [name for name in state if name.endswith(".qkv.bias_mask") and name not in expected]
-    biases = [name for name in state if name.endswith(".qkv.bias") and name not in expected]
-    if any(bool(state[name].any()) for name in biases):
-        return state
-    return {name: tensor for name, tensor in state.items() if name not in (*masks, *biases)}
 
 
 def _check_initialised(state: Mapping[str, Tensor], source: str) -> None:

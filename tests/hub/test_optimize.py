@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.hub.optimize import _Conv2d, _Linear, _PackedLinear, optimize
+from dinov3.hub.optimize import _Layer, _PackedLinear, optimize
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
@@ -56,7 +56,7 @@ def _assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: 
 
 
 def _products(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, (_Conv2d, _Linear, _PackedLinear))]
+    return [module for module in model.modules() if isinstance(module, (_Layer, _PackedLinear))]
 
 
 @pytest.fixture(params=["packed", "plain"])

@@ -70,10 +70,7 @@ class Converted(dict[str, Tensor]):
 
 
 def to_release(
-    state: Mapping[str, Tensor],
-    *,
-    config: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    state: Mapping[str, Tensor], *, config: Mapping[str, Any] | None = None, metadata: Mapping[str, str] | None = None
 ) -> State:
     """Return weights by our names, whatever layout they come in.
 

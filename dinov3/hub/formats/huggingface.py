@@ -30,10 +30,7 @@ _VIT = {
     "norm": "norm",
 }
 # `up_proj` means another layer in a gated FFN than in a plain one.
-_FFN = {
-    "blocks.{}.mlp.fc1": "layer.{}.mlp.up_proj",
-    "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj",
-}
+_FFN = {"blocks.{}.mlp.fc1": "layer.{}.mlp.up_proj", "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj"}
 _GATED_FFN = {
     "blocks.{}.mlp.w1": "layer.{}.mlp.gate_proj",
     "blocks.{}.mlp.w2": "layer.{}.mlp.up_proj",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,17 @@ def read_content(path: Path, *, mmap: bool = True) -> Content:
         WeightsError: there are no weights, or they are damaged or those of something else.
     """
     if path.is_dir():
-        return _read_directory(path, mmap=mmap)
+        config: dict[str, Any] = {}
+        if (path / CONFIG_FILE).is_file():
+            config = _read_json(path / CONFIG_FILE)
+            _check_config(config, path)
+        content = read_content(_weights_file(path), mmap=mmap)
+        if not _is_config_of(config, content.entries):
+            raise WeightsError(
+                f"{path} contradicts itself: its {CONFIG_FILE} describes a model of {_channels(config)} channels, its "
+                "weights have another size; fetch both again"
+            )
+        return replace(content, config=config)
     if path.suffix == ".json":
         return _read_sharded(path, mmap=mmap)
     entries = read_file(path, mmap=mmap)
@@ -58,20 +68,6 @@ def read_content(path: Path, *, mmap: bool = True) -> Content:
 def is_model_directory(path: Path) -> bool:
     """Return whether a directory looks like a model of transformers or timm."""
     return (path / CONFIG_FILE).is_file() or any(path.glob("*.safetensors")) or (path / WEIGHTS_FILES[-1]).is_file()
-
-
-def _read_directory(path: Path, *, mmap: bool) -> Content:
-    config: dict[str, Any] = {}
-    if (path / CONFIG_FILE).is_file():
-        config = _read_json(path / CONFIG_FILE)
-        _check_config(config, path)
-    content = read_content(_weights_file(path), mmap=mmap)
-    if not _is_config_of(config, content.entries):
-        raise WeightsError(
-            f"{path} contradicts itself: its {CONFIG_FILE} describes a model of {_channels(config)} channels, its "
-            "weights have another size; fetch both again"
-        )
-    return Content(content.entries, content.metadata, config)
 
 
 def _weights_file(directory: Path) -> Path:

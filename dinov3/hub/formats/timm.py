@@ -27,23 +27,13 @@ VITS = {
     "dinov3_vit7b16": "vit_7b_patch16_dinov3",
 }
 
+# All other entries of a ViT have the same name as ours.
 _VIT = {
-    "cls_token": "cls_token",
     "storage_tokens": "reg_token",
-    "patch_embed.proj": "patch_embed.proj",
-    "blocks.{}.norm1": "blocks.{}.norm1",
-    "blocks.{}.norm2": "blocks.{}.norm2",
-    "blocks.{}.attn.qkv.weight": "blocks.{}.attn.qkv.weight",
-    "blocks.{}.attn.proj": "blocks.{}.attn.proj",
     "blocks.{}.ls1.gamma": "blocks.{}.gamma_1",
     "blocks.{}.ls2.gamma": "blocks.{}.gamma_2",
-    "norm": "norm",
 }
-# `fc2` means another layer in a gated FFN of ours than in a plain one.
-_FFN = {
-    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
-}
+# Only for these: a plain FFN also has an `fc2`, with the same name as ours.
 _GATED_FFN = {
     "blocks.{}.mlp.w1": "blocks.{}.mlp.fc1_g",
     "blocks.{}.mlp.w2": "blocks.{}.mlp.fc1_x",
@@ -64,7 +54,7 @@ CONVNEXT = {
 
 def vit_to_release(theirs: State) -> State:
     """Return the entries of a ViT by our names, all but the periods, with a mask token of zeros."""
-    table = _VIT | (_GATED_FFN if "blocks.0.mlp.fc1_g.weight" in theirs else _FFN)
+    table = _VIT | _GATED_FFN if "blocks.0.mlp.fc1_g.weight" in theirs else _VIT
     ours = rename(theirs, inverted(table))
     if "cls_token" in ours:
         ours["mask_token"] = torch.zeros_like(ours["cls_token"][0])
@@ -74,7 +64,7 @@ def vit_to_release(theirs: State) -> State:
 def vit_from_release(state: Mapping[str, Tensor]) -> State:
     """Return the entries of a ViT by their names, all but those for which there is no place."""
     has_no_place = re.compile(r"rope_embed\.|local_cls_norm\.|mask_token|.*\.qkv\.bias")
-    table = _VIT | (_GATED_FFN if has_gated_ffn(state) else _FFN)
+    table = _VIT | _GATED_FFN if has_gated_ffn(state) else _VIT
     theirs = rename({name: tensor for name, tensor in state.items() if not has_no_place.match(name)}, table)
     return theirs | split_biases(state, "blocks.{}.attn.{}_bias")
 
