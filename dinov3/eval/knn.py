@@ -43,12 +43,7 @@ from dinov3.eval.classification.data import (
 )
 from dinov3.eval.classification.knn_config import RESULTS_FILENAME, Feature, KnnEvalConfig, TrainConfig
 from dinov3.eval.classification.knn_module import score_features
-from dinov3.eval.classification.scoring import (
-    ModelWithPatchMean,
-    save_per_class,
-    save_results,
-    wrap_model,
-)
+from dinov3.eval.classification.scoring import ModelWithPatchMean, save_per_class, save_results, wrap_model
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone
 from dinov3.eval.command.results import EvaluationResult

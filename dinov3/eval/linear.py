@@ -132,8 +132,7 @@ def evaluate_linear(backbone: FrozenBackbone, config: LinearEvalConfig) -> Evalu
     feature_model = ModelWithIntermediateLayers(backbone.model, n_blocks, backbone.autocast)
     few_shot = config.few_shot
     tries = create_train_dataset_dict(train_dataset, few_shot.enable, few_shot.k_or_percent, few_shot.n_tries)
-    results: dict[int, dict[str, Any]] = {}
-    grids: dict[int, dict[str, float]] = {}
+    results, grids = {}, {}
     for name, dataset in tries.items():
         results[name], grids[name] = _evaluate_try(
             config, feature_model, dataset, num_classes, val_evaluator, test_evaluators, store=store, name=name
@@ -202,10 +201,8 @@ def _evaluate_try(
     warn_if_at_end(on_val[BEST_CLASSIFIER], config.train)
     if distributed.is_main_process():
         # The weights of the last step have been validated only now.
-        accuracy, checkpoint = (
-            on_val[val_evaluator.main_metric_name],
-            read_checkpoint(directory / FINAL / CHECKPOINT_FILE),
-        )
+        accuracy = on_val[val_evaluator.main_metric_name]
+        checkpoint = read_checkpoint(directory / FINAL / CHECKPOINT_FILE)
         if val_evaluator.is_improvement(accuracy, checkpoint["best_accuracy"]):
             write_checkpoint(directory / BEST, checkpoint | {"best_accuracy": accuracy})
     results: dict[str, Any] = {}

@@ -66,11 +66,6 @@ class Column:
     metric: str = ""
     setting: str = ""
 
-    @property
-    def is_lower_better(self) -> bool:
-        """Whether the smallest value is the best."""
-        return self.metric in LOWER_IS_BETTER
-
     def __str__(self) -> str:
         return ", ".join(part for part in (self.dataset, self.title) if part)
 
@@ -133,8 +128,14 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> list[Row]:
     joined: list[tuple[Path, Row]] = []
     for directory in found:
         for row in _read_rows(directory):
-            place = _find_row_to_join(joined, directory, row)
-            if place is None:
+            # A row of the same model, in a directory beside this one, without values in the same columns.
+            candidates = (
+                place
+                for place, (path, other) in enumerate(joined)
+                if directory.parent in (path, path.parent) and row.source and row.source == other.source
+            )
+            place = next(candidates, None)
+            if place is None or row.values.keys() & joined[place][1].values.keys():
                 joined.append((directory, row))
             else:
                 _, other = joined[place]
@@ -151,9 +152,16 @@ def format_table(rows: Sequence[Row]) -> str:
     """Format the rows as a Markdown table."""
     columns = _columns(rows)
     lines = [["run", "model", *map(str, columns)], ["---", "---", *["---:"] * len(columns)]]
-    best = {column: _best(rows, column) for column in columns}
+    best = {}
+    for column in columns:
+        values = [row.values[column] for row in rows if column in row.values]
+        best[column] = min(values) if column.metric in LOWER_IS_BETTER else max(values)
     for row in rows:
-        lines.append([row.name, row.model or "-", *(_format_value(row, column, best[column]) for column in columns)])
+        lines.append([row.name, row.model or "-"])
+        for column in columns:
+            cell = f"{row.values[column]:.2f}" if column in row.values else "-"
+            cell = f"**{cell}**" if row.values.get(column) == best[column] else cell
+            lines[-1].append(f"{cell} ± {row.spreads[column]:.2f}" if column in row.spreads else cell)
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
@@ -206,15 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_chart(rows, args.output_dir / CHART_FILE)
     print(table + f"\nwritten to {args.output_dir / TABLE_FILE} and {args.output_dir / CHART_FILE}")
     return 0
-
-
-def _find_row_to_join(joined: Sequence[tuple[Path, Row]], directory: Path, row: Row) -> int | None:
-    # A row of the same model, in a directory beside this one, without values in the same columns.
-    for number, (path, other) in enumerate(joined):
-        is_beside = path == directory.parent or path.parent == directory.parent
-        if is_beside and row.source and row.source == other.source:
-            return None if row.values.keys() & other.values.keys() else number
-    return None
 
 
 def _read_rows(directory: Path) -> list[Row]:
@@ -270,23 +269,19 @@ def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
         dataset = str(test.get("test_dataset", ""))
         metric = str(test.get("test_metric_type") or config.get("train", {}).get("val_metric_type") or DEFAULT_METRIC)
     neighbours = _NEIGHBOURS.fullmatch(key)
+    feature = test.get("feature", Feature.CLS.name)
+    few_shot, setting = config.get("few_shot", {}), []
+    if feature != Feature.CLS.name:
+        setting.append(Feature[feature].value)
+    if few_shot.get("enable"):
+        number = few_shot["k_or_percent"]
+        setting.append(f"{int(number)} per class" if number >= 1 else f"{100 * number:g}% per class")
     return Column(
         dataset=_short_dataset(dataset),
         evaluation=f"{neighbours['k']}-NN" if neighbours else title,
         metric="" if metric == DEFAULT_METRIC else ClassificationMetricType[metric].value,
-        setting=_describe_setting(config),
+        setting=", ".join(setting),
     )
-
-
-def _describe_setting(config: Mapping[str, Any]) -> str:
-    feature = config.get("eval", {}).get("feature", Feature.CLS.name)
-    few_shot, parts = config.get("few_shot", {}), []
-    if feature != Feature.CLS.name:
-        parts.append(Feature[feature].value)
-    if few_shot.get("enable"):
-        number = few_shot["k_or_percent"]
-        parts.append(f"{int(number)} per class" if number >= 1 else f"{100 * number:g}% per class")
-    return ", ".join(parts)
 
 
 def _find_dataset_and_metric(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -323,19 +318,6 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         return datasets.index(column.dataset), column.metric, evaluation, settings.index(column.setting)
 
     return sorted(found, key=rank)
-
-
-def _best(rows: Sequence[Row], column: Column) -> float:
-    values = [row.values[column] for row in rows if column in row.values]
-    return min(values) if column.is_lower_better else max(values)
-
-
-def _format_value(row: Row, column: Column, best: float) -> str:
-    if column not in row.values:
-        return "-"
-    text = f"{row.values[column]:.2f}"
-    text = f"**{text}**" if row.values[column] == best else text
-    return f"{text} ± {row.spreads[column]:.2f}" if column in row.spreads else text
 
 
 if __name__ == "__main__":

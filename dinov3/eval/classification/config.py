@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
+from omegaconf import MISSING
 
 from dinov3.configs.settings import key
-from dinov3.eval.command.model import FrozenBackbone
+from dinov3.eval.command.model import FrozenBackbone, ModelConfig
+from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov3")
@@ -53,11 +55,8 @@ class TransformConfig:
                 )
             if left := self.crop_size % patch_size:
                 logger.warning(
-                    "transform.crop_size=%d is not a multiple of the model's patch size of %d: the last %d rows and "
-                    "columns of pixels are not seen",
-                    self.crop_size,
-                    patch_size,
-                    left,
+                    f"transform.crop_size={self.crop_size} is not a multiple of the model's patch size of "
+                    f"{patch_size}: the last {left} rows and columns of pixels are not seen"
                 )
         if backbone.normalization is None:
             return
@@ -85,3 +84,21 @@ class FewShotConfig:
             raise ValueError("few_shot.k_or_percent and few_shot.n_tries need few_shot.enable=true")
         if self.n_tries < 1:
             raise ValueError(f"few_shot.n_tries={self.n_tries}: expected 1 or more")
+
+
+@dataclass
+class ClassificationConfig:
+    """What all classification evaluations are configured with; each declares its own `train` and `eval`."""
+
+    model: ModelConfig = key(MISSING, "model.config_file and model.pretrained_weights, or model.dino_hub")
+    train: Any = None
+    eval: Any = None
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    save_results: bool = key(False, "write class scores and targets as .npy")
+    output_dir: str = key("", "where results go; . on the command line")
+
+    def check(self) -> None:
+        """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""
+        self.model.check()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,9 @@ class SubsetEx(Subset[Any]):
         if not hasattr(self.dataset, "get_targets"):
             return [self.get_target(index) for index in range(len(self))]
         targets = self.dataset.get_targets()
-        if targets is None or isinstance(targets, np.ndarray | Tensor):
-            return None if targets is None else targets[self.indices]
-        return [targets[index] for index in self.indices]
+        if isinstance(targets, np.ndarray | Tensor):
+            return targets[self.indices]
+        return None if targets is None else [targets[index] for index in self.indices]
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,13 @@ class ScoredDataset:
 
 def make_transform(config: TransformConfig) -> Any:
     """Resize the short side, crop the centre, normalise; warn if the crop is larger or smaller than customary."""
-    if abs(config.resize_size - config.crop_size * config.CUSTOMARY_RATIO) > 1:
-        customary = round(config.crop_size * config.CUSTOMARY_RATIO)
+    customary = config.crop_size * config.CUSTOMARY_RATIO
+    if abs(config.resize_size - customary) > 1:
         logger.warning(
-            "transform: images are resized to %d for crops of %d; customary is %d",
-            config.resize_size,
-            config.crop_size,
-            customary,
+            f"transform: images are resized to {config.resize_size} for crops of {config.crop_size}; customary is "
+            f"{customary:.0f}"
         )
-    return make_classification_eval_transform(
-        resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
-    )
+    return make_classification_eval_transform(**asdict(config))
 
 
 def open_dataset(dataset_str: str, transform: Any, name: str) -> Any:
@@ -137,16 +133,13 @@ def make_scored_dataset(
     class_mapping = find_class_mapping(train_dataset, dataset, num_classes, name)
     n_scored = num_classes if class_mapping is None else len(class_mapping)
     labels = check_test_labels(dataset, metric_type, n_scored, name)
-    if class_mapping is not None and labels is not None and labels.ndim == 1:
-        labels = class_mapping[labels]
     if labels is not None and labels.ndim == 1 and train_labels is not None:
+        labels = labels if class_mapping is None else class_mapping[labels]
         untrained = sorted(set(labels.tolist()) - set(train_labels.tolist()))
         if untrained:
             logger.warning(
-                "%s has %d classes without a training image (%s); their images count as misclassified",
-                name,
-                len(untrained),
-                list_names(untrained),
+                f"{name} has {len(untrained)} classes without a training image ({list_names(untrained)}); their images "
+                "count as misclassified"
             )
     return ScoredDataset(
         dataset,

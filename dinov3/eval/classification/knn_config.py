@@ -8,10 +8,8 @@ from enum import Enum
 from omegaconf import MISSING
 
 from dinov3.configs.settings import key
-from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.config import ClassificationConfig
 from dinov3.eval.classification.metrics import ClassificationMetricType
-from dinov3.eval.command.model import ModelConfig
-from dinov3.eval.features.cache import FeaturesConfig
 
 RESULTS_FILENAME = "results-knn.csv"
 #: Regular expressions of the columns that `eval.report` shows.
@@ -67,18 +65,8 @@ class EvalConfig:
 
 
 @dataclass
-class KnnEvalConfig:
+class KnnEvalConfig(ClassificationConfig):
     """Everything that a k-NN evaluation is configured with."""
 
-    model: ModelConfig = key(MISSING, "model.config_file and model.pretrained_weights, or model.dino_hub")
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    transform: TransformConfig = field(default_factory=TransformConfig)
-    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    save_results: bool = key(False, "write class scores and targets as .npy")
-    output_dir: str = key("", "where results go; . on the command line")
-
-    def check(self) -> None:
-        """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""
-        self.model.check()

@@ -14,10 +14,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from dinov3.checkpointer import CheckpointRetentionPolicy
 from dinov3.configs.settings import key
-from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.config import ClassificationConfig
 from dinov3.eval.classification.metrics import ClassificationMetricType
-from dinov3.eval.command.model import ModelConfig
-from dinov3.eval.features.cache import FeaturesConfig
 
 RESULTS_FILENAME = "results-linear.csv"
 #: Regular expressions of the columns that `eval.report` shows.
@@ -149,18 +147,9 @@ class EvalConfig:
 
 
 @dataclass
-class LinearEvalConfig:
+class LinearEvalConfig(ClassificationConfig):
     """The settings of linear probing."""
 
-    model: ModelConfig = key(MISSING, "model.config_file and model.pretrained_weights, or model.dino_hub")
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    transform: TransformConfig = field(default_factory=TransformConfig)
-    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     save_results: bool = key(False, "write the chosen classifier's scores and targets as .npy")
-    output_dir: str = key("", "where results go; . on the command line")
-
-    def check(self) -> None:
-        """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""
-        self.model.check()

@@ -96,11 +96,8 @@ class LinearInputs(nn.Module):
         size_mb = 4 * len(dataset) * width / 2**20
         if size_mb > memory_budget_mb:
             logger.warning(
-                "features of %d images take %.0f MB, more than train.memory_budget_mb=%.0f: they are not kept, and the "
-                "images go through the model in every pass",
-                len(dataset),
-                size_mb,
-                memory_budget_mb,
+                f"features of {len(dataset)} images take {size_mb:.0f} MB, more than train.memory_budget_mb="
+                f"{memory_budget_mb:.0f}: they are not kept, and the images go through the model in every pass"
             )
         return size_mb <= memory_budget_mb
 

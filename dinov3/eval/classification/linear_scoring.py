@@ -6,8 +6,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ class Evaluator:
     top_1: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        config = self.transform_config
-        transform = make_classification_eval_transform(
-            resize_size=config.resize_size, crop_size=config.crop_size, mean=config.mean, std=config.std
-        )
+        transform = make_classification_eval_transform(**asdict(self.transform_config))
         self.dataset = open_dataset(self.dataset_str, transform, self.dataset_str)
         self._scored = make_scored_dataset(
             self.dataset,
@@ -96,14 +93,17 @@ class Evaluator:
 
     def is_improvement(self, accuracy: float, best: float) -> bool:
         """Return whether a score is at least as good as the best one so far; a negative `best` means there is none."""
-        return (
-            math.isnan(best) or best < 0 or (accuracy <= best if self.metric_type.is_lower_better else accuracy >= best)
-        )
+        if math.isnan(best) or best < 0:
+            return True
+        return accuracy <= best if self.metric_type.is_lower_better else accuracy >= best
 
     def forget_from(self, iteration: int, prefixstring: str = "") -> None:
         """Drop what a run that was killed recorded from this iteration on; the main process does it."""
         if distributed.is_main_process():
-            drop_records(self.metrics_file_path, iteration=iteration, prefix=prefixstring)
+            records = _read_records(Path(self.metrics_file_path))
+            remaining = [r for r in records if r["prefix"] != prefixstring or r["iteration"] < iteration]
+            if len(remaining) < len(records):
+                _write_records(Path(self.metrics_file_path), remaining)
 
     def evaluate_and_maybe_save(
         self,
@@ -143,7 +143,8 @@ class Evaluator:
                 "accuracy": scores[best][TOP_1],
                 "scores": scores,
             }
-            append_record(self.metrics_file_path, record)
+            path = Path(self.metrics_file_path)
+            _write_records(path, [*_read_records(path), record])
         if save_predictions:
             name = self.dataset_str + self.name_suffix
             if vectors[best]:
@@ -191,12 +192,10 @@ def make_evaluators(
     metric_types = list(config.eval.test_metric_types) or [config.train.val_metric_type]
     if len(metric_types) == 1:
         metric_types *= len(config.eval.test_datasets)
+    save = functools.partial(save_results, output_dir=config.output_dir) if config.save_results else None
     evaluators: list[Evaluator] = []
-    for dataset_str, metric_type in zip(
-        [config.train.val_dataset, *config.eval.test_datasets],
-        [config.train.val_metric_type, *metric_types],
-        strict=True,
-    ):
+    datasets = [config.train.val_dataset, *config.eval.test_datasets]
+    for dataset_str, metric_type in zip(datasets, [config.train.val_metric_type, *metric_types], strict=True):
         is_second = any(other.dataset_str == dataset_str for other in evaluators)
         evaluators.append(
             Evaluator(
@@ -207,9 +206,7 @@ def make_evaluators(
                 metric_type=metric_type,
                 metrics_file_path=Path(config.output_dir) / RECORDS_FILENAME,
                 training_num_classes=training_num_classes,
-                save_results_func=functools.partial(save_results, output_dir=config.output_dir)
-                if config.save_results
-                else None,
+                save_results_func=save,
                 name_suffix=f"_{metric_type.value}" if is_second else "",
                 memory_budget_mb=config.train.memory_budget_mb,
                 store=store,
@@ -237,19 +234,18 @@ def score_classifiers(
     Raises:
         ValueError: no classifier has finite weights; names them.
     """
-    finite: list[str] = []
-    diverged: list[str] = []
-    for name, classifier in classifiers.classifiers_dict.items():
-        is_finite = all(bool(parameter.isfinite().all()) for parameter in classifier.parameters())
-        (finite if is_finite else diverged).append(name)
-    if diverged:
-        logger.warning("diverged, so left out: %s", ", ".join(diverged))
-    if not finite:
+    metrics = {
+        name: metric.clone().to(model_device(classifiers))
+        for name, classifier in classifiers.classifiers_dict.items()
+        if all(bool(parameter.isfinite().all()) for parameter in classifier.parameters())
+    }
+    if diverged := ", ".join(name for name in classifiers.names if name not in metrics):
+        logger.warning("diverged, so left out: %s", diverged)
+    if not metrics:
         raise ValueError(
-            f"all classifiers diverged, their weights are NaN or infinite: {', '.join(diverged)}; train with smaller "
+            f"all classifiers diverged, their weights are NaN or infinite: {diverged}; train with smaller "
             "train.learning_rates"
         )
-    metrics = {name: metric.clone().to(model_device(classifiers)) for name in finite}
     for inputs, _, targets in batches:
         logits = _mapped(classifiers.fused.logits(inputs), class_mapping)
         for place, name in enumerate(classifiers.names):
@@ -306,24 +302,11 @@ def warn_if_at_end(best: str, config: TrainConfig) -> None:
     place = _names_of_grid(config).index(best) % len(config.learning_rates)
     rate = config.learning_rates[place]
     if len(config.learning_rates) > 2 and rate in (min(config.learning_rates), max(config.learning_rates)):
+        end = "largest" if rate == max(config.learning_rates) else "smallest"
         logger.warning(
-            "the %s of train.learning_rates is best, %.3g for a batch of 256: one beyond it may be better still",
-            "largest" if rate == max(config.learning_rates) else "smallest",
-            rate,
+            f"the {end} of train.learning_rates is best, {rate:.3g} for a batch of 256: one beyond it may be better "
+            "still"
         )
-
-
-def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Add a record to `<path>l`, one JSON object per line, and to `path` in the published layout."""
-    _write_records(Path(path), [*_read_records(Path(path)), dict(record)])
-
-
-def drop_records(path: str | Path, *, iteration: int, prefix: str) -> None:
-    """Drop the records of one training from an iteration on."""
-    records = _read_records(Path(path))
-    remaining = [r for r in records if r["prefix"] != prefix or r["iteration"] < iteration]
-    if len(remaining) < len(records):
-        _write_records(Path(path), remaining)
 
 
 def _batches_of_images(model: LinearInputs, loader: Any) -> Iterator[Batch]:
@@ -348,7 +331,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
 
 
-def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
+def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    # To `<path>l`, one JSON object per line, and to `path` in the published layout.
     with atomic_write(path.with_name(path.name + "l"), "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     with atomic_write(path, "w") as file:

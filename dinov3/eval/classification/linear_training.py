@@ -149,30 +149,20 @@ def resolve_epoch_length(config: TrainConfig, n_images: int) -> TrainConfig:
     epoch_length = config.epoch_length or -(-n_images // global_batch)
     passes = config.epochs * epoch_length * global_batch / n_images
     logger.info(
-        "training: %d steps of %d images, %d images per epoch, %.2f passes over %d training images",
-        config.epochs * epoch_length,
-        global_batch,
-        epoch_length * global_batch,
-        passes,
-        n_images,
+        f"training: {config.epochs * epoch_length} steps of {global_batch} images, {epoch_length * global_batch} "
+        f"images per epoch, {passes:.2f} passes over {n_images} training images"
     )
+    steps = f"train.epoch_length={epoch_length} steps of {global_batch} images"
     if passes < config.epochs / 2:
         logger.warning(
-            "%d epochs of train.epoch_length=%d steps of %d images are only %.2f passes over the training images, and "
-            "learning rates are for a larger batch; the defaults are made for 1024 images per step. "
-            "train.epoch_length=null makes an epoch one pass",
-            config.epochs,
-            epoch_length,
-            global_batch,
-            passes,
+            f"{config.epochs} epochs of {steps} are only {passes:.2f} passes over the training images, and learning "
+            "rates are for a larger batch; the defaults are made for 1024 images per step. train.epoch_length=null "
+            "makes an epoch one pass"
         )
     elif passes > MANY_PASSES * config.epochs:
         logger.warning(
-            "train.epoch_length=%d steps of %d images are %.0f passes over the training images, which takes long; "
-            "train.epoch_length=null makes an epoch one pass",
-            epoch_length,
-            global_batch,
-            passes / config.epochs,
+            f"{steps} are {passes / config.epochs:.0f} passes over the training images, which takes long; "
+            "train.epoch_length=null makes an epoch one pass"
         )
     return dataclasses.replace(config, epoch_length=epoch_length)
 

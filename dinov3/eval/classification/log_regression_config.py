@@ -11,10 +11,8 @@ from omegaconf import MISSING
 
 from dinov3.configs.settings import key
 from dinov3.distributed import runtime
-from dinov3.eval.classification.config import FewShotConfig, TransformConfig
+from dinov3.eval.classification.config import ClassificationConfig, TransformConfig
 from dinov3.eval.classification.metrics import ClassificationMetricType
-from dinov3.eval.command.model import ModelConfig
-from dinov3.eval.features.cache import FeaturesConfig
 from dinov3.utils import as_torch_dtype
 
 RESULTS_FILENAME = "results-log-regression.csv"
@@ -111,22 +109,14 @@ class LogregTransformConfig(TransformConfig):
 
 
 @dataclass
-class LogregEvalConfig:
+class LogregEvalConfig(ClassificationConfig):
     """Everything that a logistic regression evaluation is configured with."""
 
-    model: ModelConfig = key(MISSING, "model.config_file and model.pretrained_weights, or model.dino_hub")
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     transform: LogregTransformConfig = field(default_factory=LogregTransformConfig)
-    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     save_results: bool = key(False, "write class probabilities and targets as .npy")
-    output_dir: str = key("", "where results go; . on the command line")
 
     def resolved_test_metric_type(self) -> ClassificationMetricType:
         """Return the metric of the test images."""
         return self.eval.test_metric_type or self.train.val_metric_type
-
-    def check(self) -> None:
-        """Refuse settings that cannot work, before anything is loaded; see `ModelConfig.check`."""
-        self.model.check()

@@ -34,8 +34,6 @@ class ModelWithNormalize(nn.Module):
 class ModelWithMultiScale(nn.Module):
     """A model whose output is the mean over its inputs at scales 1, sqrt(1/2) and 1/2."""
 
-    SCALES = (1.0, 0.5**0.5, 0.5)
-
     def __init__(self, model: nn.Module, mode: str = "bilinear") -> None:
         super().__init__()
         self.model = model
@@ -43,11 +41,9 @@ class ModelWithMultiScale(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean output [B, D] for images [B, 3, H, W]."""
-        outputs = []
-        for scale in self.SCALES:
-            scaled = images
-            if scale != 1:
-                scaled = F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
+        outputs = [self.model(images)]
+        for scale in (0.5**0.5, 0.5):
+            scaled = F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
             outputs.append(self.model(scaled))
         return torch.stack(outputs).mean(dim=0)
 
@@ -121,7 +117,7 @@ def evaluate(
     """
     model.eval()
     metrics = {key: metric.to(device) for key, metric in metrics.items()}
-    accumulators = {key: ResultsAccumulator() if accumulate_results else None for key in postprocessors}
+    accumulators = {key: ResultsAccumulator() for key in postprocessors}
     for samples, (index, targets) in data_loader:
         real = index >= 0
         samples, index, targets = (t[real.to(t.device)].to(device) for t in (samples, index, targets))
@@ -130,13 +126,10 @@ def evaluate(
         for key, metric in metrics.items():
             results = postprocessors[key](outputs, targets)
             metric.update(**results)
-            accumulator = accumulators[key]
-            if accumulator is not None:
-                accumulator.update(**results, index=index)
-    return (
-        {key: metric.compute() for key, metric in metrics.items()},
-        {key: None if accumulator is None else accumulator.accumulate() for key, accumulator in accumulators.items()},
-    )
+            if accumulate_results:
+                accumulators[key].update(**results, index=index)
+    values = {key: metric.compute() for key, metric in metrics.items()}
+    return values, {key: a.accumulate() if accumulate_results else None for key, a in accumulators.items()}
 
 
 def average_metrics(

@@ -6,7 +6,6 @@ those of Hugging Face and timm, follows from their entries.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from dinov3.distributed import runtime
 from dinov3.hub import backbones
 from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.backbones import Weights
-from dinov3.hub.command_line import ModelChoice, find_normalization
+from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization
 from dinov3.hub.formats.conversion import Converted
 from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
 from dinov3.hub.sources import locate
@@ -75,11 +74,7 @@ class ModelConfig:
                 "or timm), or model.dino_hub=dinov3_vits16 model.weights=FILE"
             )
         if self.dino_hub:
-            names = [
-                name
-                for name, entry in vars(backbones).items()
-                if name.startswith("dinov3_") and inspect.isfunction(entry)
-            ]
+            names = [name for name in vars(backbones) if name in ENTRIES]
             if self.dino_hub not in names:
                 raise ValueError(
                     f"model.dino_hub={self.dino_hub}: no such model{did_you_mean(self.dino_hub, names)}; the hub has "
@@ -88,7 +83,7 @@ class ModelConfig:
         if self.config_file:
             resolve_config_path(self.config_file)
         for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
-            if path and "://" not in path and path not in Weights.__members__ and not _expand(path).exists():
+            if path and "://" not in path and path not in Weights.__members__ and not Path(path).expanduser().exists():
                 raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
 
     def describe(self) -> str:
@@ -97,7 +92,7 @@ class ModelConfig:
             return f"{self.dino_hub} with {self.weights or 'published weights'}"
         if not self.pretrained_weights:
             return f"{RANDOM_WEIGHTS} of {self.config_file}"
-        path = _expand(self.pretrained_weights)
+        path = Path(self.pretrained_weights).expanduser()
         if not path.exists():
             return self.pretrained_weights
         return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
@@ -106,7 +101,7 @@ class ModelConfig:
         """Return `config_file`, or that of the training run in which `pretrained_weights` lies; None without a run."""
         if self.config_file or not self.pretrained_weights:
             return self.config_file
-        path = _expand(self.pretrained_weights).absolute()
+        path = Path(self.pretrained_weights).expanduser().absolute()
         # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
         for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
             file = directory / CONFIG_FILE
@@ -160,7 +155,14 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
         model: nn.Module = entry(weights=config.weights) if config.weights else entry()
         model = model.to(runtime.device()).eval()
     elif config_file is not None:
-        model, dtype = _build_as_trained(config_file, config.pretrained_weights)
+        cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
+        if not config.pretrained_weights:
+            logger.warning("model.pretrained_weights is not given: the model is a %s, a baseline", RANDOM_WEIGHTS)
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
+            model = build_model_for_eval(cfg, config.pretrained_weights)
+        if as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16:
+            dtype = torch.bfloat16
         if not config.config_file:
             logger.info("model: configuration found in %s", config_file)
     else:
@@ -179,7 +181,7 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
         cfg: Any = OmegaConf.load(resolve_config_path(config_file))
         crops = cfg.get("crops", {})
         return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
-    directory = _expand(str(config.pretrained_weights))
+    directory = Path(str(config.pretrained_weights)).expanduser()
     for name, section, mean, std in (
         ("preprocessor_config.json", None, "image_mean", "image_std"),  # Hugging Face
         ("config.json", "pretrained_cfg", "mean", "std"),  # timm
@@ -190,17 +192,6 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
             if mean in content and std in content:
                 return content[mean], content[std]
     return None
-
-
-def _build_as_trained(config_file: str, weights: str | None) -> tuple[nn.Module, torch.dtype]:
-    cfg = get_cfg_from_args(DinoV3SetupArgs(config_file=config_file))
-    if not weights:
-        logger.warning("model.pretrained_weights is not given: the model is a %s, a baseline", RANDOM_WEIGHTS)
-    with torch.random.fork_rng():
-        torch.manual_seed(RANDOM_SEED)  # the same random initialisation in every process
-        model = build_model_for_eval(cfg, weights)
-    is_bfloat16 = as_torch_dtype(cfg.compute_precision.param_dtype) == torch.bfloat16
-    return model, torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def _build_from_weights(weights: str) -> nn.Module:
@@ -219,7 +210,3 @@ def _build_from_weights(weights: str) -> nn.Module:
             weights,
         )
     return model.to(runtime.device()).eval()
-
-
-def _expand(path: str) -> Path:
-    return Path(path).expanduser()

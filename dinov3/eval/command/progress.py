@@ -74,29 +74,21 @@ class Progress:
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
-        parts = [f"{self.description}: {self.unit} {self.done}{of}", self._note, self._time_left()]
+        parts = [f"{self.description}: {self.unit} {self.done}{of}", self._note]
+        if self.total is not None and self.done != self.initial:
+            seconds = (time.monotonic() - self._started) * (self.total - self.done) / (self.done - self.initial)
+            parts.append(f"about {timedelta(seconds=round(seconds))} left")
         return ", ".join(part for part in parts if part)
 
-    def _time_left(self) -> str:
-        if self.total is None or self.done == self.initial:
-            return ""
-        seconds = (time.monotonic() - self._started) * (self.total - self.done) / (self.done - self.initial)
-        return f"about {timedelta(seconds=round(seconds))} left"
 
-
-def track(
-    items: Iterable[Item], description: str, *, total: int | None = None, unit: str = "batch", initial: int = 0
-) -> Iterator[Item]:
+def track(items: Iterable[Item], description: str, *, unit: str = "batch") -> Iterator[Item]:
     """Yield the items, counting those that have been worked on.
 
     Args:
         items: any number.
-        description, unit, initial: see `Progress`.
-        total: see `Progress`. Default: the length of `items`, if they have one.
+        description, unit: see `Progress`.
     """
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Progress(description, total, unit=unit, initial=initial) as progress:
+    with Progress(description, len(items) if isinstance(items, Sized) else None, unit=unit) as progress:
         for item in items:
             yield item
             progress.advance()

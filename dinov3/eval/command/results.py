@@ -97,7 +97,7 @@ def save(results: Table, path: str | os.PathLike[str] | OpenFile, file_format: F
         ModuleNotFoundError: Excel files need openpyxl.
     """
     file_format = _resolve_format(path, file_format)
-    content = _to_workbook(results) if file_format.is_binary else _WRITERS[file_format](results).encode()
+    content = _encode(results, file_format)
     if not isinstance(path, OpenFile):
         with atomic_write(path) as file:
             file.write(content)
@@ -118,9 +118,7 @@ def load(path: str | os.PathLike[str] | OpenFile, file_format: FileFormat | None
     """Read a table that `save` wrote; arguments and errors are the same."""
     file_format = _resolve_format(path, file_format)
     content: Any = path.read() if isinstance(path, OpenFile) else Path(path).read_bytes()
-    if file_format.is_binary:
-        return _from_rows(_from_workbook(content))
-    return _from_rows(_READERS[file_format](content if isinstance(content, str) else content.decode()))
+    return _from_rows(_decode(content, file_format))
 
 
 def save_collection(
@@ -261,7 +259,7 @@ def _resolve_format(path: Any, file_format: FileFormat | None) -> FileFormat:
         except ValueError:
             raise ValueError(f"{os.fspath(path)!r}: the ending must be one of {endings}") from None
     if file_format.is_binary and isinstance(path, io.TextIOBase):
-        raise ValueError(f"{file_format.value} is not text: open the file in binary mode")
+        raise ValueError(f"{file_format.value} is binary: open the file in binary mode")
     return file_format
 
 
@@ -284,15 +282,28 @@ def _dtype(values: list[Any]) -> str:
     return "Float64" if any(isinstance(value, float) for value in values) else "Int64"
 
 
-def _to_csv(table: Table) -> str:
+def _encode(table: Table, file_format: FileFormat) -> bytes:
+    if file_format.is_binary:
+        return _to_workbook(table)
+    if file_format is FileFormat.JSONL:
+        return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in table.rows()).encode()
+    if file_format is FileFormat.YAML:
+        return yaml.safe_dump(dict(enumerate(table.rows()))).encode()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(table.columns)
     writer.writerows(zip(*table.columns.values(), strict=True))
-    return buffer.getvalue()
+    return buffer.getvalue().encode()
 
 
-def _from_csv(text: str) -> list[dict[str, Any]]:
+def _decode(content: Any, file_format: FileFormat) -> list[dict[str, Any]]:
+    if file_format.is_binary:
+        return _from_workbook(content)
+    text = content if isinstance(content, str) else content.decode()
+    if file_format is FileFormat.JSONL:
+        return [json.loads(line) for line in text.splitlines()]
+    if file_format is FileFormat.YAML:
+        return list(yaml.safe_load(text).values())
     return [{name: _parse(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
@@ -303,22 +314,6 @@ def _parse(text: str) -> Any:
         except ValueError:
             continue
     return text or None
-
-
-def _to_jsonl(table: Table) -> str:
-    return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in table.rows())
-
-
-def _from_jsonl(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def _to_yaml(table: Table) -> str:
-    return yaml.safe_dump(dict(enumerate(table.rows())))
-
-
-def _from_yaml(text: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load(text).values())
 
 
 def _to_workbook(table: Table) -> bytes:
@@ -360,6 +355,3 @@ def _import_openpyxl() -> Any:
 
 
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
-
-_WRITERS = {FileFormat.CSV: _to_csv, FileFormat.JSONL: _to_jsonl, FileFormat.YAML: _to_yaml}
-_READERS = {FileFormat.CSV: _from_csv, FileFormat.JSONL: _from_jsonl, FileFormat.YAML: _from_yaml}

@@ -67,7 +67,13 @@ class Checkpoints:
         path = _write(self.directory / checkpoint_name(content["iteration"]), content)
         for name, is_wanted in ((BEST_NAME, is_best), (FINAL_NAME, is_last)):
             if is_wanted:
-                _link(path, path.with_name(name))
+                # Another name for the same file, in place of what had it; a copy where there are no hard links.
+                temporary = temporary_beside(path.with_name(name))
+                try:
+                    os.link(path, temporary)
+                except OSError:
+                    shutil.copyfile(path, temporary)
+                temporary.replace(path.with_name(name))
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -136,13 +142,3 @@ def _write(target: Path, content: Mapping[str, Any]) -> Path:
     with atomic_write(target) as file:
         torch.save({**content, "model": unwrap_ddp_state_dict(copy_entries(content["model"]))}, file)
     return target
-
-
-def _link(path: Path, name: Path) -> None:
-    # Another name for the same file, in place of what had it; a copy where there are no hard links.
-    temporary = temporary_beside(name)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    temporary.replace(name)

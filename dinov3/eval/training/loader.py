@@ -8,7 +8,9 @@ images of one larger batch, whatever the number of loader workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -44,10 +46,10 @@ def make_train_loader(
     return DataLoader(
         # Every sample is a batch of its own here: the loader of the backbone's training seeds whole batches, which
         # would depend on how many processes share them.
-        TrainBatches(dataset, _only_sample, (seed, 0, 0), skip_bad_images=False),
+        TrainBatches(dataset, itemgetter(0), (seed, 0, 0), skip_bad_images=False),
         sampler=TrainOrder(len(dataset), batch_size, first_iteration, seed=seed),
         batch_size=batch_size,
-        collate_fn=_CollateSamples(collate_fn),
+        collate_fn=partial(_collate_samples, collate_fn),  # not a closure, so that workers can be spawned
         num_workers=num_workers,
         pin_memory=runtime.device().type == "cuda",
         worker_init_fn=init_worker,
@@ -79,14 +81,6 @@ class TrainOrder(Sampler[BatchRequest]):
         return (BatchRequest(place, [index]) for place, index in own)
 
 
-class _CollateSamples:
-    # A class, so that workers can be spawned. Samples come with the list of images that were replaced, empty here.
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self._collate_fn = collate_fn
-
-    def __call__(self, items: list[tuple[Any, Any]]) -> Any:
-        return self._collate_fn([sample for sample, _ in items])
-
-
-def _only_sample(samples: list[Any]) -> Any:
-    return samples[0]
+def _collate_samples(collate_fn: Callable[[list[Any]], Any], items: list[tuple[Any, Any]]) -> Any:
+    # Samples come with the list of images that were replaced, empty here.
+    return collate_fn([sample for sample, _ in items])

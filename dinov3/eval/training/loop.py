@@ -133,7 +133,9 @@ def train_head(
     with Progress(task.description, total_iter, unit="step", initial=first) as progress:
         for iteration, batch in enumerate(batches, start=first):
             task.head.train()
-            _seed_step(seed, iteration)
+            # What is dropped in a step then depends on its number, not on what was drawn before a resume.
+            words = np.random.SeedSequence([seed, iteration, distributed.get_rank()]).generate_state(2)
+            torch.manual_seed(int(words.view(np.uint64)[0]))
             loss = task.step(batch, iteration)
             done = result.iteration = iteration + 1
             is_last = done == total_iter
@@ -288,9 +290,3 @@ def _forget_after(path: Path | None, iteration: int) -> None:
         complete = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
         with atomic_write(path, "w") as file:
             file.writelines(line for line in complete if json.loads(line)["iteration"] <= iteration)
-
-
-def _seed_step(seed: int, iteration: int) -> None:
-    # What is dropped in a step then depends on its number, not on what was drawn before a resume.
-    words = np.random.SeedSequence([seed, iteration, distributed.get_rank()]).generate_state(2)
-    torch.manual_seed(int(words.view(np.uint64)[0]))

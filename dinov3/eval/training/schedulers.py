@@ -104,7 +104,13 @@ class WarmupOneCycleLR(LRScheduler):
                 "is built for its length"
             )
         super().step(epoch)
-        momentum = self._momentum(self.last_epoch)
+        # None in the warm-up: the published NYU heads were trained so, for a third of the steps. use_beta1=False with
+        # update_momentum=False leaves the optimizer's own momentum as it is.
+        momentum = 0.0
+        if self.last_epoch >= self.warmup_iters:
+            annealing = annealing_cos if self.anneal_strategy == "cos" else annealing_linear
+            done = (self.last_epoch - self.warmup_iters) / (self.total_steps - self.warmup_iters)
+            momentum = annealing(self.base_momentum, self.max_momentum, done)
         for group in self.optimizer.param_groups:
             if self.use_beta1:
                 group["betas"] = (momentum, *group["betas"][1:])
@@ -127,15 +133,6 @@ class WarmupOneCycleLR(LRScheduler):
             # One step ahead of the line below, as published: the last step has the last rate.
             return annealing_cos(peak, last, (step + 1) / self.total_steps)
         return annealing_linear(peak, last, progress)
-
-    def _momentum(self, step: int) -> float:
-        if step < self.warmup_iters:
-            # The published NYU heads were trained so, a third of the steps without momentum; use_beta1=False together
-            # with update_momentum=False leaves the optimizer's own momentum as it is.
-            return 0.0
-        annealing = annealing_cos if self.anneal_strategy == "cos" else annealing_linear
-        done = (step - self.warmup_iters) / (self.total_steps - self.warmup_iters)
-        return annealing(self.base_momentum, self.max_momentum, done)
 
 
 class WarmupMultiStepLR(LRScheduler):

@@ -137,7 +137,7 @@ def build_classification_metric(
         assert average is not None
         return build_topk_accuracy_metric(average, num_classes, ks)
     if metric_type.target_kind is TargetKind.LISTS:
-        return build_topk_any_match_accuracy_metric(num_classes, ks)
+        return AnyMatchAccuracy(ks or _default_ks(num_classes))
     if metric_type.target_kind is TargetKind.INDICES:
         if not hasattr(dataset, "get_groupby_labels") or not hasattr(dataset, "get_mapped_targets"):
             raise ValueError(f"{name} needs {metric_type.target_kind.value}; {type(dataset).__name__} do not")
@@ -161,15 +161,6 @@ def build_topk_accuracy_metric(
 ) -> TopKAccuracy:
     """Build a `TopKAccuracy`; `ks` as for `build_classification_metric`."""
     return TopKAccuracy(num_classes, ks or _default_ks(num_classes), average_type.value)
-
-
-#: With one class per sample, the share of a class's samples that are found is its accuracy.
-build_topk_recall_metric = build_topk_accuracy_metric
-
-
-def build_topk_any_match_accuracy_metric(num_classes: int, ks: Sequence[int] | None = None) -> AnyMatchAccuracy:
-    """Build an `AnyMatchAccuracy`; `ks` as for `build_classification_metric`."""
-    return AnyMatchAccuracy(ks or _default_ks(num_classes))
 
 
 def scalar_results(metric: Any, values: dict[str, Tensor]) -> dict[str, float]:
