@@ -52,12 +52,7 @@ from dinov3.eval.classification.log_regression_module import (
 )
 from dinov3.eval.classification.log_regression_plot import format_sweep, sweep_table, write_sweeps
 from dinov3.eval.classification.log_regression_solvers import check_sklearn
-from dinov3.eval.classification.metrics import (
-    TargetKind,
-    build_classification_metric,
-    check_targets,
-    scalar_results,
-)
+from dinov3.eval.classification.metrics import TargetKind, build_classification_metric, check_targets, scalar_results
 from dinov3.eval.classification.scoring import DictKeysModule, average_metrics, evaluate, save_per_class, save_results
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone

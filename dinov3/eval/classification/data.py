@@ -194,17 +194,19 @@ def check_test_labels(
     if kind is TargetKind.INDICES or not _has_separate_targets(dataset):
         return None
     if kind is TargetKind.LISTS:
-        _check_largest_class(_largest_of_lists(dataset, metric_type, name), num_classes, name)
-        return None
-    labels = _as_labels(_targets_without_images(dataset), dataset)
-    check_targets(metric_type, labels, name)
-    if kind is TargetKind.MULTI_HOT:
-        if labels.shape[1] != num_classes:
-            raise ValueError(
-                f"{name} has rows of {labels.shape[1]} labels, but the classifier has {num_classes} classes"
-            )
-        return labels
-    _check_largest_class(int((labels if labels.ndim == 1 else labels[:, 0]).max()), num_classes, name)
+        labels, largest = None, _largest_of_lists(dataset, metric_type, name)
+    else:
+        labels = _as_labels(_targets_without_images(dataset), dataset)
+        check_targets(metric_type, labels, name)
+        if kind is TargetKind.MULTI_HOT:
+            if labels.shape[1] != num_classes:
+                raise ValueError(
+                    f"{name} has rows of {labels.shape[1]} labels, but the classifier has {num_classes} classes"
+                )
+            return labels
+        largest = int((labels if labels.ndim == 1 else labels[:, 0]).max())
+    if largest >= num_classes:
+        raise ValueError(f"{name} has class {largest}, but the classifier has only {num_classes} classes")
     return labels
 
 
@@ -224,10 +226,7 @@ def create_class_indices_mapping(labels: Tensor) -> dict[int, Tensor]:
 
 
 def create_train_dataset_dict(
-    dataset: Any,
-    few_shot_eval: bool = False,
-    few_shot_k_or_percent: float | None = None,
-    few_shot_n_tries: int = 1,
+    dataset: Any, few_shot_eval: bool = False, few_shot_k_or_percent: float | None = None, few_shot_n_tries: int = 1
 ) -> dict[int, Any]:
     """Return the training sets of an evaluation, by try.
 
@@ -343,18 +342,17 @@ def extract_features_for_dataset_dict(
     return result
 
 
-def pad_multilabel_and_collate(batch: Sequence[Any], pad_value: int = -1) -> tuple[Any, tuple[Tensor, Tensor]]:
+def pad_multilabel_and_collate(batch: Sequence[Any]) -> tuple[Any, tuple[Tensor, Tensor]]:
     """Collate samples whose targets are lists of classes.
 
     Args:
         batch: items (image, (index, list of classes)).
-        pad_value: fills the shorter lists.
 
     Returns:
-        (images, (index int64 [B], targets int64 [B, A])), A the length of the longest list.
+        (images, (index int64 [B], targets int64 [B, A])), A the length of the longest list; -1 fills the shorter ones.
     """
     width = max(len(target) for _, (_, target) in batch)
-    padded = [[*target, *[pad_value] * (width - len(target))] for _, (_, target) in batch]
+    padded = [[*target, *[-1] * (width - len(target))] for _, (_, target) in batch]
     images = default_collate([image for image, _ in batch])
     index = torch.tensor([index for _, (index, _) in batch])
     return images, (index, torch.tensor(padded, dtype=torch.int64).reshape(len(batch), width))
@@ -429,11 +427,6 @@ def _largest_of_lists(dataset: Any, metric_type: ClassificationMetricType, name:
     if largest < 0:
         raise ValueError(f"no image of {name} has a class")
     return largest
-
-
-def _check_largest_class(largest: int, num_classes: int, name: str) -> None:
-    if largest >= num_classes:
-        raise ValueError(f"{name} has class {largest}, but the classifier has only {num_classes} classes")
 
 
 def _as_labels(targets: Any, dataset: Any) -> Tensor:

@@ -34,16 +34,15 @@ class ModelWithNormalize(nn.Module):
 class ModelWithMultiScale(nn.Module):
     """A model whose output is the mean over its inputs at scales 1, sqrt(1/2) and 1/2."""
 
-    def __init__(self, model: nn.Module, mode: str = "bilinear") -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.mode = mode
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean output [B, D] for images [B, 3, H, W]."""
         outputs = [self.model(images)]
         for scale in (0.5**0.5, 0.5):
-            scaled = F.interpolate(images, scale_factor=scale, mode=self.mode, align_corners=False)
+            scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
             outputs.append(self.model(scaled))
         return torch.stack(outputs).mean(dim=0)
 

@@ -241,12 +241,8 @@ def as_file_name(text: str) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Return nested values with None for numbers that are not finite, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return nested values as JSON has them, with None for numbers that are not finite, which JSON lacks."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _resolve_format(path: Any, file_format: FileFormat | None) -> FileFormat:

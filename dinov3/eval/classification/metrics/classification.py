@@ -178,12 +178,12 @@ def scalar_results(metric: Any, values: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value[present].mean() if name in vectors else value) for name, value in values.items()}
 
 
-def check_targets(metric_type: ClassificationMetricType, labels: Tensor | None, name: str) -> None:
+def check_targets(metric_type: ClassificationMetricType, labels: Tensor, name: str) -> None:
     """Refuse targets that a metric cannot take, before anything is computed.
 
     Args:
         metric_type: the metric.
-        labels: of the dataset, [N] or [N, L]; None if they are unknown without the images.
+        labels: of the dataset, [N] or [N, L].
         name: what the message calls the dataset.
 
     Raises:
@@ -191,7 +191,7 @@ def check_targets(metric_type: ClassificationMetricType, labels: Tensor | None, 
     """
     kind = metric_type.target_kind
     n_dims = {TargetKind.CLASSES: 1, TargetKind.MULTI_HOT: 2, TargetKind.CORRUPTIONS: 2}.get(kind)
-    if labels is None or n_dims is None:
+    if n_dims is None:
         return
     if labels.ndim != n_dims or (kind is TargetKind.CORRUPTIONS and labels.shape[1] != CORRUPTION_COLUMNS):
         have = "one class per image" if labels.ndim == 1 else f"rows of {labels.shape[1]}"

@@ -82,25 +82,16 @@ class MacroAveragePrecision(ScoresMetric):
 
 
 class MeanAveragePrecisionVOC2007(ScoresMetric):
-    """Mean over classes of the 11-point interpolated average precision of PASCAL VOC 2007.
-
-    Args:
-        num_classes: number of score columns C.
-        add_point: let precision 1 at recall 0 count as a point, as published figures do. It adds up to 1/11.
-    """
-
-    def __init__(self, num_classes: int, add_point: bool = True) -> None:
-        super().__init__(num_classes)
-        self.add_point = add_point
+    """Mean over classes of the 11-point interpolated average precision of PASCAL VOC 2007."""
 
     def of_class(self, scores: Tensor, is_positive: Tensor) -> Tensor:
         """Return the interpolated average precision."""
         precision, recall = precision_recall_points(scores, is_positive)
-        if self.add_point:
-            precision, recall = torch.cat([precision, scores.new_ones(1)]), torch.cat([recall, scores.new_zeros(1)])
+        # Precision 1 at recall 0 counts as a point, as in published figures; it adds up to 1/11.
+        precision, recall = torch.cat([precision, scores.new_ones(1)]), torch.cat([recall, scores.new_zeros(1)])
         levels = torch.linspace(0, 1, VOC2007_RECALLS)
         reached = torch.where(recall >= levels[:, None], precision, 0.0)  # [11, K]
-        return reached.amax(dim=1).mean() if len(precision) else scores.new_zeros(())
+        return reached.amax(dim=1).mean()
 
 
 def precision_recall_points(scores: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor]:
