@@ -67,7 +67,6 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.linear.train_linear_classifiers": CLASSIFICATION + ".linear_training.train_linear_classifiers",
     "dinov3.eval.accumulators": "dinov3.eval.features.extraction",
     "dinov3.eval.metrics": METRICS,
-    "dinov3.eval.metrics.build_topk_accuracy_metric": METRICS + ".classification.build_topk_accuracy_metric",
     "dinov3.eval.metrics.MacroAveragedMeanReciprocalRank": METRICS + ".counting.MacroAveragedMeanReciprocalRank",
     "dinov3.eval.metrics.MeanAveragePrecisionVOC2007": METRICS + ".curves.MeanAveragePrecisionVOC2007",
     "dinov3.eval.metrics.classification.AnyMatchAccuracy": METRICS + ".counting.AnyMatchAccuracy",

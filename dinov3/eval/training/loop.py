@@ -133,7 +133,7 @@ def train_head(
     with Progress(task.description, total_iter, unit="step", initial=first) as progress:
         for iteration, batch in enumerate(batches, start=first):
             task.head.train()
-            # What is dropped in a step then depends on its number, not on what was drawn before a resume.
+            # What is dropped in a step depends on its number, not on what was drawn before a resume.
             words = np.random.SeedSequence([seed, iteration, distributed.get_rank()]).generate_state(2)
             torch.manual_seed(int(words.view(np.uint64)[0]))
             loss = task.step(batch, iteration)

@@ -132,12 +132,14 @@ def build_classification_metric(
     Raises:
         ValueError: the dataset does not have what the metric needs.
     """
-    name, average = metric_type.name, metric_type.averaging_method
+    name = metric_type.name
+    average = "" if metric_type.averaging_method is None else metric_type.averaging_method.value
+    ks = ks or ((1, 5) if num_classes >= MIN_CLASSES_FOR_TOP_5 else (1,))
     if metric_type.is_topk_accuracy or metric_type.is_topk_recall:
-        assert average is not None
-        return build_topk_accuracy_metric(average, num_classes, ks)
+        # With one class per sample, the share of a class's samples that are found is its accuracy and its recall.
+        return TopKAccuracy(num_classes, ks, average)
     if metric_type.target_kind is TargetKind.LISTS:
-        return AnyMatchAccuracy(ks or _default_ks(num_classes))
+        return AnyMatchAccuracy(ks)
     if metric_type.target_kind is TargetKind.INDICES:
         if not hasattr(dataset, "get_groupby_labels") or not hasattr(dataset, "get_mapped_targets"):
             raise ValueError(f"{name} needs {metric_type.target_kind.value}; {type(dataset).__name__} do not")
@@ -145,8 +147,7 @@ def build_classification_metric(
     if metric_type.target_kind is TargetKind.CORRUPTIONS:
         return ImageNet_C_Metric(getattr(dataset, "corruption_types", CORRUPTION_TYPES))
     if "F1" in name:
-        assert average is not None
-        return (MultilabelF1 if metric_type.is_multilabel else MulticlassF1)(num_classes, average.value)
+        return (MultilabelF1 if metric_type.is_multilabel else MulticlassF1)(num_classes, average)
     others: dict[str, type[Any]] = {
         "AUROC": MacroAUROC,
         "MACRO_AVERAGED_MEAN_RECIPROCAL_RANK": MacroAveragedMeanReciprocalRank,
@@ -154,13 +155,6 @@ def build_classification_metric(
         "MACRO_MULTILABEL_AVERAGE_PRECISION": MacroAveragePrecision,
     }
     return others[name](num_classes)
-
-
-def build_topk_accuracy_metric(
-    average_type: AveragingMethod, num_classes: int, ks: Sequence[int] | None = None
-) -> TopKAccuracy:
-    """Build a `TopKAccuracy`; `ks` as for `build_classification_metric`."""
-    return TopKAccuracy(num_classes, ks or _default_ks(num_classes), average_type.value)
 
 
 def scalar_results(metric: Any, values: dict[str, Tensor]) -> dict[str, float]:
@@ -196,7 +190,3 @@ def check_targets(metric_type: ClassificationMetricType, labels: Tensor, name: s
     if labels.ndim != n_dims or (kind is TargetKind.CORRUPTIONS and labels.shape[1] != CORRUPTION_COLUMNS):
         have = "one class per image" if labels.ndim == 1 else f"rows of {labels.shape[1]}"
         raise ValueError(f"{metric_type.name} needs {kind.value}, but {name} has {have}")
-
-
-def _default_ks(num_classes: int) -> tuple[int, ...]:
-    return (1, 5) if num_classes >= MIN_CLASSES_FOR_TOP_5 else (1,)
