@@ -157,8 +157,9 @@ def test_entries_of_the_cache_are_mapped(faces: Path, tmp_path: Path) -> None:
     for _ in range(2):  # stored, then found
         rows = extract_cached(model, dataset, config.make_store(), batch_size=16, num_workers=0)
         assert is_mapped(rows.features) and torch.equal(rows.features, want.features)
+        (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        assert f"{entry}/features.npy" in Path("/proc/self/maps").read_text()  # the disk holds no second copy
         rows.features[0] = 7.0  # changes no file
-    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert np.load(entry / "features.npy").max() < 7
 
 
