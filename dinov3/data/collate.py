@@ -76,7 +76,13 @@ def collate_data_and_cast(
     # In float32, because its products sometimes truncate to other integers than those of float64.
     shares = torch.linspace(*mask_ratio_tuple, int(n_masks * mask_probability) + 1, dtype=torch.float32)[1:]
     counts: list[int] = (n_tokens * shares).long().tolist()
-    masks = [_draw_mask(mask_generator, count, random_circular_shift) for count in counts]
+    masks = []
+    for count in counts:
+        mask = mask_generator(count)
+        if random_circular_shift:
+            shift = [random.randint(0, side - 1) for side in mask.shape]
+            mask = np.roll(mask, shift, axis=(0, 1))
+        masks.append(mask)
     # Empty masks are drawn, too: that advances NumPy's generator, as published.
     masks += [mask_generator(0) for _ in range(n_masks - len(counts))]
     random.shuffle(masks)
@@ -117,15 +123,6 @@ def _to_dtype(crops: Tensor, dtype: torch.dtype, normalize: tuple[Sequence[float
         raise ValueError("the crops are uint8: pass normalize=(mean, std) to convert them to floats")
     mean, std = (torch.tensor(tuple(values), dtype=torch.float32).view(-1, 1, 1) for values in normalize)
     return crops.float().div_(255).sub_(mean).div_(std).to(dtype)
-
-
-def _draw_mask(generator: MaskingGenerator, count: int, random_circular_shift: bool) -> np.ndarray:
-    mask = generator(count)
-    if not random_circular_shift:
-        return mask
-    height, width = mask.shape
-    down, right = random.randint(0, height - 1), random.randint(0, width - 1)
-    return np.roll(mask, (down, right), axis=(0, 1))
 
 
 def _describe_masks(masks: Tensor) -> dict[str, Tensor]:

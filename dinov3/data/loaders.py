@@ -16,6 +16,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -244,18 +245,18 @@ class BatchRequest(NamedTuple):
     restart: bool = False
 
 
+@dataclass(eq=False)
 class BatchRequests(Sampler[BatchRequest]):
     """The entries of an endless sampler, grouped into numbered batches."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, first_batch: int) -> None:
-        self._sampler = sampler
-        self._batch_size = batch_size
-        self._first_batch = first_batch
+    sampler: Sampler[int]
+    batch_size: int
+    first_batch: int
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        entries = iter(self._sampler)
-        for number in itertools.count(self._first_batch):
-            yield BatchRequest(number, list(itertools.islice(entries, self._batch_size)))
+        entries = iter(self.sampler)
+        for number in itertools.count(self.first_batch):
+            yield BatchRequest(number, list(itertools.islice(entries, self.batch_size)))
 
 
 class StreamRequests(Sampler[BatchRequest]):
@@ -287,51 +288,46 @@ class StreamRequests(Sampler[BatchRequest]):
             # The first batch of each lane, also after a resume: its worker holds nothing yet.
             restart = number < self._first_batch + len(self._lanes)
             request = self._lanes[lane].request(turn * self._batch_size, self._batch_size, restart=restart)
-            yield BatchRequest(number, request.indices, request.ahead, restart)
+            yield BatchRequest(number, *request, restart=restart)
 
 
+@dataclass(eq=False)
 class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
     """A dataset whose items are complete batches, each drawn from seeds of its own.
 
-    An item is a pair: the batch, and for every image that was replaced its index and the error.
+    An item is a pair: the batch, and for every image that was replaced its index and the error. The arguments are those
+    of `make_train_data_loader`.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[list[Any]], dict[str, Any]],
-        seed_key: tuple[int, int, int],
-        *,
-        skip_bad_images: bool,
-    ) -> None:
-        self._dataset = dataset
-        self._collate_fn = collate_fn
-        self._seed, self._loader, self._rank = seed_key
-        self._skip_bad_images = skip_bad_images
+    dataset: Any
+    collate_fn: Callable[[list[Any]], dict[str, Any]]
+    seed_key: tuple[int, int, int]
+    skip_bad_images: bool = field(kw_only=True)
 
     def __getitem__(self, request: BatchRequest) -> tuple[dict[str, Any], list[tuple[int, str]]]:
-        key = [self._seed, self._loader, request.number, self._rank]
+        seed, loader, rank = self.seed_key
+        key = [seed, loader, request.number, rank]
         problems: list[tuple[int, str]] = []
         if request.ahead is not None:
-            self._dataset.read_ahead(request.ahead, restart=request.restart)
+            self.dataset.read_ahead(request.ahead, restart=request.restart)
         # Without workers this is the training process, whose own generators must not notice.
         with _generators_restored():
             samples = [self._load(index, [*key, position], problems) for position, index in enumerate(request.indices)]
             # Again, so that the masks do not depend on how much the samples have drawn.
             _seed_generators(key)
-            return self._collate_fn(samples), problems
+            return self.collate_fn(samples), problems
 
     def _load(self, index: int, key: list[int], problems: list[tuple[int, str]]) -> Any:
-        n_samples = len(self._dataset)
+        n_samples = len(self.dataset)
         n_tries = min(n_samples, MAX_REPLACEMENTS + 1)
         for attempt in range(n_tries):
             candidate = (index + attempt) % n_samples
             # Of the position, not of the image: the replacement draws what the image would have drawn.
             _seed_generators(key)
             try:
-                return self._dataset[candidate]
+                return self.dataset[candidate]
             except BadImageError as error:
-                if not self._skip_bad_images:
+                if not self.skip_bad_images:
                     raise
                 problems.append((candidate, str(error)))
         raise BadImageError(
@@ -339,23 +335,23 @@ class TrainBatches(Dataset[tuple[dict[str, Any], list[tuple[int, str]]]]):
         )
 
 
+@dataclass(eq=False)
 class TrainDataLoader:
     """The batches of `make_train_data_loader`. Each `iter()` starts again at the first one."""
 
-    def __init__(self, loader: DataLoader[Any], batch_size: int, *, counts_bad_images: bool) -> None:
-        self.batch_size = batch_size
-        self._loader = loader
-        self._counts_bad_images = counts_bad_images
-        self._reported: set[int] = set()
+    loader: DataLoader[Any]
+    batch_size: int
+    counts_bad_images: bool
+    _reported: set[int] = field(default_factory=set, init=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch, problems in self._loader:
+        for batch, problems in self.loader:
             # Reported here, because workers do not know of each other and may have no log.
             for index, message in problems:
                 if index not in self._reported:
                     self._reported.add(index)
                     logger.warning("%s; another image takes its place", message)
-            if self._counts_bad_images:
+            if self.counts_bad_images:
                 batch["n_bad_images"] = len(problems)
             yield batch
 

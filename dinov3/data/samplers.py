@@ -83,7 +83,7 @@ class EpochSampler(Sampler[int]):
         yield from indices[: self._size][self._start :: self._step].tolist()
 
     def __len__(self) -> int:
-        return max(0, (self._size - self._start + self._step - 1) // self._step)
+        return len(range(self._start, self._size, self._step))
 
 
 class _EndlessSampler(Sampler[int]):
@@ -117,9 +117,9 @@ class _EndlessSampler(Sampler[int]):
         first_pass, offset = divmod(self._advance, self._count)
         if not self._shuffle:
             own = np.arange(self._start, self._sample_count, self._step)
-            return _flatten(itertools.repeat(own), offset, in_background=False)
-        in_background = self._sample_count >= BACKGROUND_FROM
-        return _flatten(self._shuffled_passes(first_pass), offset, in_background=in_background)
+            return _flatten(itertools.repeat(own), offset)
+        passes = self._shuffled_passes(first_pass)
+        return _flatten(_one_ahead(passes) if self._sample_count >= BACKGROUND_FROM else passes, offset)
 
     def _count_entries(self) -> int:
         return len(range(self._start, self._sample_count, self._step))
@@ -149,7 +149,10 @@ class InfiniteSampler(_EndlessSampler):
         if n >= RANDPERM_64BIT_FROM:
             permutations: Iterator[np.ndarray] = itertools.islice(_permutations_by_loop(n, generator), first, None)
         else:
-            _discard_words(generator, first * n)
+            n_words = first * n  # that the passes before have drawn
+            words = torch.empty(min(n_words, _WORDS_PER_DISCARD), dtype=torch.int32)
+            for begin in range(0, n_words, _WORDS_PER_DISCARD):
+                words[: n_words - begin].random_(generator=generator)
             permutations = _permutations(n, generator)
         for permutation in permutations:
             yield permutation[self._start :: self._step].copy()  # a copy frees the entries of the other processes
@@ -218,8 +221,8 @@ def _slice_of_this_process(sample_count: int, start: int | None, step: int | Non
     return start, step
 
 
-def _flatten(passes: Iterator[np.ndarray], offset: int, *, in_background: bool) -> Iterator[int]:
-    for indices in _one_ahead(passes) if in_background else passes:
+def _flatten(passes: Iterator[np.ndarray], offset: int) -> Iterator[int]:
+    for indices in passes:
         for begin in range(offset, len(indices), _CHUNK):
             yield from indices[begin : begin + _CHUNK].tolist()
         offset = 0
@@ -249,12 +252,6 @@ def _permutations_by_loop(n: int, generator: torch.Generator) -> Iterator[np.nda
             j = int(torch.randint(i, n, (1,), generator=generator))
             permutation[i], permutation[j] = permutation[j], permutation[i]
         yield permutation
-
-
-def _discard_words(generator: torch.Generator, n_words: int) -> None:
-    words = torch.empty(min(n_words, _WORDS_PER_DISCARD), dtype=torch.int32)
-    for begin in range(0, n_words, _WORDS_PER_DISCARD):
-        words[: n_words - begin].random_(generator=generator)
 
 
 def _shuffle_by_randperm(shard: np.ndarray, seed: int) -> np.ndarray:
@@ -292,11 +289,7 @@ def _inside_out_draws(n: int, seed: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
         draws = (int(torch.randint(0, i + 1, (1,), generator=generator)) for i in range(1, n))
         return np.fromiter(itertools.chain([0], draws), dtype=np.int64, count=n)
-    return np.append(0, _torch_words(seed, n - 1).astype(np.int64) % np.arange(2, n + 1))
-
-
-def _torch_words(seed: int, count: int) -> np.ndarray:
-    # The 32-bit words of a torch generator. No torch function returns all their bits, but NumPy has the same generator.
+    # No torch function returns all 32 bits of the words that a torch generator draws, but NumPy has the same generator.
     words = np.random.MT19937()
     words.state = cast(Any, np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False))
-    return words.random_raw(count)
+    return np.append(0, words.random_raw(n - 1).astype(np.int64) % np.arange(2, n + 1))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,29 +87,11 @@ class DenseData:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    # Pieces of one size, spread evenly over a part of a picture.
-    left: int
-    top: int
-    right: int
-    bottom: int
-    size: tuple[int, int]  # width, height
-    columns: int
-    rows: int
-
-    def boxes(self) -> Iterator[tuple[slice, slice]]:
-        width, height = self.size
-        for y in np.linspace(self.top, self.bottom - height, self.rows).round().astype(int):
-            for x in np.linspace(self.left, self.right - width, self.columns).round().astype(int):
-                yield slice(y, y + height), slice(x, x + width)
-
-
-@dataclass(frozen=True)
 class _Picture:
     name: str
     image: np.ndarray  # uint8 [H, W, 3]
     target: np.ndarray  # [H, W]
-    cuts: dict[str, _Cut]  # by split
+    boxes: dict[str, list[tuple[slice, slice]]]  # rows and columns of each piece, by split
 
 
 def write_dense_data(output_dir: Path) -> DenseData:
@@ -196,7 +177,7 @@ def _write_pieces(root: Path, targets: str, pictures: list[_Picture], *, progres
         (split, picture, rows, columns)
         for picture in pictures
         for split in SPLITS
-        for rows, columns in picture.cuts[split].boxes()
+        for rows, columns in picture.boxes[split]
     ]
     for split, picture, rows, columns in tqdm(pieces, desc=progress, unit="image"):
         for folder, array in (("images", picture.image), (targets, picture.target)):
@@ -206,35 +187,45 @@ def _write_pieces(root: Path, targets: str, pictures: list[_Picture], *, progres
     return {"pictures": [picture.name for picture in pictures]}
 
 
+def _spread_boxes(
+    left: int, top: int, right: int, bottom: int, *, size: tuple[int, int], columns: int, rows: int
+) -> list[tuple[slice, slice]]:
+    # Pieces of one size (width, height), spread evenly over a part of a picture.
+    width, height = size
+    lefts = np.linspace(left, right - width, columns).round().astype(int)
+    tops = np.linspace(top, bottom - height, rows).round().astype(int)
+    return [(slice(y, y + height), slice(x, x + width)) for y in tops for x in lefts]
+
+
 def _make_depth(files: dict[str, Path]) -> list[_Picture]:
     with np.load(files["motorcycle_disp.npz"]) as archive:
         (disparity,) = archive.values()
     millimetres = np.rint(disparity_to_metres(disparity) * 1000).astype(np.uint16)
-    cuts = {
-        "train": _Cut(0, 0, 480, 500, size=(240, 240), columns=3, rows=4),
-        "val": _Cut(501, 0, 741, 500, size=(240, 240), columns=1, rows=2),
+    boxes = {
+        "train": _spread_boxes(0, 0, 480, 500, size=(240, 240), columns=3, rows=4),
+        "val": _spread_boxes(501, 0, 741, 500, size=(240, 240), columns=1, rows=2),
     }
-    return [_Picture("motorcycle", _read_rgb(files["motorcycle_left.png"]), millimetres, cuts)]
+    return [_Picture("motorcycle", _read_rgb(files["motorcycle_left.png"]), millimetres, boxes)]
 
 
 def _make_segmentation(files: dict[str, Path]) -> list[_Picture]:
     coins, tissue, horse = (_read_rgb(files[f"{name}.png"]) for name in ("coins", "ihc", "horse"))
-    coins_cuts = {
-        "train": _Cut(0, 0, 384, 150, size=(192, 150), columns=3, rows=1),
-        "val": _Cut(0, 151, 384, 303, size=(192, 152), columns=2, rows=1),
+    coins_boxes = {
+        "train": _spread_boxes(0, 0, 384, 150, size=(192, 150), columns=3, rows=1),
+        "val": _spread_boxes(0, 151, 384, 303, size=(192, 152), columns=2, rows=1),
     }
-    tissue_cuts = {
-        "train": _Cut(0, 0, 256, 512, size=(256, 256), columns=1, rows=3),
-        "val": _Cut(256, 0, 512, 512, size=(256, 256), columns=1, rows=2),
+    tissue_boxes = {
+        "train": _spread_boxes(0, 0, 256, 512, size=(256, 256), columns=1, rows=3),
+        "val": _spread_boxes(256, 0, 512, 512, size=(256, 256), columns=1, rows=2),
     }
-    horse_cuts = {
-        "train": _Cut(0, 0, 200, 328, size=(200, 200), columns=1, rows=3),
-        "val": _Cut(200, 0, 400, 328, size=(200, 164), columns=1, rows=2),
+    horse_boxes = {
+        "train": _spread_boxes(0, 0, 200, 328, size=(200, 200), columns=1, rows=3),
+        "val": _spread_boxes(200, 0, 400, 328, size=(200, 164), columns=1, rows=2),
     }
     return [
-        _Picture("coins", coins, _class_map(_find_coins(coins[..., 0]), "coin"), coins_cuts),
-        _Picture("tissue", tissue, _class_map(_find_stain(tissue), "stained tissue"), tissue_cuts),
-        _Picture("horse", horse, _class_map(horse[..., 0] < 128, "horse"), horse_cuts),
+        _Picture("coins", coins, _class_map(_find_coins(coins[..., 0]), "coin"), coins_boxes),
+        _Picture("tissue", tissue, _class_map(_find_stain(tissue), "stained tissue"), tissue_boxes),
+        _Picture("horse", horse, _class_map(horse[..., 0] < 128, "horse"), horse_boxes),
     ]
 
 

@@ -194,7 +194,10 @@ def _write_folder(images: Images, dataset: ImageFolder) -> None:
     # Labelled images are used whole; of unlabelled photos there are only tiles, as of the packaged ones.
     tiles_per_image = tiles_per_image if dataset.classes else max(1, tiles_per_image)
     rng = np.random.default_rng(SPLIT_SEED)
-    shown = _choose_shown(indices, is_test)
+    # The figures show held-out images if there are any, spread over the folder.
+    candidates = indices[is_test] if is_test.any() else indices
+    spread = np.linspace(0, len(candidates) - 1, min(MAX_FIGURE_PHOTOS, len(candidates))).astype(int)
+    shown = set(candidates[spread].tolist())
     for position, index in enumerate(tqdm(indices, desc="your images", unit="image")):
         image = _load(dataset, int(index))
         stem = f"{index:06d}"
@@ -227,13 +230,6 @@ def _hold_out_of_folder(dataset: ImageFolder, indices: np.ndarray) -> np.ndarray
             "train on and one that is held out: add images, or put all images into one folder to train without classes"
         )
     return held_out(labels, USER_TEST_SHARE)
-
-
-def _choose_shown(indices: np.ndarray, is_test: np.ndarray) -> set[int]:
-    # Held-out images if there are any, spread over the folder.
-    candidates = indices[is_test] if is_test.any() else indices
-    spread = np.linspace(0, len(candidates) - 1, min(MAX_FIGURE_PHOTOS, len(candidates))).astype(int)
-    return {int(candidates[position]) for position in spread}
 
 
 def _load(dataset: ImageFolder, index: int) -> Image.Image:

@@ -10,7 +10,6 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +62,8 @@ class SelfAttentionBlock(nn.Module):
         self.ls2 = LayerScale(dim, init_values=init_values, device=device) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
-    @overload
-    def forward(self, x_or_list: Tensor, rope_or_list: Rope | None = None) -> Tensor: ...
-    @overload
-    def forward(self, x_or_list: list[Tensor], rope_or_list: list[Rope | None] | None = None) -> list[Tensor]: ...
     def forward(
-        self,
-        x_or_list: Tensor | list[Tensor],
-        rope_or_list: Rope | list[Rope | None] | None = None,
+        self, x_or_list: Tensor | list[Tensor], rope_or_list: Rope | list[Rope | None] | None = None
     ) -> Tensor | list[Tensor]:
         """Transform one token tensor, or several together.
 

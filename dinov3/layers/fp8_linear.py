@@ -48,10 +48,7 @@ class Fp8LinearKMaskedBias(LinearKMaskedBias):
         return fp8_linear(x, self.weight, bias)
 
 
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Linear]] = {
-    nn.Linear: Fp8Linear,
-    LinearKMaskedBias: Fp8LinearKMaskedBias,
-}
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Linear]] = {nn.Linear: Fp8Linear, LinearKMaskedBias: Fp8LinearKMaskedBias}
 
 
 def convert_linears_to_fp8(root_module: nn.Module, *, filter: str) -> nn.Module:

@@ -112,20 +112,16 @@ class RopePositionEmbedding(nn.Module):
     def rotations(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sin, cos), each [P, d], of the `coordinates` [P, 2], which training augments first."""
         if self.is_random:
-            coordinates = self._augment(coordinates)
+            # Seeded runs depend on the order, the shapes and the kind of these draws.
+            if self.shift_coords is not None:
+                coordinates = coordinates + self._draw(2, self.shift_coords)
+            if self.jitter_coords is not None:
+                coordinates = coordinates * self._draw(2, math.log(self.jitter_coords)).exp()
+            if self.rescale_coords is not None:
+                coordinates = coordinates * self._draw(1, math.log(self.rescale_coords)).exp()
         angles = 2 * math.pi * coordinates[:, :, None] / self.periods  # [P, 2, d / 4]
         angles = angles.flatten(1, 2)  # [P, d / 2]
         return angles.sin().tile(2), angles.cos().tile(2)
-
-    def _augment(self, coordinates: Tensor) -> Tensor:
-        # Seeded runs depend on the order, the shapes and the kind of these draws.
-        if self.shift_coords is not None:
-            coordinates = coordinates + self._draw(2, self.shift_coords)
-        if self.jitter_coords is not None:
-            coordinates = coordinates * self._draw(2, math.log(self.jitter_coords)).exp()
-        if self.rescale_coords is not None:
-            coordinates = coordinates * self._draw(1, math.log(self.rescale_coords)).exp()
-        return coordinates
 
     def _draw(self, n: int, bound: float) -> Tensor:
         return torch.empty(n, device=self.periods.device, dtype=self.dtype).uniform_(-bound, bound)

@@ -502,7 +502,7 @@ def test_options_of_workers_are_passed_on() -> None:
 def test_memory_is_pinned_only_for_cuda(device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders.runtime, "device", lambda: torch.device(device))
     assert plain_loader().pin_memory == pinned
-    assert train_loader()._loader.pin_memory == pinned
+    assert train_loader().loader.pin_memory == pinned
 
 
 # Datasets from strings

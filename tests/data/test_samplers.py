@@ -127,7 +127,7 @@ def test_next_pass_is_made_while_this_one_is_read() -> None:
         yield np.array([3, 4])
         yield np.array([5, 6])
 
-    entries = samplers._flatten(passes(), 0, in_background=True)
+    entries = samplers._flatten(samplers._one_ahead(passes()), 0)
     assert next(entries) == 1
     first_is_read.set()
     assert [next(entries), next(entries)] == [2, 3]

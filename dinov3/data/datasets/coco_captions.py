@@ -58,13 +58,7 @@ class CocoCaptions(ExtendedVisionDataset):
 
     Split = CocoCaptionsSplit
 
-    def __init__(
-        self,
-        *,
-        split: CocoCaptionsSplit,
-        root: str | None = None,
-        **transforms: Unpack[Transforms],
-    ) -> None:
+    def __init__(self, *, split: CocoCaptionsSplit, root: str | None = None, **transforms: Unpack[Transforms]) -> None:
         directory = require_directory(root, "CocoCaptions")
         super().__init__(root=str(directory), **transforms)
         self.split = CocoCaptionsSplit(split)

@@ -29,11 +29,7 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         class_names: those of datasets with maps of labels; None if they name none.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[ExtendedVisionDataset],
-        **transforms: Unpack[Transforms],
-    ) -> None:
+    def __init__(self, datasets: Sequence[ExtendedVisionDataset], **transforms: Unpack[Transforms]) -> None:
         super().__init__(**transforms)
         self.datasets = list(datasets)
         if any(getattr(dataset, "stream", None) is not None for dataset in self.datasets):

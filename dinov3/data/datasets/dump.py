@@ -22,6 +22,13 @@ from dinov3.data.datasets.strings import DatasetStringError, parse_dataset_strin
 from dinov3.data.datasets.web_dataset import WebDataset
 from dinov3.utils.command_line import run_command_line
 
+REQUIRED_KEYS = {
+    "ADE20K": ("root",),
+    "ImageNet": ("root", "extra"),
+    "ImageNet22k": ("root", "extra"),
+    "WebDataset": ("urls",),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the files of the dataset that the command line names; None takes the arguments of the program."""
@@ -43,34 +50,28 @@ def dump(dataset_str: str) -> None:
         FileNotFoundError: no split is present, or a file is missing.
     """
     parsed = parse_dataset_string(dataset_str)
-    if len(parsed) != 1 or parsed[0].name not in _DUMPS:
-        raise DatasetStringError(f"dataset string {dataset_str!r}: only {', '.join(_DUMPS)} have extra files to write")
-    write, required = _DUMPS[parsed[0].name]
-    for key in required:
-        if not parsed[0].kwargs.get(key):
+    if len(parsed) != 1 or parsed[0].name not in REQUIRED_KEYS:
+        raise DatasetStringError(
+            f"dataset string {dataset_str!r}: only {', '.join(REQUIRED_KEYS)} have extra files to write"
+        )
+    name, kwargs = parsed[0].name, parsed[0].kwargs
+    for key in REQUIRED_KEYS[name]:
+        if not kwargs.get(key):
             raise DatasetStringError(f"dataset string {dataset_str!r}: give {key}=DIRECTORY")
-    write(parsed[0].kwargs)
-
-
-def _dump_image_net(kwargs: dict[str, Any]) -> None:
-    root = Path(kwargs["root"]).expanduser()
-    for split in _splits(kwargs, ImageNet.Split, root, lambda split: split.value):
-        ImageNet(split=split, root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
-
-
-def _dump_image_net_22k(kwargs: dict[str, Any]) -> None:
-    ImageNet22k(root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
-
-
-def _dump_ade20k(kwargs: dict[str, Any]) -> None:
-    images = Path(kwargs["root"]).expanduser() / "images"
-    for split in _splits(kwargs, ADE20K.Split, images, lambda split: split.dirname):
-        ADE20K.dump_listing(split, kwargs["root"])
-
-
-def _dump_web_dataset(kwargs: dict[str, Any]) -> None:
-    dataset = WebDataset(**kwargs)
-    logging.getLogger("dinov3").info("indexed %d samples in %d shards", len(dataset), len(dataset.shards))
+    match name:
+        case "ADE20K":
+            images = Path(kwargs["root"]).expanduser() / "images"
+            for split in _splits(kwargs, ADE20K.Split, images, lambda split: split.dirname):
+                ADE20K.dump_listing(split, kwargs["root"])
+        case "ImageNet":
+            root = Path(kwargs["root"]).expanduser()
+            for split in _splits(kwargs, ImageNet.Split, root, lambda split: split.value):
+                ImageNet(split=split, root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
+        case "ImageNet22k":
+            ImageNet22k(root=kwargs["root"], extra=kwargs["extra"]).dump_extra()
+        case "WebDataset":
+            dataset = WebDataset(**kwargs)
+            logging.getLogger("dinov3").info("indexed %d samples in %d shards", len(dataset), len(dataset.shards))
 
 
 def _splits(kwargs: dict[str, Any], splits: type[Enum], root: Path, dirname: Callable[[Any], str]) -> list[Any]:
@@ -78,15 +79,6 @@ def _splits(kwargs: dict[str, Any], splits: type[Enum], root: Path, dirname: Cal
     if not found:
         raise FileNotFoundError(f"{root} has none of the directories {', '.join(map(dirname, splits))}")
     return found
-
-
-# The function that writes, and the keys that it needs.
-_DUMPS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
-    "ADE20K": (_dump_ade20k, ("root",)),
-    "ImageNet": (_dump_image_net, ("root", "extra")),
-    "ImageNet22k": (_dump_image_net_22k, ("root", "extra")),
-    "WebDataset": (_dump_web_dataset, ("urls",)),
-}
 
 
 if __name__ == "__main__":

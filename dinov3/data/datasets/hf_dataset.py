@@ -66,18 +66,14 @@ class HFDataset(ExtendedVisionDataset):
 
     def get_image_relpath(self, index: int) -> str:
         """Return the path that the table has for the image of row `index`, or `row <index>`."""
-        path = self._cell(index)["path"].as_py()
-        return path or f"row {index}"
+        return self._cell(index)["path"].as_py() or f"row {index}"
 
     def get_image_data(self, index: int) -> bytes:
         cell = self._cell(index)
-        data = cell["bytes"].as_py()
-        if data is not None:
-            return data
-        path = cell["path"].as_py()
-        if path is None:
+        data, path = cell["bytes"].as_py(), cell["path"].as_py()
+        if data is None and path is None:
             raise ValueError(f"row {index} has no image")
-        return Path(path).read_bytes()
+        return Path(path).read_bytes() if data is None else data
 
     def get_target(self, index: int) -> int | None:
         """Return the class index of row `index`, or None without a label."""
@@ -132,21 +128,21 @@ def _import_datasets() -> ModuleType:
 
 def _open(package: ModuleType, path: str, split: str) -> Any:
     if any(os.path.isfile(os.path.join(path, name)) for name in _SAVED):
-        found = _load(package, path, package.load_from_disk, path)
+        found = _load(package, package.load_from_disk, path)
     elif os.path.isdir(path):
         offline = package.DownloadConfig(local_files_only=True)
-        found = _load(package, path, package.load_dataset, path, download_config=offline)
+        found = _load(package, package.load_dataset, path, download_config=offline)
     elif path.startswith((".", "~")) or not _HUB_NAME.fullmatch(path):
         raise FileNotFoundError(f"HFDataset: the directory {path} does not exist, and it is not a name on the Hub")
     else:
         logger.info("HFDataset: %s is not a directory; asking the Hub for it", path)
-        found = _load(package, path, package.load_dataset, path)
+        found = _load(package, package.load_dataset, path)
     return _choose_split(package, found, path, split)
 
 
-def _load(package: ModuleType, path: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load(package: ModuleType, load: Callable[..., Any], path: str, **options: Any) -> Any:
     try:
-        return load(*args, **kwargs)
+        return load(path, **options)
     except (FileNotFoundError, package.exceptions.DatasetsError) as error:
         where = (
             "has no data that `datasets` can read" if os.path.isdir(path) else "is neither a directory nor on the Hub"

@@ -81,17 +81,10 @@ class ImageNet(ExtendedVisionDataset):
     Split = ImageNetSplit
     Target = int
 
-    def __init__(
-        self,
-        *,
-        split: ImageNetSplit,
-        root: str,
-        extra: str,
-        **transforms: Unpack[Transforms],
-    ) -> None:
+    def __init__(self, *, split: ImageNetSplit, root: str, extra: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root=root, **transforms)
         require_directory(root, "ImageNet")
-        self._split = ImageNetSplit(split)
+        self.split = ImageNetSplit(split)
         directory = Path(extra).expanduser()
         self._extra = ExtraFiles(
             directory,
@@ -101,11 +94,6 @@ class ImageNet(ExtendedVisionDataset):
                 f"ImageNet(split=ImageNet.Split.{self.split.name}, root={str(self.root)!r}, extra={str(directory)!r})"
             ),
         )
-
-    @property
-    def split(self) -> ImageNetSplit:
-        """The split of this dataset."""
-        return self._split
 
     @property
     def classes(self) -> list[str] | None:
@@ -151,11 +139,17 @@ class ImageNet(ExtendedVisionDataset):
             FileNotFoundError: the directory of the split or `labels.txt` is missing, or holds no image.
             ValueError: a file is not named like an ImageNet image, or a class id has no row in `labels.txt`.
         """
-        entries = _test_entries() if self.split is ImageNetSplit.TEST else self._list_entries()
-        arrays = {"entries": entries}
-        if self.split is not ImageNetSplit.TEST:
+        if self.split is ImageNetSplit.TEST:
+            # The numbers in the file names are consecutive, so that the directory need not be read.
+            entries = np.zeros(self.split.length, dtype=_entry_dtype([], []))
+            entries["actual_index"] = np.arange(1, len(entries) + 1)
+            entries["class_index"] = NO_CLASS
+            arrays = {"entries": entries}
+        else:
+            entries = self._list_entries()
             _, first = np.unique(entries["class_index"], return_index=True)
-            arrays |= {"class-ids": entries["class_id"][first], "class-names": entries["class_name"][first]}
+            class_ids, class_names = entries["class_id"][first], entries["class_name"][first]
+            arrays = {"entries": entries, "class-ids": class_ids, "class-names": class_names}
         self._extra.save({f"{kind}-{self.split.name}": array for kind, array in arrays.items()})
         logger.info("wrote %d entries of ImageNet %s to %s", len(entries), self.split.name, self._extra.directory)
 
@@ -170,14 +164,10 @@ class ImageNet(ExtendedVisionDataset):
 
     def _check_length(self, path: Path, entries: np.ndarray) -> None:
         # Only a warning, because many people train on a subset.
-        if len(entries) != self.split.length:
-            logger.warning(
-                "ImageNet %s has %d images in %s, the complete split has %d",
-                self.split.name,
-                len(entries),
-                path,
-                self.split.length,
-            )
+        name, n_images, n_complete = self.split.name, len(entries), self.split.length
+        if n_images != n_complete:
+            text = "ImageNet %s has %d images in %s, the complete split has %d"
+            logger.warning(text, name, n_images, path, n_complete)
 
     def _list_entries(self) -> np.ndarray:
         directory = Path(self.root, self.split.get_dirname())
@@ -210,14 +200,6 @@ def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
             ("class_name", f"<U{name_width}"),
         ]
     )
-
-
-def _test_entries() -> np.ndarray:
-    # The numbers in the file names are consecutive, so that the directory need not be read.
-    entries = np.zeros(ImageNetSplit.TEST.length, dtype=_entry_dtype([], []))
-    entries["actual_index"] = np.arange(1, len(entries) + 1)
-    entries["class_index"] = NO_CLASS
-    return entries
 
 
 def _read_labels(path: Path) -> dict[str, str]:

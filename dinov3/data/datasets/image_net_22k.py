@@ -50,12 +50,7 @@ class ImageNet22k(ExtendedVisionDataset):
     Target = int
 
     def __init__(
-        self,
-        *,
-        root: str,
-        extra: str,
-        mmap_cache_size: int = DEFAULT_OPEN_TARS,
-        **transforms: Unpack[Transforms],
+        self, *, root: str, extra: str, mmap_cache_size: int = DEFAULT_OPEN_TARS, **transforms: Unpack[Transforms]
     ) -> None:
         super().__init__(root=root, **transforms)
         require_directory(root, "ImageNet22k")

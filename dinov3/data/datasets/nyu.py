@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import Any, Unpack
 
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
@@ -58,20 +57,17 @@ class NYU(PairedImageDataset):
     ) -> None:
         directory = require_directory(root, "NYU")
         self.split = NYUSplit(split)
+        listing = directory / self.split.listing
+        pairs = []
+        for line in read_listing(listing, "NYU", _EXAMPLE):
+            columns = line.split()
+            if len(columns) < 2:
+                raise ValueError(f"NYU: {listing}: expected a line such as `{_EXAMPLE}`, found {line!r}")
+            pairs.append((columns[0].strip("/"), columns[1].strip("/")))
         super().__init__(
             root=str(directory),
-            pairs=_read_pairs(directory / self.split.listing),
+            pairs=pairs,
             image_decoder=image_decoder,
             target_decoder=target_decoder,
             **transforms,
         )
-
-
-def _read_pairs(path: Path) -> list[tuple[str, str]]:
-    pairs = []
-    for line in read_listing(path, "NYU", _EXAMPLE):
-        columns = line.split()
-        if len(columns) < 2:
-            raise ValueError(f"NYU: {path}: expected a line such as `{_EXAMPLE}`, found {line!r}")
-        pairs.append((columns[0].strip("/"), columns[1].strip("/")))
-    return pairs

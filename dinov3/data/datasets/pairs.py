@@ -40,12 +40,7 @@ class PairedImageDataset(ExtendedVisionDataset):
         target_decoder: Callable[[Any], Decoder] = DenseTargetDecoder,
         **transforms: Unpack[Transforms],
     ) -> None:
-        super().__init__(
-            image_decoder=image_decoder,
-            target_decoder=target_decoder,
-            root=root,
-            **transforms,
-        )
+        super().__init__(image_decoder=image_decoder, target_decoder=target_decoder, root=root, **transforms)
         self.image_paths = [image for image, _ in pairs]
         self.target_paths = [target for _, target in pairs]
 

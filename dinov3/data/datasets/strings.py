@@ -78,10 +78,7 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
         depth_folder.DepthFolder,
         DatasetGrammar(required=("root",), optional=("split", "images", "depth", "scale"), numbers=("scale",)),
     ),
-    "HFDataset": (
-        hf_dataset.HFDataset,
-        DatasetGrammar(required=("path",), optional=("split", "image", "label")),
-    ),
+    "HFDataset": (hf_dataset.HFDataset, DatasetGrammar(required=("path",), optional=("split", "image", "label"))),
     "ImageFolder": (
         image_folder.ImageFolder,
         DatasetGrammar(
@@ -134,7 +131,17 @@ def parse_dataset_string(dataset_str: str) -> list[ParsedDataset]:
     """
     # Without the `:` or end after a name, a path such as /data/old+ImageNet-v2 would be torn apart.
     joint = re.compile(rf"\+(?=(?:{'|'.join(map(re.escape, DATASETS))})(?::|\+|$))")
-    return [_parse_one(part, dataset_str) for part in joint.split(dataset_str)]
+    datasets = []
+    for part in joint.split(dataset_str):
+        name, colon, rest = part.partition(":")
+        if name not in DATASETS:
+            raise DatasetStringError(
+                f"dataset string {dataset_str!r}: unknown dataset {name!r}{did_you_mean(name, DATASETS)}; "
+                f"known are {', '.join(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
+            )
+        tokens = _BEFORE_KEY.split(rest) if colon else []
+        datasets.append(ParsedDataset(name, dict(_parse_token(name, token, dataset_str) for token in tokens)))
+    return datasets
 
 
 def check_required_keys(datasets: Iterable[ParsedDataset], dataset_str: str) -> None:
@@ -147,17 +154,6 @@ def check_required_keys(datasets: Iterable[ParsedDataset], dataset_str: str) -> 
                 f"dataset string {dataset_str!r}: {dataset.name} needs {', '.join(missing)} as well; "
                 + _describe(dataset.name)
             )
-
-
-def _parse_one(part: str, whole: str) -> ParsedDataset:
-    name, colon, rest = part.partition(":")
-    if name not in DATASETS:
-        raise DatasetStringError(
-            f"dataset string {whole!r}: unknown dataset {name!r}{did_you_mean(name, DATASETS)}; "
-            f"known are {', '.join(sorted(DATASETS))}, e.g. 'ImageFolder:root=/data/photos'"
-        )
-    tokens = _BEFORE_KEY.split(rest) if colon else []
-    return ParsedDataset(name, dict(_parse_token(name, token, whole) for token in tokens))
 
 
 def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
