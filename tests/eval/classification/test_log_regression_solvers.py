@@ -77,7 +77,7 @@ def test_gradient_vanishes_at_the_solution(make_targets: Any, dtypes: list[torch
     Cs = [1e-6, 1e-3, 1.0, 100.0]
     for C, fit in zip(Cs, fit_torch(features, targets, Cs, dtypes=dtypes), strict=True):
         assert fit.converged
-        assert gradient_norm(fit, features, targets, C) < (1e-5 if torch.float64 in dtypes else 5e-3)
+        assert gradient_norm(fit, features, targets, C) < (1e-5 if torch.float64 in dtypes else 2e-3)
 
 
 @pytest.mark.parametrize("make_targets", [lambda labels: labels, binary_targets, multi_hot_targets])
