@@ -173,3 +173,33 @@ def test_reaching_the_limit_of_iterations_is_reported() -> None:
     assert fits[1].n_iterations == 4
     theirs = solvers.fit_with_sklearn(features, labels, 1e4, tol=1e-12, max_iterations=4, dtype=torch.float64)
     assert not theirs.converged
+
+
+def test_what_all_classes_have_in_common_is_taken_out() -> None:
+    features, labels = make_rows(n=400)
+    kept = (labels != 0) | (torch.arange(400) < 50)  # with equal shares the search would never leave a mean of 0
+    fit = fit_torch(features[kept], labels[kept], [1.0])[0]
+    assert fit.weights.mean(dim=0).abs().max() < 1e-12
+    assert abs(float((fit.intercept + fit.weights @ features[kept].double().mean(dim=0)).mean())) < 1e-9
+
+
+def test_samples_that_are_almost_certain_keep_their_loss_and_residuals() -> None:
+    logits = torch.tensor([[20.0, 0.0, 1.0], [-3.0, 15.0, 0.0], [100.0, 5.0, 0.0]])
+    targets = torch.tensor([0, 1, 0])
+    loss, residuals = solvers._softmax_loss(logits.clone(), targets)
+    exact_loss, exact = solvers._softmax_loss(logits.double(), targets)
+    reference = logits.double().requires_grad_()
+    F.cross_entropy(reference, targets, reduction="sum").backward()
+    assert reference.grad is not None
+    torch.testing.assert_close(exact[:2], reference.grad[:2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(residuals.double(), exact, rtol=1e-5, atol=0)
+    # Denormal numbers would slow down the products that follow.
+    assert residuals.abs().min() >= torch.finfo(torch.float32).tiny
+
+
+def test_repeated_features_of_great_length_leave_the_hessian_positive() -> None:
+    features, labels = make_rows(dim=4)
+    wide = (features - features.mean(dim=0)).repeat(1, 8).double() * 1e6
+    fit = fit_torch(wide, labels, [1e5], dtypes=[torch.float64])[0]
+    assert fit.weights.isfinite().all() and fit.weights.abs().max() > 0
