@@ -47,7 +47,9 @@ class ModelWithIntermediateLayers(nn.Module):
 
         The outputs are inference tensors: clone them before autograd sees them.
         """
+        # A user's own backbone may lack the argument, so it is passed only where it departs from the default.
+        options = {} if self.norm else {"norm": False}
         with torch.inference_mode(), self.autocast_ctx():
             return self.feature_model.get_intermediate_layers(
-                images, n=self.n, reshape=self.reshape, return_class_token=self.return_class_token, norm=self.norm
+                images, n=self.n, reshape=self.reshape, return_class_token=self.return_class_token, **options
             )

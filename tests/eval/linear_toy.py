@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         self.n_seen = 0
 
     def get_intermediate_layers(
-        self, x: Tensor, n: int, reshape: bool = False, return_class_token: bool = True, norm: bool = True
+        self, x: Tensor, n: int, reshape: bool = False, return_class_token: bool = True
     ) -> tuple[Any, ...]:
         self.n_seen += len(x)
         tokens = x.flatten(1, 2).transpose(1, 2)  # [B, 4, 12]
