@@ -86,10 +86,10 @@ def download(url: str, path: Path, *, progress: bool, check: Callable[[Path], No
             partial.replace(path)
         finally:
             if partial.exists() and (validator is None or partial.stat().st_size == 0):
-                partial.unlink()  # It could not be continued.
+                partial.unlink()  # A later call could not continue it.
     for other in path.parent.iterdir():
         if re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]+\.partial", other.name):
-            other.unlink(missing_ok=True)
+            _remove_unless_locked(other)
 
 
 def without_query(url: str) -> str:
@@ -215,10 +215,22 @@ def _locked(partial: Path) -> Iterator[None]:
         with partial.open("ab") as file:
             with contextlib.suppress(OSError):  # Some network file systems have no locks.
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock may have moved or removed the file.
-            if partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            # Whoever held the lock may have moved or removed the file, between any two calls here as well.
+            try:
+                is_the_same = os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                is_the_same = False
+            if is_the_same:
                 yield
                 return
+
+
+def _remove_unless_locked(partial: Path) -> None:
+    # Another process may be downloading another version, or the same one from a server that does not name versions.
+    with contextlib.suppress(OSError), partial.open("rb") as file:  # Also if it is gone, or open elsewhere on Windows.
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink()
 
 
 def _bar(name: str, start: int, length: int | None, *, shown: bool) -> contextlib.AbstractContextManager[Any]:

@@ -191,8 +191,9 @@ def test_complete_file_under_its_temporary_name_is_taken(
     assert [asked for _, asked in server.requests] == [None, None]
 
 
-def test_only_one_of_several_downloads(server: Server) -> None:
-    server.content = content(0, size=2_000_000)
+@pytest.mark.parametrize("etag", ['"one"', None])
+def test_simultaneous_downloads_all_find_the_file(server: Server, cache: Path, etag: str | None) -> None:
+    server.content, server.etag = content(0, size=100_000), etag
     barrier, found = Barrier(4), []
 
     def work() -> None:
@@ -207,7 +208,33 @@ def test_only_one_of_several_downloads(server: Server) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1 and len(found) == 4 and found[0][1]
+    assert found == [(cache / "w.pth", True)] * 4
+    assert names(cache) == ["w.pth"]
+
+
+def test_a_file_that_vanishes_while_it_is_locked_is_made_again(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, locked = downloads.fcntl.flock, []
+
+    def lose_the_first(file: Any, operation: int) -> None:
+        lock(file, operation)
+        if not locked:
+            Path(file.name).unlink()
+        locked.append(file.name)
+
+    monkeypatch.setattr(downloads.fcntl, "flock", lose_the_first)
+    assert locate(server.url(), progress=False).read_bytes() == server.content
+    assert len(locked) == 2 and names(cache) == ["w.pth"]
+
+
+def test_a_download_leaves_those_of_others_alone(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    others, left_over = cache / "w.pth.abc.partial", cache / "w.pth.def.partial"
+    left_over.touch()
+    with downloads._locked(others):
+        locate(server.url(), progress=False)
+        assert names(cache) == ["w.pth", others.name]
 
 
 @pytest.mark.parametrize(
