@@ -67,6 +67,12 @@ def build_train_loader(cfg: Any, *, start_iteration: int = 0) -> Any:
     )
 
 
+def dataset_of(loader: Any) -> Any:
+    """Return the dataset that a loader of `build_train_loader` reads."""
+    first = loader.loaders[0] if isinstance(loader, CombinedDataLoader) else loader
+    return first.loader.dataset.dataset
+
+
 def crop_resolutions(cfg: Any) -> list[Resolution]:
     """Return one entry per crop resolution; a scalar setting counts as a list of one."""
     crops = cfg.crops

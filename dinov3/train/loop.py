@@ -20,14 +20,15 @@ import torch
 from dinov3 import distributed
 from dinov3.checkpointer import RngState, checkpoint_holds, find_latest_checkpoint, load_checkpoint
 from dinov3.configs.scaling import count_iterations
+from dinov3.data.fingerprint import check_same_on_all_ranks
 from dinov3.distributed import runtime
 from dinov3.hub.runs import CHECKPOINT_DIRECTORY, TEACHER_FILE
 from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
-from dinov3.train.data_loading import build_train_loader, global_batch_size
+from dinov3.train.data_loading import build_train_loader, dataset_of, global_batch_size
 from dinov3.train.gram import warn_of_idle_gram
 from dinov3.train.plot import METRICS_FILE, plot_losses
 from dinov3.train.preemption import Preemption
-from dinov3.train.resuming import newest_common_checkpoint, report_changes
+from dinov3.train.resuming import newest_common_checkpoint, report_changed_data, report_changes
 from dinov3.train.saving import Saver, export_path, export_teacher
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
@@ -120,6 +121,7 @@ class Trainer:
         self.must_stop = False
         self.seconds_for_data = 0.0
         self.exported: int | None = None
+        self.resumed_from: Path | None = None
 
     def run(self, *, resume: bool = True, data_loader: Any = None) -> dict[str, float]:
         """Train to the end; see `do_train`."""
@@ -138,6 +140,9 @@ class Trainer:
             return {}
         if data_loader is None:
             data_loader = build_train_loader(self.cfg, start_iteration=start * self.batches_per_step)
+            self.saver.data = check_same_on_all_ranks(dataset_of(data_loader), "train.dataset_path")
+            if self.resumed_from is not None:
+                report_changed_data(self.resumed_from, self.saver.data)
         # Collections at different times on different ranks would make all of them wait for each other.
         gc.disable()
         try:
@@ -307,6 +312,7 @@ class Trainer:
         else:
             report_changes(directory, self.cfg)
             start = self.load(directory) + 1
+            self.resumed_from = directory
             logger.info("resumed from %s: %d of %d iterations are done", directory, start, self.n_iterations)
         if distributed.is_subgroup_main_process():
             # Iterations after the checkpoint are run again.

@@ -14,6 +14,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import CheckpointError, latest_valid_checkpoint, read_manifest
 from dinov3.configs.merging import plain
 from dinov3.configs.settings import flatten
+from dinov3.data.fingerprint import DataFingerprint, describe_change
 
 logger = logging.getLogger("dinov3")
 
@@ -22,11 +23,11 @@ HARMLESS = ("train.output_dir", "train.num_workers", "train.print_freq", "train.
 HARMLESS_SECTIONS = ("checkpointing.", "evaluation.")
 
 
-def run_metadata(cfg: Any) -> dict[str, Any]:
-    """Return the configuration and its SHA-256, for the manifest of a checkpoint."""
+def run_metadata(cfg: Any, data: DataFingerprint | None = None) -> dict[str, Any]:
+    """Return the configuration, its SHA-256 and what the data are, for the manifest of a checkpoint."""
     config = OmegaConf.to_container(cfg, resolve=True)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return {"config": config, "config_sha256": digest}
+    return {"config": config, "config_sha256": digest, "data": data}
 
 
 def newest_common_checkpoint(root: Path, *, verify: Any, period: int) -> Path | None:
@@ -87,6 +88,30 @@ def report_changes(directory: Path, cfg: Any) -> list[str]:
             changes[-1],
         )
     return changes
+
+
+def report_changed_data(directory: Path, data: DataFingerprint) -> str | None:
+    """Log a warning if the training data are not those of a checkpoint.
+
+    Args:
+        directory: the checkpoint; one without a manifest, or older than this check, cannot be compared.
+        data: those of the resumed run.
+
+    Returns:
+        What has changed.
+    """
+    try:
+        before = read_manifest(directory)["metadata"].get("data")
+    except CheckpointError:  # reported by `report_changes`
+        return None
+    change = describe_change(before, data)
+    if change is not None:
+        logger.warning(
+            "%s: the order of the images is drawn again, so that the run is not bit for bit what it was, and until the "
+            "next pass over the data some images come more often than others",
+            change,
+        )
+    return change
 
 
 def _config_changes(before: Any, cfg: Any) -> list[str]:

@@ -24,6 +24,7 @@ from dinov3.checkpointer import (
     keep_last_n_checkpoints,
     save_checkpoint,
 )
+from dinov3.data.fingerprint import DataFingerprint
 from dinov3.fsdp import full_state_dict
 from dinov3.hub.runs import EVALUATION_DIRECTORY, SHARDED_TEACHER_DIRECTORY, TEACHER_FILE
 from dinov3.train.resuming import run_metadata
@@ -42,12 +43,14 @@ class Saver:
 
     Attributes:
         newest: the iteration of the last save that did not fail; None before.
+        data: what the training data are, which checkpoints remember; None if nobody knows.
     """
 
     def __init__(self, cfg: Any, root: Path) -> None:
         self.cfg = cfg
         self.root = root
         self.newest: int | None = None
+        self.data: DataFingerprint | None = None
         self._in_background = BackgroundSaver() if cfg.checkpointing.async_save else None
         self._started: int | None = None
         self._last_time = time.monotonic()
@@ -75,7 +78,7 @@ class Saver:
         contents = {"iteration": iteration, "model": model, "optimizer": optimizer, **others}
         write = save_checkpoint if self._in_background is None else self._in_background.start
         try:
-            write(self.root / str(iteration), metadata=run_metadata(self.cfg), **contents)
+            write(self.root / str(iteration), metadata=run_metadata(self.cfg, self.data), **contents)
         except CheckpointError as error:
             self._tolerate(error)
             return

@@ -40,6 +40,26 @@ def test_images_of_any_depth_and_case_are_found_and_hidden_ones_are_not(tmp_path
     assert relpaths(folder(tmp_path)) == ["a/1.JPG", "a/deep/deeper/2.Png", "b/3.webp", "b/6.jpeg", "b/7.tiff"]
 
 
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "jp2", "j2k", "apng", "dib", "pnm", "qoi", "tga", "JFIF"])
+def test_less_usual_images_are_read(suffix: str, tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), (255, 0, 0)).save(tmp_path / f"1.{suffix}")
+    image = folder(tmp_path)[0][0]
+    assert image.size == (3, 2) and image.getpixel((0, 0))[0] >= 250 and max(image.getpixel((0, 0))[1:]) <= 5
+
+
+def test_images_that_are_left_out_are_counted_by_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a/1.png")
+    for name in ("2.heic", "3.HEIC", "4.dng", "notes.txt"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    assert relpaths(folder(tmp_path)) == ["a/1.png"]
+    assert f"{tmp_path}: left out 2 .heic, 1 .dng; only files ending in jpg, jpeg, " in caplog.text
+    (tmp_path / "a" / "1.png").unlink()
+    (tmp_path / "a" / "hash").write_bytes(b"x")
+    kinds = "saw 5 other files in 2 directories: 2 .heic, 1 .dng, 1 .txt, 1 without an extension"
+    with pytest.raises(FileNotFoundError, match=kinds):
+        folder(tmp_path)
+
+
 def test_order_and_classes_are_torchvisions(tmp_path: Path) -> None:
     names = [
         "b/9.png",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.data.datasets.tar import BLOCK, BrokenTarError, iter_files, open_tar
+from dinov3.data.datasets.tar import BLOCK, BrokenTarError, TarMember, iter_files, open_tar, resolve_links
 
 from .tars import cut_off, write_tar
 
@@ -35,7 +35,7 @@ def test_names_offsets_and_sizes_are_tarfiles(suffix: str, format: str, tmp_path
             assert archive.read(file.size) == content[file.name]
 
 
-def test_directories_and_links_are_left_out_and_take_no_data(tmp_path: Path) -> None:
+def test_directories_are_left_out_and_links_take_no_data(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         for name, type in (("dir", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE), ("file", tarfile.REGTYPE)):
@@ -43,7 +43,23 @@ def test_directories_and_links_are_left_out_and_take_no_data(tmp_path: Path) -> 
             info.type = type
             info.linkname = "file"
             tar.addfile(info)
-    assert [(file.name, file.start) for file in iter_files(path)] == [("file", 1024)]
+    assert [(file.name, file.start, file.size, file.target) for file in iter_files(path)] == [
+        ("link", 512, 0, "file"),
+        ("file", 1024, 0, None),
+    ]
+
+
+def test_links_that_lead_to_each_other_lead_to_nothing() -> None:
+    def link(name: str, target: str) -> TarMember:
+        return TarMember(name, 0, 512, 0, 512, None, target)
+
+    file = TarMember("./x", 0, 512, 7, 1024, b"content")
+    members = [link("a", "b"), link("b", "a"), link("c", "d"), link("d", "x"), file]
+    resolved = resolve_links(members)
+    assert [(member.name, member.content) for member in resolved] == [
+        ("a", None), ("b", None), ("c", b"content"), ("d", b"content"), ("./x", b"content"),
+    ]  # fmt: skip
+    assert [member.target for member in resolved] == ["b", "a", None, None, None]
 
 
 @pytest.mark.parametrize("format", ["gnu", "pax"])

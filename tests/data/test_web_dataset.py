@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import os
 import pickle
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,9 +92,87 @@ def test_members_up_to_the_first_dot_of_the_file_name_are_one_sample(tmp_path: P
 
 
 def test_samples_without_an_image_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = one_shard(tmp_path, {"1.txt": b"", "2.png": png(2), "3.gif": b""})
+    dataset = one_shard(tmp_path, {"1.txt": b"", "2.png": png(2), "3.heic": b""})
     assert grays(dataset) == [2]
-    assert "2 samples have no image" in caplog.text
+    assert "2 samples have no image and are left out, e.g. 1.txt" in caplog.text
+
+
+def test_names_with_dots_of_their_own_are_samples(tmp_path: Path) -> None:
+    members = {
+        "v1.4.png": png(1),
+        "v1.4.cls": b"4",
+        "v1.5.png": png(2),
+        "v1.5.cls": b"5",
+        "photo.large.JPG": png(3),
+        "photo.large.cls": b"6",
+        "plain.png": png(4),
+        "plain.cls": b"7",
+    }
+    dataset = one_shard(tmp_path, members)
+    assert grays(dataset) == [1, 2, 3, 4] and targets(dataset) == [4, 5, 6, 7]
+    assert dataset.get_image_relpath(2) == "one.tar/photo.large.JPG"
+
+
+def test_a_companion_without_its_image_is_not_taken_for_an_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = one_shard(tmp_path, {"1.jpg": png(1), "1.mask.png": png(9), "2.mask.png": png(8), "2.cls": b"1"})
+    assert grays(dataset) == [1]
+    assert "1 samples have no image and are left out, e.g. 2.mask.png" in caplog.text
+    assert "1 images are not used, because they belong to samples that have another image, e.g. 1.mask.png" in (
+        caplog.text
+    )
+
+
+def test_members_of_one_name_are_samples_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "one.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(3):
+            for name, data in (("1.png", png(number)), ("1.cls", str(number).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    dataset = WebDataset(urls=str(path))
+    assert grays(dataset) == targets(dataset) == [0, 1, 2]
+
+
+def test_links_are_the_files_that_they_lead_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "one.tar"
+    files = {"b/1.png": png(1), "b/1.cls": b"1", "c/2.png": png(2), "c/2.cls": b"2"}
+    links = [  # (before the files, kind, name, what it leads to)
+        (True, tarfile.SYMTYPE, "a/later.png", "../b/../b/again.png"),
+        (False, tarfile.SYMTYPE, "b/again.png", "1.png"),
+        (False, tarfile.LNKTYPE, "d/2.png", "c/2.png"),
+        (False, tarfile.LNKTYPE, "d/2.cls", "c/2.cls"),
+        (False, tarfile.SYMTYPE, "e/lost.png", "/data/lost.png"),
+    ]
+    with tarfile.open(path, "w") as tar:
+        for before in (True, False):
+            for _, kind, name, target in (link for link in links if link[0] is before):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, target
+                tar.addfile(info)
+            for name, data in files.items() if before else ():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    dataset = WebDataset(urls=str(path))
+    names = [dataset.get_image_relpath(index).removeprefix("one.tar/") for index in range(len(dataset))]
+    assert dict(zip(names, grays(dataset), strict=True)) == {
+        "a/later.png": 1,
+        "b/1.png": 1,
+        "c/2.png": 2,
+        "b/again.png": 1,
+        "d/2.png": 2,
+    }
+    assert dataset.get_target(names.index("d/2.png")) == 2
+    assert "1 samples have no image and are left out, e.g. e/lost.png, a link to /data/lost.png" in caplog.text
+
+
+def test_images_of_other_kinds_are_taken_where_there_is_none_of_the_usual(tmp_path: Path) -> None:
+    members = {"1.jfif": png(1), "2.bmp": png(9), "2.png": png(2), "3.tif": png(3), "3.cls": b"0"}
+    assert grays(one_shard(tmp_path, members)) == [1, 2, 3]
+    assert grays(one_shard(tmp_path, members, image="png")) == [2]
 
 
 def test_image_extensions_can_be_chosen(tmp_path: Path) -> None:

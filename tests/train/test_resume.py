@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_changed_settings_are_named_when_a_run_goes_on(config: Path, tmp_path: P
     (warning,) = [line for line in log.splitlines() if "the run continues with other settings than before" in line]
     assert "optim.clip_grad: 3.0 before, 0.5 now; optim.epochs: 2 before, 3 now" in warning
     assert "num_workers" not in warning
+
+
+def test_data_that_grew_before_a_resume_are_named(config: Path, tmp_path: Path) -> None:
+    output, short = tmp_path / "run", ["train.OFFICIAL_EPOCH_LENGTH=1", "checkpointing.period=1"]
+    main(arguments(config, output, *short))
+    images = Path(str(OmegaConf.load(config).train.dataset_path).partition("root=")[2])
+    main(arguments(config, output, *short, "optim.epochs=3"))
+    assert "training images before" not in (output / "logs" / "log.txt").read_text()
+    shutil.copy(images / "even" / "0.png", images / "even" / "99.png")
+    n_images = len(list(images.rglob("*.png")))
+    main(arguments(config, output, *short, "optim.epochs=4"))
+    assert f"{n_images - 1} training images before, {n_images} now" in (output / "logs" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import find_directory, require_directory
-from dinov3.data.datasets.listing import EXTENSIONS, list_images, list_images_cached
+from dinov3.data.datasets.listing import EXTENSIONS, count_extensions, list_images, list_images_cached
 
 LABELS = ("auto", "folder", "none")
 
@@ -54,9 +54,11 @@ class ImageFolder(ExtendedVisionDataset):
             list_images_cached(self._directory, Path(extra).expanduser()) if extra else list_images(self._directory)
         )
         if not len(listing.images):
+            n_others, kinds = listing.other_files.total(), count_extensions(listing.other_files)
             raise FileNotFoundError(
                 f"ImageFolder: no images in {self._directory}: looked for files ending in {', '.join(EXTENSIONS)} at "
-                f"any depth and saw {listing.n_other_files} other files in {len(listing.mtimes)} directories"
+                f"any depth and saw {n_others} other files in {len(listing.mtimes)} directories"
+                + (f": {kinds}" if n_others else "")
             )
         self._paths = listing.images
         self.classes, self._targets = self._find_labels(labels)

@@ -21,7 +21,7 @@ import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, OpenFiles, require_directory
-from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files
+from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files, resolve_links
 
 logger = logging.getLogger("dinov3")
 
@@ -135,7 +135,8 @@ class ImageNet22k(ExtendedVisionDataset):
             if log.is_file():
                 members = list(_read_block_log(log, path))
             else:
-                members = [(member.name, member.start, member.end) for member in iter_files(path)]
+                files = resolve_links(iter_files(path))
+                members = [(file.name, file.start, file.end) for file in files if file.target is None]
             rows += [(class_index, class_id, start, end, name) for name, start, end in members]
         rows = [row for row in rows if row[-1] != UNREADABLE_FILE]
         if not rows:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dinov3.data.datasets.files import save_array
+from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif", "avif")
+#: Of the images that Pillow reads, those in which people keep pictures, the common ones first.
+EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif", "avif"),
+    *("jfif", "jpe", "mpo", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "apng", "avifs", "dib", "pnm", "qoi", "tga"),
+)
+#: Pictures all the same: leaving them out deserves a warning.
+OTHER_IMAGES = (
+    *("heic", "heif", "hif", "jxl", "svg", "psd", "ico", "icns", "dds", "exr", "hdr", "pfm", "sgi", "pcx", "eps"),
+    *("dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "dcm", "nii", "fits", "fit"),
+)
 _SEPARATOR = b"\0"  # the one byte that no path can contain
 
 
@@ -53,12 +63,12 @@ class Listing:
 
     Attributes:
         images: paths relative to the directory, separated by `/`.
-        n_other_files: number of files that are not images.
+        other_files: numbers of files that are not images, by extension.
         mtimes: time of last change (ns) of every directory of the tree, by relative path.
     """
 
     images: PathList
-    n_other_files: int
+    other_files: Counter[str]
     mtimes: dict[str, int]
 
 
@@ -75,7 +85,7 @@ def list_images(directory: str | os.PathLike[str], extensions: Sequence[str] = E
         PermissionError: a directory cannot be read.
     """
     images: list[tuple[str, str]] = []
-    n_other_files = 0
+    other_files: Counter[str] = Counter()
     mtimes: dict[str, int] = {}
     visited: set[tuple[int, int]] = set()
     # Links come last, so that a directory of the tree keeps its own name.
@@ -92,14 +102,26 @@ def list_images(directory: str | os.PathLike[str], extensions: Sequence[str] = E
             inside = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir():
                 (linked if entry.is_symlink() else pending).append(inside)
-            elif os.path.splitext(entry.name)[1][1:].lower() in extensions:
+            elif (extension := os.path.splitext(entry.name)[1][1:].lower()) in extensions:
                 images.append((relative, entry.name))
             else:
-                n_other_files += 1
+                other_files[extension] += 1
     # The order of torchvision's `ImageFolder`, so that sample and class indices agree with it.
     images.sort(key=lambda image: ((image[0] or image[1]).partition("/")[0], *image))
     paths = (f"{parent}/{name}" if parent else name for parent, name in images)
-    return Listing(PathList.of(paths), n_other_files, mtimes)
+    pictures = {extension: n for extension, n in other_files.items() if extension in EXTENSIONS + OTHER_IMAGES}
+    if images and pictures:
+        text = "%s: left out %s; only files ending in %s are read: convert the others to one of these"
+        logger.warning(text, directory, count_extensions(pictures), ", ".join(extensions))
+    return Listing(PathList.of(paths), other_files, mtimes)
+
+
+def count_extensions(other_files: Mapping[str, int], most: int = 8) -> str:
+    """Describe `Listing.other_files`, the most frequent first: `"12 .heic, 3 .txt and 1 without an extension"`."""
+    ordered = sorted(other_files.items(), key=lambda item: (-item[1], not item[0], item[0]))
+    return list_names(
+        [f"{n} .{extension}" if extension else f"{n} without an extension" for extension, n in ordered], most
+    )
 
 
 def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLike[str]) -> Listing:
@@ -143,7 +165,7 @@ def _read_cache(images_file: Path, mtimes_file: Path) -> Listing | None:
     try:
         times = np.load(mtimes_file)
         mtimes = {os.fsdecode(row["directory"]): int(row["mtime_ns"]) for row in times}
-        return Listing(PathList(np.load(images_file, mmap_mode="r")), 0, mtimes)
+        return Listing(PathList(np.load(images_file, mmap_mode="r")), Counter(), mtimes)
     except (OSError, ValueError, IndexError, KeyError) as error:
         logger.warning("ignoring the unreadable listing %s: %s", images_file, error)
         return None

@@ -7,9 +7,10 @@ import gzip
 import io
 import lzma
 import os
+import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,6 +38,8 @@ class TarMember(NamedTuple):
         size: of its content.
         end: where the next member begins.
         content: if it was asked for, else None.
+        target: of a hard or symbolic link, which has no content of its own, the normalised path of the member that it
+            stands for; None for a file.
     """
 
     name: str
@@ -45,6 +48,7 @@ class TarMember(NamedTuple):
     size: int
     end: int
     content: bytes | None
+    target: str | None = None
 
 
 def is_tar(name: str) -> bool:
@@ -65,7 +69,7 @@ def open_tar(path: str | os.PathLike[str]) -> BinaryIO:
 def iter_files(
     path: str | os.PathLike[str], wants_content: Callable[[str], bool] = lambda name: False
 ) -> Iterator[TarMember]:
-    """Yield the files of an archive that are complete, in order.
+    """Yield the files and links of an archive that are complete, in order; see `resolve_links`.
 
     Args:
         path: the archive.
@@ -92,9 +96,10 @@ def iter_files(
                         if not file.read(1):
                             ends = f"its member {member.name!r} takes the bytes {member.offset} to {archive.offset}"
                             raise tarfile.ReadError(ends)
-                    if member.isreg():
+                    if member.isreg() or member.islnk() or member.issym():
                         start, data = member.offset, member.offset_data
-                        yield TarMember(member.name, start, data, member.size, archive.offset, content)
+                        size = member.size if member.isreg() else 0
+                        yield TarMember(member.name, start, data, size, archive.offset, content, _target(member))
                     position = archive.offset
             # `tarfile` also takes an invalid or missing header for the end; the real end is a block of zeros.
             file.seek(position)
@@ -113,6 +118,42 @@ def iter_files(
             raise BrokenTarError(f"{path} is damaged ({error}), at byte {position}") from error
 
 
+def resolve_links(members: Iterable[TarMember]) -> list[TarMember]:
+    """Give each link of an archive the place and content of the file that it leads to.
+
+    `tar` stores the second name of a hard-linked file as a link, and symbolic links as they are.
+
+    Args:
+        members: all of an archive, in order.
+
+    Returns:
+        The same members. Where a link leads to nothing in the archive, its `target` is kept, otherwise it is None.
+    """
+    members = list(members)
+    if all(member.target is None for member in members):
+        return members
+    found: dict[str, TarMember] = {}
+    unresolved = []
+    for place, member in enumerate(members):
+        if member.target is not None and member.target in found:
+            members[place] = member = found[member.target]._replace(name=member.name)
+        if member.target is None:
+            found[posixpath.normpath(member.name)] = member
+        else:
+            unresolved.append(place)
+    # A symbolic link may come before what it leads to, which may be a link, too.
+    links = {posixpath.normpath(members[place].name): members[place].target for place in unresolved}
+    for place in unresolved:
+        target = members[place].target
+        for _ in links:
+            if target in found or target is None:
+                break
+            target = links.get(target)
+        if target is not None and target in found:
+            members[place] = found[target]._replace(name=members[place].name)
+    return members
+
+
 def content_of_first_member(blocks: bytes) -> bytes | None:
     """Return the content of the member that begins an archive's bytes, or None if none begins there."""
     try:
@@ -121,3 +162,11 @@ def content_of_first_member(blocks: bytes) -> bytes | None:
     except tarfile.TarError:
         return None
     return None if member is None else blocks[member.offset_data : member.offset_data + member.size]
+
+
+def _target(member: tarfile.TarInfo) -> str | None:
+    if member.islnk():
+        return posixpath.normpath(member.linkname)  # counts from the root of the archive
+    if member.issym():
+        return posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname))
+    return None

@@ -20,6 +20,7 @@ import numpy as np
 from dinov3 import distributed
 from dinov3.data.datasets.extended import NO_LABEL, ON_BAD_IMAGE, ExtendedVisionDataset, Transforms, all_or_no_labels
 from dinov3.data.datasets.files import OpenFiles
+from dinov3.data.datasets.listing import EXTENSIONS
 from dinov3.data.datasets.shard_index import SampleRules, ShardIndex, load_index
 from dinov3.data.datasets.tar import SUFFIXES, BrokenTarError, is_compressed, is_tar, open_tar
 
@@ -51,7 +52,7 @@ class WebDataset(ExtendedVisionDataset):
     Args:
         urls: a path, a directory, a glob pattern or a range `shard-{000..127}.tar`; several joined by `;`.
         image: extensions of images, joined by `;`. The first such member of a sample is its image; samples without
-            one are left out.
+            one are left out. Default: `jpg;jpeg;png;webp`, or else any image that `ImageFolder` reads.
         label: extension of the member that holds the class index as text, or `<extension>.<key>` of a member that holds
             JSON, e.g. `json.class_id`. Samples without one have no label.
         extra: directory of the index files. Default: beside the shards.
@@ -100,7 +101,7 @@ class WebDataset(ExtendedVisionDataset):
             )
         root = Path(os.path.commonpath([shard.parent for shard in self.shards]))
         super().__init__(root=str(root), **transforms)
-        rules = SampleRules(tuple(image.lower().split(";")), label)
+        rules = SampleRules(tuple(image.lower().split(";")), label, EXTENSIONS if image == DEFAULT_IMAGE else ())
         directory = Path(extra).expanduser() if extra else root
         index_files = [directory / f"{shard.relative_to(root)}.idx.npz" for shard in self.shards]
         self._join(_load_indices(self.shards, index_files, rules), rules, on_bad_image)
@@ -190,14 +191,24 @@ class WebDataset(ExtendedVisionDataset):
         self._sizes = np.concatenate([index.sizes for index in indices])
         self._labels = np.concatenate([index.labels for index in indices])
         self._ends = np.cumsum([len(index.names) for index in indices])  # first index after each shard
-        n_skipped = sum(index.n_skipped for index in indices)
+        n_skipped, n_unused = sum(index.n_skipped for index in indices), sum(index.n_unused for index in indices)
+        skipped = next((index.skipped for index in indices if index.n_skipped), "")
+        wanted = ", ".join(rules.image + rules.fallback)
         if not len(self):
             raise FileNotFoundError(
-                f"WebDataset: no images in {len(indices)} shards, the first is {self.shards[0]}: "
-                f"{n_skipped} samples have no member that ends in {', '.join(rules.image)}"
+                f"WebDataset: no images in {len(indices)} shards, the first is {self.shards[0]}: {n_skipped} samples "
+                f"have no member that ends in {wanted}" + (f", e.g. {skipped}" if skipped else "")
             )
         if n_skipped:
-            logger.warning("WebDataset: %d samples have no image and are left out", n_skipped)
+            text = "WebDataset: %d samples have no image and are left out, e.g. %s; images end in %s (image=...)"
+            logger.warning(text, n_skipped, skipped, wanted)
+        if n_unused:
+            logger.warning(
+                "WebDataset: %d images are not used, because they belong to samples that have another image, e.g. %s; "
+                "members with the same path up to the first dot of the file name are one sample",
+                n_unused,
+                next(index.unused for index in indices if index.n_unused),
+            )
 
 
 class CompressedShardReader:

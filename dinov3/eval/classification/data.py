@@ -18,6 +18,7 @@ from torch.utils.data import Subset, default_collate
 
 from dinov3 import distributed
 from dinov3.data import make_classification_eval_transform, make_dataset
+from dinov3.data.fingerprint import check_same_on_all_ranks
 from dinov3.data.transforms import get_target_transform
 from dinov3.eval.classification.config import TransformConfig
 from dinov3.eval.classification.metrics import (
@@ -89,12 +90,17 @@ def make_transform(config: TransformConfig) -> Any:
 
 
 def open_dataset(dataset_str: str, transform: Any, name: str) -> Any:
-    """Open a labelled dataset; a ValueError names the setting `name` if it has no images."""
+    """Open a labelled dataset; all ranks call it.
+
+    Raises:
+        ValueError: it has no images, or not the same ones on all ranks; names the setting `name`.
+    """
     dataset = make_dataset(
         dataset_str=dataset_str, transform=transform, target_transform=get_target_transform(dataset_str)
     )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
+    check_same_on_all_ranks(dataset, name)
     return dataset
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.checkpointer import find_all_checkpoints, keep_last_n_checkpoints
+from dinov3.data.fingerprint import fingerprint
 from dinov3.eval.classification.linear_config import TrainConfig
 from dinov3.eval.classification.linear_heads import (
     AllClassifiers,
@@ -97,6 +98,7 @@ def train_linear_classifiers(
         scheduler=scheduler,
         checkpoints=LinearCheckpoints(checkpoint_output_dir, config, classifiers.names),
         settings=_settings(config, feature_model, len(train_dataset), training_num_classes),
+        data=fingerprint(train_dataset),
         make_batches=lambda first: make_batches(feature_model, train_dataset, config, first, store),
         step=step,
         evaluate=evaluate,

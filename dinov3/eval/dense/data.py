@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dinov3.data import make_dataset
+from dinov3.data.fingerprint import check_same_on_all_ranks
 from dinov3.eval.dense.config import DatasetsConfig
 from dinov3.utils.messages import list_names
 
 
 def make_paired_dataset(config: DatasetsConfig, split: str, transforms: Any) -> Any:
-    """Make the dataset of a split, a field of `config`.
+    """Make the dataset of a split, a field of `config`; all ranks call it.
 
     Args:
         config: the dataset strings and their root.
@@ -22,13 +23,14 @@ def make_paired_dataset(config: DatasetsConfig, split: str, transforms: Any) -> 
         transforms: of (image, map).
 
     Raises:
-        ValueError: the dataset string is wrong, or it names no images.
+        ValueError: the dataset string is wrong, or it names no images, or not the same ones on all ranks.
         FileNotFoundError: what it names does not exist.
     """
     text = getattr(config, split)
     dataset = make_dataset(dataset_str=text, transforms=transforms, root=config.root)
     if len(dataset) == 0:
         raise ValueError(f"datasets.{split}={text}: there are no images")
+    check_same_on_all_ranks(dataset, f"datasets.{split}={text}")
     return dataset
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.data.fingerprint import fingerprint
 from dinov3.distributed import runtime
 from dinov3.eval.dense.data import collate_pairs
 from dinov3.eval.depth.config import DepthConfig
@@ -80,6 +81,7 @@ def train_model_with_backbone(
         scheduler=scheduler,
         checkpoints=Checkpoints(config.output_dir),
         settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        data=fingerprint(train_set),
         make_batches=lambda first: make_train_loader(
             train_set, config.bs, config.num_workers, first, seed=config.seed, collate_fn=collate_pairs
         ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from dinov3.data.fingerprint import fingerprint
 from dinov3.distributed import runtime
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_train_loader
@@ -93,6 +94,7 @@ def train_segmentation_head(
         scheduler=scheduler,
         checkpoints=Checkpoints(output_dir),
         settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        data=fingerprint(train_set),
         make_batches=lambda first: make_segmentation_train_loader(train_set, config, first),
         step=step,
         evaluate=lambda _: evaluate_segmentation_with_config(config, model, device, dataset=val_set),

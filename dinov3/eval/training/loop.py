@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from dinov3 import distributed
 from dinov3.checkpointer import remove_stale_temporaries
+from dinov3.data.fingerprint import DataFingerprint, describe_change
 from dinov3.distributed.batch_norm import synchronize_batch_norms_
 from dinov3.eval.command.progress import Progress
 from dinov3.eval.command.results import without_nan
@@ -56,6 +57,7 @@ class HeadTraining:
         metrics_file: gets one JSON object per line: losses, rates and metrics.
         description: of the progress bar.
         loss_name: what the loss is called there.
+        data: what the training images are, which checkpoints remember; None if nobody knows.
     """
 
     head: nn.Module
@@ -73,6 +75,7 @@ class HeadTraining:
     metrics_file: Path | None = None
     description: str = "training"
     loss_name: str = "loss"
+    data: DataFingerprint | None = None
 
 
 @dataclass
@@ -180,6 +183,11 @@ def resume(task: HeadTraining, total_iter: int) -> TrainingResult:
             f"{path} was trained with other settings ({changes}): use those to continue it, or "
             f"{task.checkpoints.advice}"
         )
+    change = None if task.data is None else describe_change(content.get("data"), task.data)
+    if change is not None:
+        logger.warning(
+            "%s: %s; the order of the images is drawn again, so the result is not reproducible", path, change
+        )
     if iteration > total_iter:
         raise ValueError(
             f"{path} has {iteration} steps, more than the {total_iter} asked for: {task.checkpoints.advice}"
@@ -269,6 +277,7 @@ def _save(task: HeadTraining, result: TrainingResult, *, is_due: bool, is_best: 
             "scheduler": task.scheduler.state_dict(),
             "iteration": result.iteration,
             "settings": dict(task.settings),
+            "data": None if task.data is None else list(task.data),
             "result": asdict(result),
             "more": {name: get() for name, (get, _) in task.more_state.items()},
         }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov3.data.fingerprint import DataFingerprint
 from dinov3.eval.training.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
 from dinov3.eval.training.loop import (
     METRICS_FILENAME,
@@ -32,7 +33,7 @@ class Task:
         bad_step: whose loss is NaN.
     """
 
-    def __init__(self, *, lr: float = 0.1, bad_step: int = -1) -> None:
+    def __init__(self, *, lr: float = 0.1, bad_step: int = -1, data: DataFingerprint | None = None) -> None:
         self.head = nn.Linear(1, 1)
         nn.init.constant_(self.head.weight, 3.0)
         nn.init.zeros_(self.head.bias)
@@ -40,6 +41,7 @@ class Task:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.5)
         self.bad_step = bad_step
         self.lr = lr
+        self.data = data
         self.n_calls = 0
         self.first = 0
         self.modes: list[bool] = []
@@ -83,6 +85,7 @@ class Task:
             more_state={"calls": (lambda: self.n_calls, lambda value: setattr(self, "n_calls", value))},
             on_start=self.start,
             metrics_file=directory / METRICS_FILENAME,
+            data=self.data,
         )
         options = {"eval_interval": 2, "seed": 0} | options
         return train_head(training, total_iter=total_iter, **options)
@@ -152,6 +155,17 @@ def test_a_training_with_other_settings_is_not_continued(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"other settings \(lr: 0.1, now 0.2\)"):
         Task(lr=0.2).run(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_training_on_data_that_changed_is_continued_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Task(data=DataFingerprint(12, "a")).run(tmp_path, 2)
+    Task(data=DataFingerprint(12, "a")).run(tmp_path, 3)
+    assert "before" not in caplog.text
+    (tmp_path / "model_final.pth").unlink()
+    assert Task(data=DataFingerprint(13, "b")).run(tmp_path, 4).iteration == 4
+    assert "12 training images before, 13 now" in caplog.text
 
 
 def test_a_training_of_more_steps_is_not_continued(tmp_path: Path) -> None:
