@@ -40,6 +40,8 @@ def clean_env() -> Iterator[None]:
 def set_triton_cache_dir() -> None:
     """Keep Triton's compiled kernels where `TRITON_CACHE_DIR` says, by default in a directory on the local disk."""
     # Triton's own default is the home directory, which on clusters is a slow file system that all nodes share.
-    default = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
+    # One per user, as Windows has anyway.
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    default = Path(tempfile.gettempdir()) / f"triton{user}"
     chosen = os.environ.setdefault("TRITON_CACHE_DIR", str(default))
     Path(chosen).mkdir(parents=True, exist_ok=True)

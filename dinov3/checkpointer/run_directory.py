@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import IO
 
 from dinov3.distributed import broadcast_object, is_subgroup_main_process
 from dinov3.utils.files import publish_directory, temporary_beside
+from dinov3.utils.posix import fcntl
 
 logger = logging.getLogger("dinov3")
 
@@ -200,6 +200,10 @@ class RunLock:
             file = self.path.open("a+")
         except OSError as error:
             return f"{self.path.parent} cannot be written to ({error}): choose another --output-dir"
+        if fcntl is None:
+            logger.warning("%s cannot be locked on this system: do not start a second run there", self.path.parent)
+            file.close()
+            return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -240,4 +244,5 @@ def _close_inherited_locks() -> None:
         lock._close()
 
 
-os.register_at_fork(after_in_child=_close_inherited_locks)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)

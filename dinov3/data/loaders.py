@@ -369,8 +369,9 @@ def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
     gc.enable()
     # Slurm and terminals send signals to the whole process group: a worker that one of them kills would end the
     # training before it has saved itself.
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
     if then is not None:
         then(worker)
 

@@ -8,13 +8,14 @@ CPU otherwise.
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from dinov3.utils.posix import resource
 
 DEVICE_VARIABLE = "DINOV3_DEVICE"
 
@@ -89,9 +90,14 @@ def synchronize() -> None:
 
 
 def max_memory_mib() -> float:
-    """Return the peak memory of this process in MiB: allocated memory on a CUDA device, otherwise resident memory."""
+    """Return the peak memory of this process in MiB: allocated memory on a CUDA device, otherwise resident memory.
+
+    Without a CUDA device it is 0 on Windows, which does not say.
+    """
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated(device()) / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

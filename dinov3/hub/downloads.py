@@ -26,10 +26,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # On Windows, two processes both download.
-    fcntl = None  # type: ignore[assignment]
+from dinov3.utils.posix import fcntl
 
 TIMEOUT = 60.0  # seconds without a byte
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt, counted again after each that brings a byte
@@ -208,7 +205,7 @@ def _empty(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    if fcntl is None:
+    if fcntl is None:  # On Windows, two processes both download.
         yield
         return
     while True:

@@ -26,7 +26,10 @@ logger = logging.getLogger("dinov3")
 
 #: EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
 EXIT_STATUS = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+#: Those that this system has: Windows has no SIGUSR1 and SIGUSR2.
+SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, name)
+)
 #: How long the other ranks wait for rank 0 to requeue the job: a task that exits first can make srun kill rank 0.
 REQUEUE_TIMEOUT = timedelta(seconds=60)
 

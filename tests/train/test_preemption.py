@@ -18,7 +18,7 @@ import torch
 
 from dinov3 import distributed
 from dinov3.checkpointer import find_all_checkpoints
-from dinov3.train import loop, main, preemption
+from dinov3.train import main, preemption
 from dinov3.train.data_loading import build_train_loader
 from dinov3.train.loop import Trainer
 from dinov3.train.preemption import EXIT_STATUS, SIGNALS, Preemption
@@ -66,8 +66,9 @@ def test_stopped_run_saves_after_the_step(tmp_path: Path, monkeypatch: pytest.Mo
         tiny.write_images(tmp_path / "images"),
         train={"OFFICIAL_EPOCH_LENGTH": 2, "grad_accumulation_steps": 2},
     )
+    iterate = Trainer._iterate
     monkeypatch.setattr(
-        loop, "build_train_loader", lambda *a, **k: signalled(build_train_loader(*a, **k), signal.SIGTERM, 2)
+        Trainer, "_iterate", lambda self, loader, start: iterate(self, signalled(loader, signal.SIGTERM, 2), start)
     )
     with pytest.raises(SystemExit) as left:
         main(["--config-file", str(config), "--output-dir", str(tmp_path / "out")])

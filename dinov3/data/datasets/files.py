@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ class OpenFiles:
             self._open.popitem(last=False)
         data = b""
         # Positioned reads, because forked processes share what is open. One read returns at most 2 GiB.
-        while len(data) < size and (part := os.pread(file.descriptor, size - len(data), offset + len(data))):
+        while len(data) < size and (part := file.read(size - len(data), offset + len(data))):
             data += part
         return data
 
@@ -141,7 +142,15 @@ class _OpenFile:
     # Closed when its last reader drops it: another thread may still read a file that falls out of the cache.
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+
+    def read(self, size: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self.descriptor, size, offset)
+        with self._lock:  # on Windows, which never forks
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.read(self.descriptor, size)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
