@@ -1,4 +1,4 @@
-"""Modules of Python that only Linux and macOS have; None on Windows, where models, data and evaluations do without them."""
+"""Modules of Python that only Linux and macOS have; None on Windows, where models and data do without them."""
 
 from __future__ import annotations
 
