@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov3.utils.integers import as_pair
+
 _ATTEMPTS_PER_BLOCK = 10
 
 
@@ -38,7 +40,7 @@ class MaskingGenerator:
         min_aspect: float = 0.3,
         max_aspect: float | None = None,
     ) -> None:
-        self.height, self.width = input_size if isinstance(input_size, Sequence) else (input_size, input_size)
+        self.height, self.width = as_pair(input_size)
         self.num_patches = self.height * self.width
         self.num_masking_patches = num_masking_patches
         self.min_num_patches = min_num_patches

@@ -29,7 +29,7 @@ def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Make a ViT or ConvNeXt faster, for inference only; its features stay the same except for rounding.
 
     Linears, convolutions and activations are replaced, so the weights can no longer be trained, loaded, saved or moved
-    to another device. The calls stay the same.
+    to another device: `state_dict`, `load_state_dict`, `copy.deepcopy` and pickling raise. The calls stay the same.
 
     Args:
         model: in evaluation mode, on its device; changed in place.
@@ -59,7 +59,28 @@ def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model.requires_grad_(False)
 
 
-class _Layer(nn.Module):
+class _OptimizedLayer(nn.Module):
+    """A layer that refuses whatever would store or copy its weights, also as a part of a larger model."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _cannot("copied or pickled")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # A packed weight would be missing in the file, and the mask of a bias is multiplied into it.
+        raise _cannot("saved: it has no state dict")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise _cannot("filled from a state dict")
+
+
+def _cannot(verb: str) -> RuntimeError:
+    return RuntimeError(
+        f"a model after optimize() cannot be {verb}, because its weights are packed for this processor or merged with "
+        "others. Save, load or copy the model before optimize(), and optimize each copy"
+    )
+
+
+class _Layer(_OptimizedLayer):
     """A linear or a convolution that is not trained."""
 
     weight: Tensor
@@ -76,7 +97,7 @@ class _Layer(nn.Module):
         return self.function(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-class _PackedLinear(nn.Module):
+class _PackedLinear(_OptimizedLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.dtype = weight.dtype

@@ -20,6 +20,7 @@ from torch import Tensor
 from dinov3.hub.backbones import Weights
 from dinov3.hub.depthers import DepthWeights
 from dinov3.utils import pixel_statistics
+from dinov3.utils.integers import as_pair
 from dinov3.utils.messages import check_choice
 
 __all__ = ["Normalization", "make_transform", "normalization_of"]
@@ -83,8 +84,11 @@ def make_transform(
     v2 = _import_v2()
     steps = [v2.ToDtype(torch.float32, scale=True)]
     if resize_size is not None:
-        size = (resize_size, resize_size) if isinstance(resize_size, int) else tuple(resize_size)
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        try:
+            size = as_pair(resize_size)
+        except (TypeError, ValueError):
+            size = (0, 0)
+        if min(size) <= 0:
             raise ValueError(
                 f"resize_size must be a positive number of pixels, or height and width, got {resize_size!r}"
             )

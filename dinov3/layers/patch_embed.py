@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dinov3.utils.integers import as_pair
+
 
 class PatchEmbed(nn.Module):
     """A convolution whose kernel and stride are the patch.
@@ -34,8 +36,8 @@ class PatchEmbed(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size = as_pair(img_size)
+        self.patch_size = as_pair(patch_size)
         self.flatten_embedding = flatten_embedding
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, device=device)
         self.norm = norm_layer(embed_dim, device=device) if norm_layer else nn.Identity()
@@ -79,7 +81,3 @@ def convolve_images(convolution: nn.Module, images: Tensor) -> Tensor:
         if low.itemsize == 2 and high == torch.float32:  # autocast leaves other dtypes alone
             text += f", or call the model under torch.autocast({images.device.type!r}, {low})"
         raise ValueError(text) from error
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -103,7 +103,9 @@ class RopePositionEmbedding(nn.Module):
 
     def coordinates(self, H: int, W: int) -> Tensor:
         """Return the normalised (row, column) of the patch centres [H * W, 2], not augmented."""
-        height, width = {"separate": (H, W), "max": (max(H, W),) * 2, "min": (min(H, W),) * 2}[self.normalize_coords]
+        # Not max(H, W) and min(H, W), of which a trace would keep the one that its example has.
+        longer = (H + W + abs(H - W)) // 2
+        height, width = {"separate": (H, W), "max": (longer,) * 2, "min": (H + W - longer,) * 2}[self.normalize_coords]
         rows = torch.arange(0.5, H, device=self.periods.device, dtype=self.dtype) / height
         columns = torch.arange(0.5, W, device=self.periods.device, dtype=self.dtype) / width
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # [H, W, 2]

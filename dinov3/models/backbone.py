@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from dinov3.utils.integers import as_integers
 
 
 class Backbone(nn.Module):
@@ -16,12 +18,13 @@ class Backbone(nn.Module):
     n_blocks: int
     in_chans: int
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    # Exporters name a model's inputs after the parameters, so each has a name and a default.
+    def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
         """Return the features of `forward_features` if `is_training`, else the class token [B, D] (a list for a list).
 
         `is_training` has nothing to do with the mode of the module (`train`, `eval`).
         """
-        features = self.forward_features(*args, **kwargs)
+        features = self.forward_features(x, masks)
         if is_training:
             return features
         if isinstance(features, list):
@@ -39,7 +42,12 @@ class Backbone(nn.Module):
 
     def _layer_indices(self, n: int | Sequence[int]) -> list[int]:
         """Return in ascending order the indices of the last n blocks (stages of a ConvNeXt), or those that n lists."""
-        indices = list(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else sorted(n)
+        try:
+            indices = sorted(as_integers(n))
+        except TypeError:
+            indices = []
+        if indices and not isinstance(n, Iterable):
+            indices = list(range(self.n_blocks - indices[0], self.n_blocks))
         if not indices or indices[0] < 0 or indices[-1] >= self.n_blocks or len(set(indices)) != len(indices):
             raise ValueError(
                 f"n must be a number of layers from 1 to {self.n_blocks}, "

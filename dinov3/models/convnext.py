@@ -95,7 +95,8 @@ class LayerNorm(nn.LayerNorm):
         """Return a tensor of the shape of the input."""
         if self.data_format == "channels_last":
             return super().forward(input)
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        last = input.ndim - 1  # not -1, from which PyTorch's older ONNX exporter makes an invalid permutation
+        return super().forward(input.movedim(1, last)).movedim(last, 1)
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinov3.models.convnext import N_STAGES, STEM_STRIDE, ConvNeXt
 from dinov3.utils import count_parameters
+from dinov3.utils.integers import as_pair
 
 Size = int | tuple[int, int]
 
@@ -82,7 +83,7 @@ def count_tokens(model: Any, image_size: Size = 224) -> Tokens:
     Raises:
         ValueError: the image is smaller than a patch.
     """
-    (height, width), stride = _pair(image_size), patch_stride(model)
+    (height, width), stride = as_pair(image_size), patch_stride(model)
     if min(height, width) < stride:
         raise ValueError(
             f"an image of {height} x {width} pixels is smaller than a patch: {type(model).__name__} needs sides of at "
@@ -109,7 +110,7 @@ def flops_by_module(model: nn.Module, image_size: Size = 224, in_chans: int = 3)
     """Count the operations of each module that is called, by its dotted name; those of the model itself are `[""]`."""
     on_meta = _copy_structure(model, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        on_meta(torch.empty(1, in_chans, *_pair(image_size), device="meta"))
+        on_meta(torch.empty(1, in_chans, *as_pair(image_size), device="meta"))
     root = type(model).__name__
     found = {
         name.removeprefix(root).removeprefix("."): sum(operations.values())
@@ -143,7 +144,7 @@ def estimate_memory(
 
     with FakeTensorMode():
         fake = _copy_structure(model, "cpu", dtype)
-        images = torch.empty(batch_size, in_chans, *_pair(image_size), dtype=dtype)
+        images = torch.empty(batch_size, in_chans, *as_pair(image_size), dtype=dtype)
         weights = {_storage_id(tensor): _n_bytes(tensor) for tensor in chain(fake.parameters(), fake.buffers())}
         with torch.no_grad(), _LiveTensors(ignored=set(weights)) as tracker:
             fake(images)
@@ -207,7 +208,7 @@ def summarize(model: nn.Module, image_size: Size = 224, in_chans: int = 3, max_d
     Returns:
         Text of several lines.
     """
-    height, width = _pair(image_size)
+    height, width = as_pair(image_size)
     flops = flops_by_module(model, image_size, in_chans)
     return (
         f"{type(model).__name__}: {count_parameters(model) / 1e6:.1f} M parameters, "
@@ -277,7 +278,3 @@ def _storage_id(tensor: Tensor) -> int:
 
 def _n_bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

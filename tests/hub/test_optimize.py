@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -105,3 +109,21 @@ def test_it_is_not_for_training() -> None:
 def test_a_dtype_of_full_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"torch.bfloat16, torch.float16 or None, got torch.float64"):
         optimize(_vit(), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("use", "verb"),
+    [
+        (copy.deepcopy, "copied or pickled"),
+        (pickle.dumps, "copied or pickled"),
+        (lambda model: torch.save(model, io.BytesIO()), "copied or pickled"),
+        (lambda model: model.state_dict(), "saved: it has no state dict"),
+        (lambda model: nn.Sequential(model).state_dict(), "saved: it has no state dict"),
+        (lambda model: model.load_state_dict({}, strict=False), "filled from a state dict"),
+    ],
+)
+def test_what_would_lose_weights_is_refused_with_the_way_out(
+    use: Callable[[nn.Module], Any], verb: str, packing: str
+) -> None:
+    with pytest.raises(RuntimeError, match=rf"cannot be {verb}, .*Save, load or copy the model before optimize\(\)"):
+        use(optimize(_convnext()))

@@ -87,7 +87,7 @@ def test_compiled_graphs_are_whole(make: Callable[[], Any], is_autocast: bool) -
 
 @torch.no_grad()
 def test_programs_are_exported(model: Any) -> None:
-    program = torch.export.export(model, (IMAGES,), dynamic_shapes=(({0: Dim("batch")},),), strict=True)
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes={"x": {0: Dim("batch")}}, strict=True)
     torch.testing.assert_close(program.module()(IMAGES[:1].expand(3, -1, -1, -1))[:1], model(IMAGES[:1]))
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dinov3.utils.integers import as_integers
+
 BILINEAR = v2.InterpolationMode.BILINEAR
 NEAREST = v2.InterpolationMode.NEAREST
 
@@ -66,7 +68,7 @@ class ResizeV2:
         label_interpolation: v2.InterpolationMode = NEAREST,
         resize_label: bool = True,
     ) -> None:
-        self.size = [size] if isinstance(size, int) else [int(side) for side in size]
+        self.size = as_integers(size)
         self.image_interpolation = image_interpolation
         self.label_interpolation = label_interpolation
         self.resize_label = resize_label

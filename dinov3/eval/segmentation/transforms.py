@@ -7,7 +7,7 @@ loader seeds in each worker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from dinov3.eval.dense.transforms import (
     size_of,
 )
 from dinov3.eval.segmentation.metrics import IGNORE_INDEX, WIDE_UNSIGNED, preprocess_nonzero_labels
+from dinov3.utils.integers import as_integers, as_pair
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # Of values in [0, 255].
@@ -90,7 +91,7 @@ class CustomResize:
         label_interpolation: v2.InterpolationMode = NEAREST,
         random_img_size_ratio_range: Sequence[float] | None = None,
     ) -> None:
-        self.sides = [img_size] if isinstance(img_size, int) else list(img_size)
+        self.sides = as_integers(img_size)
         self.interpolations = image_interpolation, label_interpolation
         self.ratio_range = tuple(random_img_size_ratio_range or (1.0, 1.0))
 
@@ -140,7 +141,7 @@ class RandomCropWithLabel:
     MAX_CLASS_SHARE = 0.75
 
     def __init__(self, crop_size: int | Sequence[int]) -> None:
-        self.crop_size = _pair(crop_size)
+        self.crop_size = as_pair(crop_size)
 
     def __call__(self, img: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self._draw(size_of(img))
@@ -237,7 +238,7 @@ class PadTensor:
     """
 
     def __init__(self, pad_shape: int | Sequence[int]) -> None:
-        self.pad_shape = _pair(pad_shape)
+        self.pad_shape = as_pair(pad_shape)
 
     def __call__(self, img: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         height, width = size_of(img)
@@ -320,13 +321,13 @@ def make_segmentation_eval_transforms(
         raise ValueError(f"inference_mode={inference_mode!r}: expected one of {', '.join(INFERENCE_MODES)}")
     resize: list[Any] = []
     if use_tta:
-        if not isinstance(img_size, int):
+        if img_size is None or isinstance(img_size, Iterable):
             raise ValueError(f"use_tta needs one number as img_size, the shorter side at ratio 1, got {img_size!r}")
         resize = [MultiScaleResize(img_size, tta_ratios)]
-    elif isinstance(img_size, int):
-        resize = [FixedSideResize(img_size, resize_label=inference_mode != "slide")]
-    elif img_size:
+    elif isinstance(img_size, Iterable):
         resize = [ResizeV2(img_size)]
+    elif img_size is not None:
+        resize = [FixedSideResize(img_size, resize_label=inference_mode != "slide")]
     return v2.Compose([MaskToTensor(), *resize, _NormalizedImages(mean, std, add_flipped=use_tta)])
 
 
@@ -339,11 +340,6 @@ class _NormalizedImages:
         images = images if isinstance(images, list) else [images]
         tensors = [self.normalize(v2.functional.pil_to_tensor(image), None)[0] for image in images]
         return [*tensors, *(tensor.flip(-1) for tensor in tensors if self.add_flipped)], label
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
 
 
 def _happens(probability: float = 0.5) -> bool:

@@ -28,6 +28,7 @@ from dinov3.heads.precision import autocast_to
 from dinov3.heads.weights import load_head_, read_head
 from dinov3.layers.patch_multiple import cut_margins
 from dinov3.layers.resizing import resize_bilinear
+from dinov3.utils.integers import as_integers
 
 __all__ = ["DecoderConfig", "Depther", "build_depther", "make_depther_from_config", "make_head"]
 
@@ -162,7 +163,7 @@ def make_head(
         TypeError: an argument that this head does not have.
         ValueError: a DPT head on another number of levels.
     """
-    widths = [embed_dims] if isinstance(embed_dims, int) else list(embed_dims)
+    widths = as_integers(embed_dims)
     if head_type == "linear":
         if kwargs:
             raise TypeError(f"a linear depth head does not take {', '.join(kwargs)}: these are arguments of type 'dpt'")
