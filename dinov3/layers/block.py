@@ -168,7 +168,7 @@ class CausalSelfAttentionBlock(nn.Module):
         init_fc_std: float | None = None,
         factor: float = 1.0,
     ) -> None:
-        """Draw normal weights and reset norms and layer scales; the FFN's biases stay as they were constructed.
+        """Draw normal weights, set zero biases, and reset norms and layer scales.
 
         Args:
             init_attn_std: of the attention's input projection. Default: dim ** -0.5.
@@ -183,8 +183,9 @@ class CausalSelfAttentionBlock(nn.Module):
         for module in (self.attention_norm, self.ffn_norm, self.ls1, self.ls2):
             if isinstance(module, nn.LayerNorm | RMSNorm | LayerScale):
                 module.reset_parameters()
-        nn.init.normal_(self.feed_forward.fc1.weight, std=fc_std)
-        nn.init.normal_(self.feed_forward.fc2.weight, std=proj_std)
+        for linear, std in ((self.feed_forward.fc1, fc_std), (self.feed_forward.fc2, proj_std)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""

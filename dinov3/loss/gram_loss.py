@@ -78,3 +78,31 @@ class GramLoss(nn.Module):
             features = features.flatten(0, -2)  # [rows, D]
         with torch.autocast(features.device.type, enabled=False):
             return features @ features.mT  # [n, P, P] or [rows, rows]
+
+
+def sampled_gram_loss(
+    backbone_patch_tokens: Tensor, patch_tokens: Tensor, patch_sampling_rate: float = 1.0, normalize: bool = True
+) -> Tensor:
+    """Keep the similarities between the patches of a head as its backbone has them (dino.txt, arXiv 2412.16334).
+
+    The backbone's side has no gradient.
+
+    Args:
+        backbone_patch_tokens: [B, P, D1].
+        patch_tokens: [B, P, D2], the head's.
+        patch_sampling_rate: share of the P patches that are compared, the same ones in all images.
+        normalize: compare cosine similarities instead of dot products.
+
+    Returns:
+        0-dim float32, the mean squared difference of the [B, k, k] similarities.
+
+    Raises:
+        ValueError: no patch is left to compare.
+    """
+    n_patches = patch_tokens.shape[1]
+    # Drawn on the CPU, and also at rate 1, as published: the same seed then draws the same patches everywhere.
+    sampled = torch.randperm(n_patches)[: int(n_patches * patch_sampling_rate)].to(patch_tokens.device)
+    if len(sampled) == 0:
+        raise ValueError(f"patch_sampling_rate={patch_sampling_rate} leaves none of {n_patches} patches")
+    loss = GramLoss(apply_norm=normalize, remove_neg=False)
+    return loss(patch_tokens[:, sampled], backbone_patch_tokens[:, sampled].detach())

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dinov3.loss import GramLoss
+from dinov3.loss.gram_loss import sampled_gram_loss
 
 from . import naive
 
@@ -89,3 +90,18 @@ def test_no_patch_at_all_gives_zero_with_a_gradient(remove_neg: bool) -> None:
     loss = GramLoss(remove_neg=remove_neg)(student, torch.empty(0, 4), img_level=False)
     loss.backward()
     assert loss.item() == 0 and student.grad is not None
+
+
+def test_sampled_loss_compares_the_same_patches_of_all_images_and_moves_only_the_head() -> None:
+    backbone, head = (torch.randn(2, 9, width, requires_grad=True) for width in (5, 4))
+    torch.manual_seed(0)
+    loss = sampled_gram_loss(backbone, head, 0.5)
+    torch.manual_seed(0)
+    chosen = torch.randperm(9)[:4]
+    expected = GramLoss(remove_neg=False)(head[:, chosen], backbone[:, chosen])
+    assert loss == expected
+    loss.backward()
+    assert backbone.grad is None and head.grad is not None
+    assert head.grad.abs().sum(dim=(0, 2)).nonzero().flatten().tolist() == sorted(chosen.tolist())
+    with pytest.raises(ValueError, match=r"patch_sampling_rate=0.1 leaves none of 9 patches"):
+        sampled_gram_loss(backbone, head, 0.1)

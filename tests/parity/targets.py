@@ -99,6 +99,14 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.depth.visualization_utils.save_predictions": "dinov3.eval.depth.eval.save_predictions",
     "dinov3.eval.depth.datasets.datasets_utils": "dinov3.eval.depth.metrics",
     "dinov3.eval.depth.datasets.datasets_utils._EvalCropType": "dinov3.eval.depth.metrics.EvalCropType",
+    # dino.txt: networks are heads, losses are with the losses.
+    "dinov3.eval.text.dinotxt_model": "dinov3.heads.dinotxt.model",
+    "dinov3.eval.text.vision_tower": "dinov3.heads.dinotxt.vision_tower",
+    "dinov3.eval.text.text_tower": "dinov3.heads.dinotxt.text_tower",
+    "dinov3.eval.text.text_transformer": "dinov3.heads.dinotxt.text_transformer",
+    "dinov3.eval.text.tokenizer": "dinov3.data.tokenizer",
+    "dinov3.eval.text.clip_loss.memory_efficient_clip_loss": "dinov3.loss.contrastive_loss.contrastive_loss",
+    "dinov3.eval.text.gram_loss.gram_loss_fn": "dinov3.loss.gram_loss.sampled_gram_loss",
     # Segmentation.
     "dinov3.eval.segmentation.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

@@ -1,0 +1,1 @@
+"""dino.txt: the towers, and the model of images and texts."""
