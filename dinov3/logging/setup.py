@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dinov3.distributed import TorchDistributedEnvironment, get_rank, is_enabled
+from dinov3.utils.text import escape_what_cannot_be_printed
 
 RESET = "\x1b[0m"
 COLOURS = {logging.DEBUG: "\x1b[2m", logging.INFO: "\x1b[32m", logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m"}
@@ -44,6 +45,7 @@ def setup_logging(
     arguments = (str(output), level)
     if name in _current and _current[name][0] == arguments:
         return
+    escape_what_cannot_be_printed()
     rank = get_rank() if is_enabled() else TorchDistributedEnvironment().rank
     handlers: list[logging.Handler] = []
     if rank == 0:
@@ -86,7 +88,7 @@ def _file_handler(output: Path, rank: int) -> logging.FileHandler:
     if rank > 0:
         path = path.with_name(f"{path.name}.rank{rank}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_Formatter(with_colour=False))
     return handler
 

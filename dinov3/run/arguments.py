@@ -26,6 +26,7 @@ from dinov3.distributed import runtime
 from dinov3.run.job import JOB_ID, split_output_dir
 from dinov3.utils.cluster import slurm_answers
 from dinov3.utils.messages import did_you_mean
+from dinov3.utils.text import read_text
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 DEFAULT_NGPUS = 8
@@ -217,7 +218,7 @@ def user_settings() -> dict[str, Any]:
 
 def _read_settings(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

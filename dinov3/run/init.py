@@ -31,7 +31,7 @@ def job_context(output_dir: str | os.PathLike[str] | None = None, seed: int | No
                 path = Path(output_dir) / "logs" / f"error.rank{distributed.get_rank()}.txt"
                 with contextlib.suppress(OSError):  # a full or lost disk must not hide the error itself
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(traceback.format_exc(), encoding="utf-8")
+                    path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
             raise
     finally:
         exit_job()

@@ -161,7 +161,7 @@ def step_profiler(output_dir: Path) -> torch.profiler.profile:
         profile.export_chrome_trace(str(directory / f"trace.rank{rank}.json"))
         sort_by = "self_cpu_time_total" if runtime.device().type == "cpu" else "self_device_time_total"
         table = profile.key_averages().table(sort_by=sort_by, row_limit=N_OPERATORS)
-        (directory / f"operators.rank{rank}.txt").write_text(table)
+        (directory / f"operators.rank{rank}.txt").write_text(table, encoding="utf-8")
         logger.info("profile of %d steps: %s", N_RECORDED, directory)
 
     return torch.profiler.profile(

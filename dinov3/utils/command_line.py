@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from dinov3.utils.text import escape_what_cannot_be_printed
+
 #: Errors whose message is written for the person at the keyboard.
 USER_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, ModuleNotFoundError)
 
@@ -18,6 +20,7 @@ def run_command_line(main: Callable[[], Any]) -> NoReturn:
 
     `DINOV3_TRACEBACK=1` shows the traceback instead. Other exceptions are bugs and always show it.
     """
+    escape_what_cannot_be_printed()
     try:
         main()
     except KeyboardInterrupt:

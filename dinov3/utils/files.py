@@ -13,7 +13,9 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: str | os.PathLike[str], mode: str = "wb", *, errors: str = "backslashreplace"
+) -> Iterator[IO[Any]]:
     """Open a file that takes the name `path` once it is complete and on the disk.
 
     Readers see the old file or the new one, never a part: the content goes to a temporary file beside it, which
@@ -22,12 +24,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     Args:
         path: the file to create or replace.
         mode: "wb", or "w" for UTF-8 text.
+        errors: what becomes of characters that UTF-8 does not have, which file names may contain; `surrogateescape`
+            keeps such names.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": errors}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -108,6 +108,18 @@ def test_columns_of_other_names_and_kinds(tmp_path: Path) -> None:
         dataset.get_class_name(0)
 
 
+def test_labels_that_are_text_do_not_stop_who_needs_none(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"image": [png(1), png(2)], "label": ["cat", "dog"]})
+    table.save_to_disk(tmp_path / "text")
+    dataset = make_dataset(dataset_str=f"HFDataset:path={tmp_path}/text")
+    assert [(image.getpixel((0, 0))[0], target) for image, target in (dataset[0], dataset[1])] == [(1, None), (2, None)]
+    assert dataset.classes is None
+    with pytest.raises(ValueError, match=r"the column 'label' of .* holds .*string.*, not class indices"):
+        dataset.get_targets()
+    with pytest.raises(ValueError, match="not class indices"):
+        HFDataset(path=str(tmp_path / "text"), label="label")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -206,11 +206,17 @@ def test_labels_are_integers_in_text_or_json(
         ("json.id", "1.json", b"not json", "'not json'"),
     ],
 )
-def test_labels_of_another_kind_are_quoted(label: str, member: str, content: bytes, found: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=rf"one\.tar: {member}: the label \(label={label}\) must be an integer, found {found}"
-    ):
-        one_shard(tmp_path, {"1.png": png(1), member: content}, label=label)
+def test_labels_of_another_kind_are_quoted_when_labels_are_asked_for(
+    label: str, member: str, content: bytes, found: str, tmp_path: Path
+) -> None:
+    url = str(write_tar(tmp_path / "one.tar", {"1.png": png(1), member: content}))
+    for _ in range(2):  # with a new index, and with the stored one
+        dataset = WebDataset(urls=url, label=label)
+        assert dataset[0][0].getpixel((0, 0)) == (1, 1, 1) and dataset[0][1] is None
+        with pytest.raises(
+            ValueError, match=rf"one\.tar: {member}: the label \(label={label}\) must be an integer, found {found}"
+        ):
+            dataset.get_targets()
 
 
 def test_without_labels_there_are_no_targets_and_with_some_missing_the_first_is_named(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class ADE20K(PairedImageDataset):
         if not len(images):
             raise FileNotFoundError(f"ADE20K: no images in {directory}; expected e.g. images/{_EXAMPLE} in {root}")
         path = directory.parents[1] / split.listing
-        with atomic_write(path, "w") as file:
+        with atomic_write(path, "w", errors="surrogateescape") as file:  # as `read_listing` reads them
             file.writelines(f"{split.dirname}/{image}\n" for image in images)
         logger.info("wrote %d lines of ADE20K %s to %s", len(images), split.name, path)
         return path

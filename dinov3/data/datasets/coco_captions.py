@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import require_directory
+from dinov3.utils.text import read_text
 
 logger = logging.getLogger("dinov3")
 
@@ -84,7 +85,7 @@ def _read_captions(path: Path, images: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"CocoCaptions: {path} does not exist; it is part of COCO's annotations")
     captions: dict[int, list[str]] = defaultdict(list)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_text(path))
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
         samples = [

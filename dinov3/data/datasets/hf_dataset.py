@@ -26,6 +26,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")
 
 
+class UnusableLabelsError(ValueError):
+    """Labels that are not class indices; the message names the column."""
+
+
 class HFDataset(ExtendedVisionDataset):
     """One split of a Hugging Face dataset.
 
@@ -34,7 +38,8 @@ class HFDataset(ExtendedVisionDataset):
             name on the Hub, from which it is downloaded.
         split: which split, if there are several.
         image: the column of images, decoded like those of all datasets, not by `datasets`.
-        label: the column of class indices; empty for no labels. Default: `label`, if there is such a column.
+        label: the column of class indices; empty for no labels. Default: `label`, if there is such a column; if that
+            holds something else, the images can be read, but `get_targets` raises an error.
         **transforms: see `Transforms`; targets are class indices.
 
     Attributes:
@@ -60,7 +65,15 @@ class HFDataset(ExtendedVisionDataset):
         table = _open(package, str(self.root) if os.path.exists(self.root) else path, split)
         self._image = image
         self._images = _image_column(package, table, image, path)
-        self.classes, self._labels = _label_column(package, table, label, path)
+        self.classes, self._labels, self._label_problem = None, None, None
+        try:
+            self.classes, self._labels = _label_column(package, table, label, path)
+        except UnusableLabelsError as error:
+            if label is not None:
+                raise
+            # A training without labels does not need them; whoever asks for them gets the error.
+            self._label_problem = str(error)
+            logger.info("%s; the images are read without labels", error)
         if not len(self):
             raise FileNotFoundError(f"HFDataset: {path} (split {split}) has no rows")
 
@@ -84,8 +97,10 @@ class HFDataset(ExtendedVisionDataset):
         """Return the class indices of all rows, int64, or None without labels.
 
         Raises:
-            ValueError: some rows have a label and some have none.
+            ValueError: some rows have a label and some have none, or the column `label` does not hold class indices.
         """
+        if self._label_problem is not None:
+            raise UnusableLabelsError(self._label_problem)
         return None if self._labels is None else all_or_no_labels(self._labels, "HFDataset", self.get_image_relpath)
 
     def get_class_name(self, index: int) -> str | None:
@@ -187,7 +202,7 @@ def _label_column(
     feature = _feature(table, column, "label", path)
     named = isinstance(feature, package.ClassLabel)
     if not named and not (isinstance(feature, package.Value) and re.fullmatch(r"u?int\d+", feature.dtype)):
-        raise ValueError(
+        raise UnusableLabelsError(
             f"HFDataset: the column {column!r} of {path} holds {feature}, not class indices: expected integers or a "
             "`ClassLabel`; name another column with label=, or use an empty label= for none"
         )

@@ -18,6 +18,7 @@ import numpy as np
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, require_directory
 from dinov3.data.datasets.listing import list_images
+from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
 
@@ -205,8 +206,7 @@ def _entry_dtype(class_ids: list[str], class_names: list[str]) -> np.dtype:
 def _read_labels(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"ImageNet: {path} does not exist; its lines are `class id,class name`")
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = [row for row in csv.reader(read_lines(path)) if row]
     for row in rows:
         if len(row) != 2:
             raise ValueError(f"{path}: expected `class id,class name` (a name with a comma in quotes), found {row}")

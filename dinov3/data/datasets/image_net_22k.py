@@ -22,6 +22,7 @@ import numpy as np
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, OpenFiles, require_directory
 from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files, resolve_links
+from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
 
@@ -160,7 +161,7 @@ class ImageNet22k(ExtendedVisionDataset):
 
 def _read_block_log(log: Path, tar: Path) -> Iterator[tuple[str, int, int]]:
     blocks = []
-    for line in log.read_text().splitlines():
+    for line in read_lines(log):
         match = _LOG_LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{log}: expected `block <number>: <member>`, found {line!r}")

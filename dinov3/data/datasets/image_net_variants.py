@@ -16,6 +16,7 @@ import numpy as np
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.listing import list_images
+from dinov3.utils.text import read_text
 
 _VAL_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.[^/]+")
 _CORRUPTED_NAME = re.compile(r"(?:.*/)?(?P<corruption>[a-z_]+)/(?P<level>[1-5])/(?P<class_name>[^/]+)/[^/]+")
@@ -112,7 +113,7 @@ def _read_lists(path: Path) -> list[list[int]]:
     if not path.is_file():
         raise FileNotFoundError(f"ImageNetReaL: labels={path} is not a file")
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
+        lists = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"ImageNetReaL: labels={path} is not JSON: {error}") from error
     is_lists = isinstance(lists, list) and all(

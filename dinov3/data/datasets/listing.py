@@ -14,6 +14,7 @@ import numpy as np
 
 from dinov3.data.datasets.files import save_array
 from dinov3.utils.messages import list_names
+from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
 
@@ -187,7 +188,7 @@ def read_listing(path: Path, dataset: str, example: str) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{dataset}: {path} does not exist; it has one line per image, e.g. `{example}`")
-    lines = sorted(stripped for line in path.read_text().splitlines() if (stripped := line.strip()))
+    lines = sorted(stripped for line in read_lines(path) if (stripped := line.strip()))
     if not lines:
         raise ValueError(f"{dataset}: {path} is empty; it has one line per image, e.g. `{example}`")
     return lines

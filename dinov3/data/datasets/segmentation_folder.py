@@ -14,6 +14,7 @@ from dinov3.data.datasets.extended import Transforms
 from dinov3.data.datasets.files import require_directory
 from dinov3.data.datasets.pairs import PairedFolderDataset
 from dinov3.utils.messages import list_names
+from dinov3.utils.text import read_text
 
 IGNORED_LABEL = 255
 CLASSES_FILE = "classes.txt"
@@ -100,7 +101,8 @@ class ClassMaskDecoder(DenseTargetDecoder):
 def _read_class_names(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    text = read_text(path).rstrip()
+    names = [line.strip() for line in text.split("\n")] if text else []
     if not 1 <= len(names) <= IGNORED_LABEL:
         raise ValueError(
             f"SegmentationFolder: {path} names {len(names)} classes; expected one per line, from 1 to {IGNORED_LABEL}"

@@ -71,6 +71,7 @@ class ShardIndex:
         skipped: a member of the first of them.
         n_unused: members that end like images, in samples that have another image.
         unused: name of the first of them.
+        label_problem: which label is not an integer, if there is one; those count as `NO_LABEL`.
         problem: where and why the shard could not be read to its end; empty if it could.
     """
 
@@ -82,6 +83,7 @@ class ShardIndex:
     skipped: str
     n_unused: int
     unused: str
+    label_problem: str
     problem: str
 
 
@@ -89,7 +91,6 @@ def load_index(shard: Path, index_file: Path, rules: SampleRules) -> ShardIndex:
     """Read the index of a shard from `index_file`, or make and write it if the shard or the rules have changed.
 
     Raises:
-        ValueError: a label is not an integer.
         OSError: the shard cannot be read, or the index not written.
     """
     status = shard.stat()
@@ -111,11 +112,7 @@ def load_index(shard: Path, index_file: Path, rules: SampleRules) -> ShardIndex:
 
 
 def make_index(shard: Path, rules: SampleRules) -> ShardIndex:
-    """Find the samples of a shard; if it ends early, those before that.
-
-    Raises:
-        ValueError: a label is not an integer.
-    """
+    """Find the samples of a shard; if it ends early, those before that."""
     members: list[TarMember] = []
     problem = ""
     ending = f".{rules.label_extension}"
@@ -125,7 +122,13 @@ def make_index(shard: Path, rules: SampleRules) -> ShardIndex:
     except BrokenTarError as error:
         problem = str(error)
     samples = list(_find_samples(resolve_links(members), rules))
-    labels = [_find_label(sample, shard, rules) for sample in samples]
+    labels, label_problem = [], ""
+    for sample in samples:
+        try:
+            label = _find_label(sample, shard, rules)
+        except ValueError as error:
+            label, label_problem = NO_LABEL, label_problem or str(error)
+        labels.append(label)
     if problem and samples and labels[-1] == NO_LABEL and any(label != NO_LABEL for label in labels):
         del samples[-1], labels[-1]  # its label is in the part that is missing
     images = [rules.find_image(sample) for sample in samples]
@@ -146,6 +149,7 @@ def make_index(shard: Path, rules: SampleRules) -> ShardIndex:
         skipped=_describe(skipped[0]) if skipped else "",
         n_unused=len(unused),
         unused=unused[0] if unused else "",
+        label_problem=label_problem,
         problem=problem,
     )
 
@@ -237,6 +241,7 @@ def _read(index_file: Path, made_from: dict[str, Any]) -> ShardIndex | None:
                 skipped=stored["skipped"].item(),
                 n_unused=stored["n_unused"].item(),
                 unused=stored["unused"].item(),
+                label_problem=stored["label_problem"].item(),
                 problem=stored["problem"].item(),
             )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -68,8 +68,7 @@ class WebDataset(ExtendedVisionDataset):
     Raises:
         FileNotFoundError: a shard does not exist, or no sample has an image.
         BrokenTarError: a ValueError; a shard ends early.
-        ValueError: an argument out of range, a label that is not an integer, or compressed shards without
-            `mode="stream"`.
+        ValueError: an argument out of range, or compressed shards without `mode="stream"`.
     """
 
     classes: list[str] | None = None  # labels have no names
@@ -138,8 +137,10 @@ class WebDataset(ExtendedVisionDataset):
         """Return the class indices of all samples, int64, or None without labels.
 
         Raises:
-            ValueError: some samples have a label and some have none.
+            ValueError: some samples have a label and some have none, or a label is not an integer.
         """
+        if self._label_problem:
+            raise ValueError(self._label_problem)
         return all_or_no_labels(self._labels, "WebDataset", self.get_image_relpath)
 
     def read_ahead(self, indices: Sequence[int], *, restart: bool) -> None:
@@ -191,6 +192,9 @@ class WebDataset(ExtendedVisionDataset):
         self._sizes = np.concatenate([index.sizes for index in indices])
         self._labels = np.concatenate([index.labels for index in indices])
         self._ends = np.cumsum([len(index.names) for index in indices])  # first index after each shard
+        self._label_problem = next((index.label_problem for index in indices if index.label_problem), "")
+        if self._label_problem:  # a training without labels does not need them; whoever asks for them gets the error
+            logger.info("WebDataset: %s; such images are read without a label", self._label_problem)
         n_skipped, n_unused = sum(index.n_skipped for index in indices), sum(index.n_unused for index in indices)
         skipped = next((index.skipped for index in indices if index.n_skipped), "")
         wanted = ", ".join(rules.image + rules.fallback)

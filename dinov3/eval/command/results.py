@@ -289,7 +289,7 @@ def _encode(table: Table, file_format: FileFormat) -> bytes:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(table.columns)
     writer.writerows(zip(*table.columns.values(), strict=True))
-    return buffer.getvalue().encode()
+    return buffer.getvalue().encode(errors="backslashreplace")
 
 
 def _decode(content: Any, file_format: FileFormat) -> list[dict[str, Any]]:

@@ -273,11 +273,13 @@ def describe_images(dataset: Any) -> dict[str, Any] | None:
         for index in range(len(dataset)):
             name = dataset.get_image_relpath(index)
             entry = os.stat(os.path.join(root, name))
-            digest.update(f"{name}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode())
+            digest.update(f"{name}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode(errors="surrogateescape"))
     except (OSError, NotImplementedError):
         return None
     labels = dataset.get_targets() if hasattr(dataset, "get_targets") else None
-    digest.update(repr(labels if labels is None else np.asarray(labels, dtype=object).tolist()).encode())
+    digest.update(
+        repr(labels if labels is None else np.asarray(labels, dtype=object).tolist()).encode(errors="surrogateescape")
+    )
     return {
         "type": type(dataset).__name__,
         "root": root,

@@ -24,6 +24,7 @@ from dinov3.eval.segmentation.run import CONFIG_FILENAME, load_segmentor
 from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.utils.command_line import run_command_line
+from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
 
@@ -105,7 +106,7 @@ def load_segmentation_predictor(
     assert config.load_from is not None
     names_file = Path(config.load_from).parent / CLASSES_FILENAME
     if names_file.is_file():
-        names = names_file.read_text(encoding="utf-8").splitlines()
+        names = read_lines(names_file)
     else:
         names = [f"class {number}" for number in range(config.decoder_head.num_classes)]
     model, description = load_segmentor(config)
