@@ -7,6 +7,7 @@ lone surrogates, which it turns back into the same bytes when a file is opened, 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -38,4 +39,5 @@ def escape_what_cannot_be_printed() -> None:
     """Let standard output and error show characters that they cannot encode as `\\xe9` instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has none, and takes everything
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError, ValueError):  # closed, or another file since Python has opened it
+                stream.reconfigure(errors="backslashreplace")
