@@ -15,6 +15,7 @@ from dinov3.hub.backbones import (
 )
 from dinov3.hub.classifiers import dinov3_vit7b16_lc
 from dinov3.hub.depthers import dinov3_vit7b16_dd, dinov3_vitl16_chmv2
+from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
 from dinov3.hub.runs import dinov3_from_run
 
 dependencies = ["torch", "numpy"]
@@ -24,6 +25,7 @@ __all__ = [
     "dinov3_convnext_large",
     "dinov3_convnext_small",
     "dinov3_convnext_tiny",
+    "dinov3_from_checkpoint",
     "dinov3_from_run",
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",

@@ -33,6 +33,7 @@ SHARED_VIT_OPTIONS: dict[str, Any] = {
     "untie_cls_and_patch_norms": False,
 }
 
+_IN_BLOCKS = ("blocks.", "stages.")
 #: The argument that only the weights decide.
 UNTIED_CLS_NORM = "untie_global_and_local_cls_norm"
 
@@ -164,14 +165,16 @@ def published_vit_of_size(state: Mapping[str, Tensor]) -> PublishedViT | None:
     return next((vit for vit in vits if (vit.embed_dim, vit.depth) == sizes), None)
 
 
-def build_from_shapes(state: Mapping[str, Tensor]) -> DinoVisionTransformer | ConvNeXt | None:
+def build_from_shapes(
+    state: Mapping[str, Tensor], settings: dict[str, Any] | None = None
+) -> DinoVisionTransformer | ConvNeXt | None:
     """Build on the meta device the backbone whose sizes the entries of `state` show.
 
-    To find out whether `state` is complete, compare it with the state dict of the result. What entries do not show is
-    as in the published models.
+    To find out whether `state` is complete, compare it with the state dict of the result.
 
     Args:
         state: in our names.
+        settings: arguments of `DinoVisionTransformer` that entries do not show. Default: as in the published models.
 
     Returns:
         The model; None if the entries do not suffice to tell.
@@ -185,7 +188,7 @@ def build_from_shapes(state: Mapping[str, Tensor]) -> DinoVisionTransformer | Co
                     dims=[state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4)],
                     layer_scale_init_value=1e-6 if "stages.0.0.gamma" in state else 0.0,
                 )
-            return DinoVisionTransformer(**_vit_options(state))
+            return DinoVisionTransformer(**_vit_options(state) | (settings or {}))
     except (KeyError, ValueError, IndexError, ZeroDivisionError, AssertionError):
         return None
 
@@ -214,6 +217,13 @@ def _vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "untie_cls_and_patch_norms": "cls_norm.weight" in state,
         UNTIED_CLS_NORM: has_untied_cls_norm(state),
     }
+
+
+def has_sizes_of(state: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Return whether the entries that `state` shares with a backbone have its shapes, and all blocks are the same."""
+    own = model.state_dict()
+    blocks = [{name.rpartition(".")[0] for name in names if name.startswith(_IN_BLOCKS)} for names in (own, state)]
+    return blocks[0] == blocks[1] and all(state[name].shape == own[name].shape for name in own if name in state)
 
 
 def count_blocks(names: Iterable[str], pattern: str = r"blocks\.(\d+)\.") -> int:

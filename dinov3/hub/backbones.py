@@ -228,9 +228,14 @@ def _make(
     dtype = _floating_dtype(entry, kwargs.get("dtype"))
     options = published.options() | {k: v for k, v in kwargs.items() if k in MODEL_OPTIONS[model_class]}
     state: dict[str, Tensor] | None = None
+
+    def structure() -> Backbone:
+        with torch.device("meta"):
+            return model_class(**options)
+
     if pretrained:
         if isinstance(source, Mapping):
-            state, name = backbone_entries(source, source="the state dict"), "the state dict"
+            state, name = backbone_entries(source, source="the state dict", like=structure), "the state dict"
             for key, tensor in state.items():
                 state[key] = tensor.clone()  # Because the model takes its tensors over.
         else:
@@ -240,15 +245,17 @@ def _make(
             )
             mmap, progress = kwargs.get("mmap", True), kwargs.get("progress", True)
             state, name = read_weights(
-                file, lambda path: read_state_dict(path, mmap=mmap), check_hash=check_hash, progress=progress
+                file,
+                lambda path: read_state_dict(path, mmap=mmap, like=structure),
+                check_hash=check_hash,
+                progress=progress,
             )
     if isinstance(published, PublishedViT):
         # The data decide which norms there are; of other weights their entries do.
         untied = source.name in published.untied if isinstance(source, Weights) else has_untied_cls_norm(state or {})
         options[UNTIED_CLS_NORM] = untied
     # Built on the meta device, because constructors would initialise what is overwritten.
-    with torch.device("meta"):
-        model = model_class(**options)
+    model = structure()
     device = torch.device(kwargs.get("device") or torch.get_default_device())
     if state is not None:
         return load_backbone_(_cast(model, dtype), state, source=name, target=entry).to(kwargs.get("device")).eval()

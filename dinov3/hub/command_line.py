@@ -15,7 +15,8 @@ from torch import nn
 
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights
-from dinov3.hub.runs import dinov3_from_run, read_run_config
+from dinov3.hub.run_directory import read_run_config
+from dinov3.hub.runs import dinov3_from_run
 from dinov3.hub.transforms import Normalization, normalization_of
 from dinov3.models.summary import Tokens, count_tokens, patch_stride
 from dinov3.utils import as_torch_dtype, did_you_mean

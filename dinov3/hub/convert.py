@@ -24,20 +24,18 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from dinov3.hub.architectures import build_from_shapes, published_name
+from dinov3.hub.architectures import published_name
 from dinov3.hub.command_line import describe_bytes, make_parser, names_satellite_weights
-from dinov3.hub.formats.conversion import Converted, Foreign, from_release
+from dinov3.hub.formats.conversion import Foreign, from_release
 from dinov3.hub.formats.huggingface import huggingface_config, preprocessor_config
 from dinov3.hub.formats.layouts import LAYER_NORM_EPS, Library
 from dinov3.hub.formats.reading import CONFIG_FILE
 from dinov3.hub.formats.timm import timm_config
-from dinov3.hub.runs import CONFIG_FILE as RUN_CONFIG_FILE
-from dinov3.hub.runs import find_teacher, read_run_config
+from dinov3.hub.from_checkpoint import complete_backbone
+from dinov3.hub.run_directory import find_checkpoint, find_run_config, read_run_config
 from dinov3.hub.sources import locate
 from dinov3.hub.transforms import normalization_of
-from dinov3.hub.weights import check_complete, read_state_dict
-from dinov3.models import build_model_from_cfg
-from dinov3.models.convnext import ConvNeXt
+from dinov3.hub.weights import read_state_dict
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write, publish_directory, temporary_beside
 from dinov3.utils.messages import list_names
@@ -154,16 +152,9 @@ class _Weights:
 
 
 def _read(path: Path) -> _Weights:
-    is_run = (path / RUN_CONFIG_FILE).is_file()
-    source = find_teacher(path) if is_run else path
-    state = read_state_dict(source)
-    shape = build_from_shapes(state)
-    check_complete(state, shape, source=str(source))
-    eps = LAYER_NORM_EPS["convnext" if isinstance(shape, ConvNeXt) else "vit"]
-    if not is_run:
-        config = state.config if isinstance(state, Converted) else {}
-        return _Weights(state, float(config.get("layer_norm_eps", eps)))
-    model, _ = build_model_from_cfg(read_run_config(path), only_teacher=True, fp8=False)
+    config_file, source = find_run_config(path), find_checkpoint(path)
+    config = None if config_file is None else read_run_config(config_file.parent).student
+    model, state = complete_backbone(read_state_dict(source), source=str(source), config=config)
     rope = getattr(model, "rope_embed", None)
     normalize_coords = "separate" if rope is None else rope.normalize_coords
     return _Weights(state, float(getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])), normalize_coords)

@@ -114,7 +114,7 @@ def read_weights(
     try:
         return read(path), str(path)
     except WeightsError as error:
-        if _is_download(weights):
+        if is_download(weights):
             hint = "This file is in the download cache: delete it there to download it again."
             raise WeightsError(f"{error} ({hint})") from error
         raise
@@ -137,7 +137,7 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
     """
     text = os.fspath(weights)
     scheme = urlparse(text).scheme
-    if _is_download(text):
+    if is_download(text):
         return _download(text, check_hash=check_hash, progress=progress)
     if scheme != "file" and "://" in text:
         raise ValueError(
@@ -151,7 +151,8 @@ def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progres
     return path
 
 
-def _is_download(weights: str | os.PathLike[str]) -> bool:
+def is_download(weights: str | os.PathLike[str]) -> bool:
+    """Return whether weights have to be fetched from a server."""
     return urlparse(os.fspath(weights)).scheme in ("https", "http")
 
 

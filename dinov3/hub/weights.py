@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from dinov3.heads.weights import cast_like, list_differences, without_prefix
-from dinov3.hub.architectures import has_untied_cls_norm, identify, identify_other_model
+from dinov3.heads.weights import cast_like, list_differences
+from dinov3.hub.architectures import has_sizes_of, identify, identify_other_model
+from dinov3.hub.formats import candidates
 from dinov3.hub.formats.conversion import Converted, to_release
 from dinov3.hub.formats.reading import is_model_directory, read_content
+from dinov3.hub.run_directory import LOOKED_FOR, find_checkpoint
+from dinov3.layers import RopePositionEmbedding
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError
 
-__all__ = ["WeightsError", "load_backbone_", "read_state_dict"]
+__all__ = ["WeightsError", "find_backbones", "load_backbone_", "read_state_dict"]
 
 logger = logging.getLogger("dinov3")
 
@@ -31,46 +35,63 @@ Model = TypeVar("Model", bound=nn.Module)
 
 #: Where a distributed checkpoint holds the teacher: in training checkpoints, and in exports of only the teacher.
 TEACHER_PREFIXES = ("model.teacher.backbone.", "model.model_ema.backbone.", "model.backbone.")
-#: Of a training; a backbone's file may hold them beside its entries.
-HEADS = ("dino_head.", "ibot_head.")
 
 
-def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | os.PathLike[str], *, mmap: bool = True, like: Callable[[], nn.Module] | None = None
+) -> dict[str, Tensor]:
     """Read the backbone's entries from a file or a directory, in any of the formats that they come in.
 
-    The formats are: a plain state dict, as published; a training's `{"teacher": {"backbone.*", "dino_head.*", ...}}`,
-    of which the heads are left out; the same entries as safetensors; the directories of `dinov3.checkpointer`; and the
-    DINOv3 models of Hugging Face transformers and of timm: the directory of a model, or a file of its weights, or the
-    index of a sharded one.
+    The formats are: a state dict as published; a checkpoint of any trainer in which there is one backbone, below any
+    keys and prefixes (of a teacher and a student, the teacher); the directories of `dinov3.checkpointer`, or of a
+    training run, whose newest teacher is taken; and the DINOv3 models of Hugging Face transformers and of timm: the
+    directory of a model, or a file of its weights, or the index of a sharded one.
 
     Args:
         path: the file or directory.
         mmap: map the file into memory instead of reading it, where its format allows.
+        like: builds the model that the weights are for. If there are several backbones, only those of its size count.
 
     Returns:
         CPU tensors by their names in the backbone's state dict, converted to them if need be (see `formats`).
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        WeightsError: it is not a checkpoint, is damaged, or does not hold a backbone.
+        FileNotFoundError: there is nothing at `path`, or a training run that has not saved a teacher.
+        WeightsError: it is not a checkpoint, is damaged, or does not hold a backbone, or holds several.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: there is no such file or directory")
-    if (path / "config.yaml").is_file():
-        raise WeightsError(
-            f"{path} is the directory of a training run, not of one checkpoint: use dinov3_from_run({str(path)!r})"
-        )
+    path = find_checkpoint(path)
     if (path / ".metadata").is_file():
         return _read_distributed(path)
     if path.is_dir() and not is_model_directory(path):
         held = list_names(sorted(file.name for file in path.iterdir()))
         raise WeightsError(
-            f"{path} is a directory, but neither a distributed checkpoint (which has a file .metadata) nor a model of "
-            f"transformers or timm (which has a config.json or a .safetensors file); it holds {held}"
+            f"{path} is a directory, but neither a distributed checkpoint (which has a file .metadata), nor a training "
+            f"run (which has a config.yaml, and some of {LOOKED_FOR}), nor a model of transformers or timm (which has "
+            f"a config.json or a .safetensors file); it holds {held}"
         )
     content = read_content(path, mmap=mmap)
-    return backbone_entries(content.entries, source=str(path), config=content.config, metadata=content.metadata)
+    return backbone_entries(
+        content.entries, source=str(path), config=content.config, metadata=content.metadata, like=like
+    )
+
+
+def find_backbones(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Read every backbone that a file holds, by the keys and prefixes that lead to it, joined with dots.
+
+    Args:
+        path: a file of any trainer.
+
+    Returns:
+        The entries of each, in the layout that they have, without heads.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        WeightsError: it is not a checkpoint, or holds an adapter.
+    """
+    return candidates.find_backbones(read_content(Path(path).expanduser()).entries, source=str(path))
 
 
 def backbone_entries(
@@ -79,45 +100,40 @@ def backbone_entries(
     source: str,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    like: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the backbone's entries of what a file holds, under their plain names.
+    """Return the entries of the only backbone in what a file holds, under their plain names.
 
     Args:
-        content: a state dict, possibly under the key `teacher`, with or without the prefixes `module.` and `backbone.`,
-            in our layout or that of another library.
+        content: a state dict in our layout or that of another library, below any keys and prefixes.
         source: where it comes from, for error messages.
         config: of the model, in the words of the other library.
         metadata: of the safetensors file.
+        like: builds the model that the weights are for. If there are several backbones, only those of its size count.
 
     Raises:
-        WeightsError: an entry is not a tensor.
+        WeightsError: there is no backbone, or there are several.
     """
-    if isinstance(content.get("teacher"), Mapping):
-        content = content["teacher"]
-    entries = without_prefix(content, "backbone.")
-    entries = {name: value for name, value in entries.items() if not name.startswith(HEADS)}
-    others = [name for name, value in entries.items() if not isinstance(value, Tensor)]
-    if others or not entries:
-        problem = f"{len(others)} of its {len(content)} entries are not tensors ({list_names(others)})"
-        parts = [
-            f"{source} is not a state dict of a backbone: {problem if others else 'it is empty'}.",
-            _describe_nested(content),
-        ]
-        raise WeightsError(" ".join(part for part in parts if part))
+
+    def fits(entries: Mapping[str, Any]) -> bool:
+        assert like is not None
+        return has_sizes_of(to_release(_tensors(entries)), like())
+
+    entries, others = candidates.select_backbone(content, source=source, fits=fits if like else None)
+    if not entries:
+        kinds = (identify_other_model(others) or f"it has {list_names(others)}") if others else "it is empty"
+        raise WeightsError(
+            f"{source} does not hold a DINOv3 backbone: {kinds}; looked for a ViT (cls_token, blocks.0...) and a "
+            "ConvNeXt (downsample_layers.0.0...), also in the layouts of transformers and timm, below any prefixes"
+        )
     try:
-        return to_release(entries, config=config, metadata=metadata)
+        return to_release(_tensors(entries), config={**others, **(config or {})}, metadata=metadata)
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
 
 
-def _describe_nested(content: Mapping[str, Any]) -> str | None:
-    for key, value in content.items():
-        tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
-        if tensors:
-            other = identify_other_model(tensors)
-            advice = other or "it holds tensors: save only that part and load the new file"
-            return f"As for its entry {key!r}, {advice}."
-    return None
+def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
 def load_backbone_(
@@ -130,8 +146,8 @@ def load_backbone_(
     """Load weights into a backbone, strictly.
 
     On the meta device the model takes the tensors over, on the CPU and without a copy; otherwise they go to the model's
-    device. Values are converted to the model's dtypes, `requires_grad` stays. Weights without `local_cls_norm` load
-    into a model that has one: it becomes a copy of `norm`.
+    device. Values are converted to the model's dtypes, `requires_grad` stays. What weights may lack: `local_cls_norm`
+    becomes a copy of `norm`, the mask token is zero, and the periods of positions follow from the model's settings.
 
     Args:
         model: a backbone, changed in place.
@@ -150,9 +166,9 @@ def load_backbone_(
     if isinstance(state_or_path, Mapping):
         state, source = to_release(state_or_path), source or "the state dict"
     else:
-        state, source = read_state_dict(state_or_path), source or str(state_or_path)
+        state, source = read_state_dict(state_or_path, like=lambda: model), source or str(state_or_path)
     expected, origin = model.state_dict(), ""
-    if isinstance(state, Converted):
+    if isinstance(state, Converted) and state.layout is not None:
         origin = f" It came in the layout of {state.layout}; these are the names after conversion."
         eps, given = getattr(getattr(model, "norm", None), "eps", None), state.config.get("layer_norm_eps")
         if given is not None and given != eps:
@@ -163,10 +179,7 @@ def load_backbone_(
         biases = [name for name in unknown if name.endswith(".qkv.bias")]
         if not any(bool(unknown[name].any()) for name in biases):
             state = {name: tensor for name, tensor in state.items() if name not in (*masks, *biases)}
-    if not has_untied_cls_norm(state):
-        # Only local crops in training see this norm: weights without it are complete, and training starts from `norm`.
-        copies = {name: name.replace("local_cls_norm.", "norm.") for name in expected if "local_cls_norm." in name}
-        state = {**state, **{name: state[norm].clone() for name, norm in copies.items() if norm in state}}
+    state = with_optional_entries(state, model, source=source)
     if differences := list_differences(expected, state):
         details = "; ".join(filter(None, [identify(state), *differences]))
         raise WeightsError(f"{source} does not fit {target or type(model).__name__}: {details}.{origin}")
@@ -175,6 +188,31 @@ def load_backbone_(
     on_meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not on_meta, f"not part of the state dict: {on_meta}"
     return model
+
+
+def with_optional_entries(state: Mapping[str, Tensor], model: nn.Module, *, source: str) -> Mapping[str, Tensor]:
+    """Return weights with those entries of a model that they may lack.
+
+    Args:
+        state: in our names.
+        model: the backbone that they are for.
+        source: where the weights come from, for the log.
+    """
+    expected = model.state_dict()
+    # Only local crops in training see `local_cls_norm`: training starts from `norm`. `norms.3` of a ConvNeXt is `norm`.
+    norms = {"local_cls_norm.": "norm.", "norms.3.": "norm."}
+    copies = {
+        name: norm + name.removeprefix(own) for own, norm in norms.items() for name in expected if name.startswith(own)
+    }
+    added = {name: state[other].clone() for name, other in copies.items() if name not in state and other in state}
+    if "cls_token" in state and "mask_token" in expected and "mask_token" not in state:
+        added["mask_token"] = torch.zeros_like(state["cls_token"][0])
+    rope = getattr(model, "rope_embed", None)
+    if isinstance(rope, RopePositionEmbedding) and "cls_token" in state and "rope_embed.periods" not in state:
+        added["rope_embed.periods"] = rope.compute_periods("cpu")
+    if added:
+        logger.info("%s lacks %s: filled in from what is there and the model's settings", source, list_names(added))
+    return {**state, **added}
 
 
 def check_complete(state: Mapping[str, Tensor], model: nn.Module | None, *, source: str) -> None:

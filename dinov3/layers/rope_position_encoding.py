@@ -128,18 +128,19 @@ class RopePositionEmbedding(nn.Module):
     def _draw(self, n: int, bound: float) -> Tensor:
         return torch.empty(n, device=self.periods.device, dtype=self.dtype).uniform_(-bound, bound)
 
+    def compute_periods(self, device: torch.device | str) -> Tensor:
+        """Compute the periods [d / 4] that follow from the arguments, on a device."""
+        n_periods = self.D_head // 4
+        if self.base is not None:
+            exponents = 2 * torch.arange(n_periods, device=device, dtype=self.dtype) / (self.D_head // 2)
+            return self.base**exponents
+        assert self.min_period is not None and self.max_period is not None
+        ratio = self.max_period / self.min_period
+        exponents = torch.linspace(0, 1, n_periods, device=device, dtype=self.dtype)
+        return ratio**exponents / ratio * self.max_period
+
     @torch.no_grad()
     def _init_weights(self) -> None:
-        n_periods = self.D_head // 4
-        device, dtype = self.periods.device, self.dtype
-        if device.type == "meta":
+        if self.periods.is_meta:
             return  # there are no values to set, and arithmetic on meta tensors would load PyTorch's compiler
-        if self.base is not None:
-            exponents = 2 * torch.arange(n_periods, device=device, dtype=dtype) / (self.D_head // 2)
-            periods = self.base**exponents
-        else:
-            assert self.min_period is not None and self.max_period is not None
-            ratio = self.max_period / self.min_period
-            exponents = torch.linspace(0, 1, n_periods, device=device, dtype=dtype)
-            periods = ratio**exponents / ratio * self.max_period
-        self.periods.copy_(periods)
+        self.periods.copy_(self.compute_periods(self.periods.device))

@@ -22,7 +22,7 @@ from dinov3.checkpointer import RngState, checkpoint_holds, find_latest_checkpoi
 from dinov3.configs.scaling import count_iterations
 from dinov3.data.fingerprint import check_same_on_all_ranks
 from dinov3.distributed import runtime
-from dinov3.hub.runs import CHECKPOINT_DIRECTORY, TEACHER_FILE
+from dinov3.hub.run_directory import CHECKPOINT_DIRECTORY, TEACHER_FILE
 from dinov3.logging import MetricLogger, SmoothedValue, truncate_metrics_file
 from dinov3.train.data_loading import build_train_loader, dataset_of, global_batch_size
 from dinov3.train.gram import warn_of_idle_gram

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dinov3.eval.command import results
-from dinov3.hub.runs import EVALUATION_DIRECTORY
+from dinov3.hub.run_directory import EVALUATION_DIRECTORY
 
 METRICS_FILE = "training_metrics.json"
 FIGURE_FILE = "loss_curves.png"

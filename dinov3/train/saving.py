@@ -26,7 +26,7 @@ from dinov3.checkpointer import (
 )
 from dinov3.data.fingerprint import DataFingerprint
 from dinov3.fsdp import full_state_dict
-from dinov3.hub.runs import EVALUATION_DIRECTORY, SHARDED_TEACHER_DIRECTORY, TEACHER_FILE
+from dinov3.hub.run_directory import EVALUATION_DIRECTORY, SHARDED_TEACHER_DIRECTORY, TEACHER_FILE
 from dinov3.train.resuming import run_metadata
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils.files import atomic_write, temporary_beside

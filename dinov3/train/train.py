@@ -27,7 +27,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import RunLock, latest_valid_checkpoint, remove_stale_temporaries
 from dinov3.configs import ConfigError, DinoV3SetupArgs, setup_config, setup_multidistillation
 from dinov3.distributed import runtime
-from dinov3.hub.runs import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
+from dinov3.hub.run_directory import CHECKPOINT_DIRECTORY, EVALUATION_DIRECTORY, TEACHER_FILE
 from dinov3.models.summary import summarize
 from dinov3.run.init import job_context
 from dinov3.train.data_loading import crop_resolutions

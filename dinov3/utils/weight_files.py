@@ -7,10 +7,12 @@ used, and writing to them changes a private copy. The file must stay in place wh
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dinov3.utils.files import atomic_write
+
+logger = logging.getLogger("dinov3")
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -236,12 +241,32 @@ def _check_places(path: Path, entries: dict[str, SafetensorsEntry], size: int) -
         )
 
 
+class _NotLoaded:
+    """Stands for a Python object of a file: becomes an empty mapping, in which only its attributes are kept."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()  # PyTorch fills no other mapping.
+
+
+class _NotLoadedNumpy:
+    """Stands for a number of NumPy, whose state is not a mapping."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _read_pickle(path: Path, *, mmap: bool) -> Any:
     try:
         if path.suffix == ".safetensors":  # torch.load would go by the name
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        except pickle.UnpicklingError as error:
+            return _read_without_objects(path, error, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"such as {found[1]}" if found else "or was not written by torch.save"
@@ -258,6 +283,22 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
         raise WeightsError(
             f"{path} is not a PyTorch checkpoint, or is damaged or truncated: {reason}; fetch the file again"
         ) from error
+
+
+def _read_without_objects(path: Path, refusal: pickle.UnpicklingError, *, mmap: bool) -> Any:
+    # Trainers save their settings (argparse.Namespace, ...) beside the tensors. PyTorch still checks each step, and
+    # runs no code of theirs.
+    if not zipfile.is_zipfile(path):
+        raise refusal
+    names = sorted(get_unsafe_globals_in_checkpoint(path))
+    stand_ins: list[Any] = [(_NotLoadedNumpy if name.startswith("numpy.") else _NotLoaded, name) for name in names]
+    try:
+        with safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError):
+        raise refusal from None
+    logger.info("%s: did not load its Python objects (%s)", path, ", ".join(names))
+    return content
 
 
 def _is_safetensors(head: bytes) -> bool:

@@ -363,7 +363,7 @@ def test_configuration_that_makes_no_sense(
 ) -> None:
     shutil.copytree(huggingface[0], tmp_path, dirs_exist_ok=True)
     write(tmp_path, config__json=json.loads((tmp_path / "config.json").read_text()) | setting)
-    with pytest.raises(WeightsError, match=f"^{tmp_path}: the config.json {message}"):
+    with pytest.raises(WeightsError, match=f"^{tmp_path}: the configuration {message}"):
         dinov3_vits16(weights=tmp_path)
 
 

@@ -50,16 +50,17 @@ def test_prefixes_go_at_the_start_of_a_name_only(content: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "is not a state dict of a backbone: it is empty"),
-        (HEADS, "is not a state dict of a backbone: it is empty"),
+        ({}, "does not hold a DINOv3 backbone: it is empty; looked for a ViT"),
+        (HEADS, r"does not hold a DINOv3 backbone: it has dino_head.mlp.0.weight, ibot_head.last_layer.weight;"),
         (
-            {"state_dict": STATE, "epoch": 3},
-            "2 of its 2 entries are not tensors .* As for its entry 'state_dict', it holds tensors: save only",
+            {"state_dict": {"a.weight": torch.ones(1)}, "epoch": 3},
+            "backbone: it has state_dict.a.weight, epoch; looked",
         ),
         (
             {"model": {"transformer.decoder.norm.weight": torch.ones(1)}},
-            "1 of its 1 entries are not tensors .model.. As for its entry 'model', these are the weights of a d",
+            "backbone: these are the weights of a detector",
         ),
+        ({"state_dict": {"net.layer1.0.conv1.weight": torch.ones(1)}}, "backbone: it is a ResNet"),
     ],
 )
 def test_content_that_is_not_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
@@ -126,5 +127,7 @@ def test_directories_that_are_not_checkpoints(tmp_path: Path) -> None:
     ):
         read_state_dict(tmp_path)
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(WeightsError, match=rf"directory of a training run.* dinov3_from_run\('{tmp_path}'\)"):
+    with pytest.raises(
+        WeightsError, match="nor a training run .*config.yaml, and some of eval/training_.*holds config.yaml"
+    ):
         read_state_dict(tmp_path)

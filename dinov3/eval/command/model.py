@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from dinov3.configs import DinoV3SetupArgs, get_cfg_from_args, resolve_config_pa
 from dinov3.configs.settings import key
 from dinov3.distributed import runtime
 from dinov3.hub import backbones
-from dinov3.hub.architectures import build_from_shapes, published_name
 from dinov3.hub.backbones import Weights
 from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization
-from dinov3.hub.formats.conversion import Converted
-from dinov3.hub.runs import CONFIG_FILE, build_model_for_eval, find_teacher
+from dinov3.hub.from_checkpoint import build_backbone
+from dinov3.hub.run_directory import find_checkpoint, find_run_config
+from dinov3.hub.runs import build_model_for_eval
 from dinov3.hub.sources import locate
-from dinov3.hub.weights import check_complete, load_backbone_, read_state_dict
+from dinov3.hub.weights import read_state_dict
 from dinov3.utils import as_torch_dtype
 from dinov3.utils.messages import did_you_mean
 
@@ -37,7 +36,6 @@ logger = logging.getLogger("dinov3")
 
 RANDOM_WEIGHTS = "random initialisation"
 RANDOM_SEED = 0
-MAX_DEPTH_IN_RUN = 3
 
 
 @dataclass
@@ -95,21 +93,14 @@ class ModelConfig:
         path = Path(self.pretrained_weights).expanduser()
         if not path.exists():
             return self.pretrained_weights
-        return os.path.realpath(find_teacher(path) if (path / CONFIG_FILE).is_file() else path)
+        return os.path.realpath(find_checkpoint(path))
 
     def find_config_file(self) -> str | None:
         """Return `config_file`, or that of the training run in which `pretrained_weights` lies; None without a run."""
         if self.config_file or not self.pretrained_weights:
             return self.config_file
-        path = Path(self.pretrained_weights).expanduser().absolute()
-        # A teacher lies in RUN, RUN/eval/training_<iteration> or RUN/ckpt/<iteration>.
-        for directory in (path, *path.parents[:MAX_DEPTH_IN_RUN]):
-            file = directory / CONFIG_FILE
-            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-            # Many programs write a config.yaml; that of a training has these sections.
-            if all(re.search(rf"^{section}:", text, re.MULTILINE) for section in ("student", "crops")):
-                return str(file)
-        return None
+        found = find_run_config(Path(self.pretrained_weights))
+        return None if found is None else str(found)
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,8 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
             logger.info("model: configuration found in %s", config_file)
     else:
         assert config.pretrained_weights is not None
-        model = _build_from_weights(config.pretrained_weights)
+        model = build_backbone(read_state_dict(locate(config.pretrained_weights)), source=config.pretrained_weights)
+        model = model.to(runtime.device()).eval()
     description = config.describe()
     logger.info("model: %s, run in %s on %s", description, dtype, runtime.device())
     return FrozenBackbone(model, dtype, description, find_trained_normalization(config, model))
@@ -192,21 +184,3 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
             if mean in content and std in content:
                 return content[mean], content[std]
     return None
-
-
-def _build_from_weights(weights: str) -> nn.Module:
-    # The structure follows from the weights: a model directory of Hugging Face or timm, or a published file.
-    state = read_state_dict(locate(weights))
-    model = build_from_shapes(state)
-    check_complete(state, model, source=weights)
-    assert model is not None
-    load_backbone_(model, state, source=weights)
-    known, is_foreign = published_name(state), isinstance(state, Converted) and state.layout is not None
-    logger.info("no configuration: %s has the structure of %s", weights, known or f"a {type(model).__name__}")
-    if known is None and not is_foreign:
-        logger.warning(
-            "%s is not a published model: what its weights do not show, such as the epsilon of its norms, is assumed "
-            "to be as in the published ones; if you have the configuration of its training, give model.config_file",
-            weights,
-        )
-    return model.to(runtime.device()).eval()

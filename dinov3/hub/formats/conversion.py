@@ -56,14 +56,14 @@ class Foreign:
 
 
 class Converted(dict[str, Tensor]):
-    """A state dict in our names that came in another library's.
+    """A state dict in our names, with where they come from.
 
     Attributes:
-        layout: the one it came in.
+        layout: of the other library that it came in; None if in ours.
         config: the configuration that came with it; empty if none did.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], layout: Layout | None, config: Mapping[str, Any]) -> None:
         super().__init__(state)
         self.layout = layout
         self.config = config
@@ -81,20 +81,23 @@ def to_release(
     missing mask token is zero.
 
     Args:
-        state: entries of Hugging Face transformers, timm, or ours, which are returned as they are.
-        config: the content of a `config.json`, for what entries do not show: heads and the base of the periods.
+        state: entries of Hugging Face transformers, timm, or ours, of which `register_tokens` may be another name.
+        config: for what entries do not show, see `read_settings`.
         metadata: of the safetensors file, with what an earlier conversion could not convert.
 
     Returns:
-        The tensors by our names, as a `Converted` if they had others; tensors that need no conversion are the same
-        objects.
+        The tensors by our names, as a `Converted` if they had others or a configuration; tensors that need no
+        conversion are the same objects.
 
     Raises:
         WeightsError: the metadata is damaged.
     """
     layout = detect(state)
     if layout is None:
-        return state if isinstance(state, Converted) else dict(state)
+        if isinstance(state, Converted):
+            return state
+        ours = rename(state, {"register_tokens": "storage_tokens"} if "cls_token" in state else {})
+        return Converted(ours, None, config) if config else ours
     theirs = select_backbone(state, layout)
     if layout.family == "convnext":
         ours = _convnext_to_release(theirs, layout.library)

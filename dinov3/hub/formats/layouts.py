@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dinov3.hub.architectures import count_blocks, published_vit_of_size
 from dinov3.layers import RopePositionEmbedding
+from dinov3.utils.state_dicts import flatten
 from dinov3.utils.weight_files import WeightsError
 
 Library = Literal["huggingface", "timm"]
@@ -29,8 +30,23 @@ LAYER_NORM_EPS: dict[Family, float] = {"vit": 1e-5, "convnext": 1e-6}
 _CLASSIFIERS = ("head.weight", "head.bias", "head.fc.", "classifier.")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
-_DEFAULT_ROPE_BASE = 100.0
-_USUAL_HEAD_DIM = 64
+DEFAULT_ROPE_BASE = 100.0
+USUAL_HEAD_DIM = 64
+
+#: What weights do not show, by our arguments, and what it is called in configurations: ours, transformers' and timm's.
+SETTINGS = {
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "pos_embed_rope_base": ("pos_embed_rope_base", "rope_theta", "rope_temperature"),
+    "pos_embed_rope_min_period": ("pos_embed_rope_min_period",),
+    "pos_embed_rope_max_period": ("pos_embed_rope_max_period",),
+    "pos_embed_rope_normalize_coords": ("pos_embed_rope_normalize_coords",),
+    "pos_embed_rope_dtype": ("pos_embed_rope_dtype",),
+    "norm_layer": ("norm_layer",),
+    "layer_norm_eps": ("layer_norm_eps",),
+}
+_KINDS: dict[str, Any] = {"num_heads": int} | dict.fromkeys(
+    ("pos_embed_rope_normalize_coords", "pos_embed_rope_dtype", "norm_layer"), str
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ def detect(names: Iterable[str]) -> Layout | None:
             prefix = name.removesuffix("stages.0.downsample_layers.0.weight")
             # In memory, "model." is a level of the backbone that its final norm is not on.
             return Layout("huggingface", "convnext", prefix.removesuffix("model."))
-    if "reg_token" in names or "blocks.0.gamma_1" in names:
+    if not names.isdisjoint({"reg_token", "blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1_g.weight"}):
         return Layout("timm", "vit")
     if {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"} <= names:
         return Layout("timm", "convnext")
@@ -158,7 +174,7 @@ def rope_base(periods: Tensor) -> float | None:
     exponents = torch.arange(n, dtype=torch.float64) / n
     fitted = float((exponents @ exact.log() / (exponents @ exponents).clamp_min(1e-9)).exp())
     # A round base is likelier than the fitted one, which carries the rounding of the periods.
-    for base in (_DEFAULT_ROPE_BASE, float(f"{fitted:.2g}"), fitted):
+    for base in (DEFAULT_ROPE_BASE, float(f"{fitted:.2g}"), fitted):
         if torch.allclose(exact, base**exponents, rtol=tolerance, atol=0):
             return base
     return None
@@ -169,30 +185,52 @@ def compute_periods(ours: Mapping[str, Tensor], config: Mapping[str, Any]) -> Te
 
     Args:
         ours: the other entries, in our names.
-        config: the content of a `config.json`; what it does not set is as in the published models.
+        config: see `read_settings`; what it does not set is as in the published models.
 
     Raises:
         WeightsError: the configuration makes no sense.
     """
     dim = ours["cls_token"].shape[-1]
     published = published_vit_of_size(ours)
-    heads = _number(config, "num_attention_heads", "num_heads", int)
-    base = _number(config, "rope_theta", "rope_temperature", float)
+    settings = read_settings(config)
+    heads = settings.get("num_heads")
     if heads is None:
-        heads = published.num_heads if published else max(1, dim // _USUAL_HEAD_DIM)
+        heads = published.num_heads if published else max(1, dim // USUAL_HEAD_DIM)
         if dim % (4 * heads):
             return None
     if dim % (4 * heads):
-        raise WeightsError(f"the config.json names {heads:g} heads, which do not fit a model of {dim} channels")
-    return RopePositionEmbedding(dim, num_heads=int(heads), base=base or _DEFAULT_ROPE_BASE, device="cpu").periods
+        raise WeightsError(f"the configuration names {heads:g} heads, which do not fit a model of {dim} channels")
+    shortest, longest = settings.get("pos_embed_rope_min_period"), settings.get("pos_embed_rope_max_period")
+    base = settings.get("pos_embed_rope_base", DEFAULT_ROPE_BASE) if None in (shortest, longest) else None
+    if base is not None:
+        shortest = longest = None
+    rope = RopePositionEmbedding(dim, num_heads=heads, base=base, min_period=shortest, max_period=longest, device="cpu")
+    return rope.periods
 
 
-def _number(config: Mapping[str, Any], name: str, timm_name: str, kind: type[int] | type[float]) -> float | None:
-    """Return a positive number from a configuration of either library; None if it does not set it."""
-    found = config.get(name)
-    for section, key in (("model_args", timm_name), ("rope_parameters", name)):
-        if found is None and isinstance(config.get(section), Mapping):
-            found = config[section].get(key)
-    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, kind)) or found <= 0):
-        raise WeightsError(f"the config.json has {name}={found!r}, expected a positive number")
-    return found
+def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model that its weights do not show, by the arguments of `DinoVisionTransformer`.
+
+    Args:
+        config: of transformers, timm or a trainer like ours, nested or by names joined with dots. What it does not set,
+            or sets to several values, is left out.
+
+    Returns:
+        Some of `SETTINGS`.
+
+    Raises:
+        WeightsError: a value makes no sense.
+    """
+    given: dict[str, list[Any]] = {}
+    for path, value in flatten(config, source="the configuration").items():
+        name = path.rpartition(".")[2]
+        setting = next((setting for setting, names in SETTINGS.items() if name in names), None)
+        if setting is None or not isinstance(value, str | int | float):
+            continue  # Of another meaning: a function, or one value for each of several stages.
+        kind = _KINDS.get(setting, (int, float))
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and value <= 0):
+            expected = "text" if kind is str else "a positive number"
+            raise WeightsError(f"the configuration has {name}={value!r}, expected {expected}")
+        if value not in given.setdefault(setting, []):
+            given[setting].append(value)
+    return {setting: values[0] for setting, values in given.items() if len(values) == 1}

@@ -72,7 +72,8 @@ def test_any_other_configuration_beside_weights_is_left_alone(
     with caplog.at_level("WARNING", logger="dinov3"):
         found = features(pretrained_weights=str(tmp_path / "mine.pth"))
     torch.testing.assert_close(found, features_of_run(published), rtol=1e-4, atol=1e-5)
-    assert "what its weights do not show" in caplog.text and "give model.config_file" in caplog.text
+    assert "assumed layer_norm_eps=1e-05, pos_embed_rope_normalize_coords=separate" in caplog.text
+    assert "in evaluations model.config_file" in caplog.text
 
 
 @pytest.mark.parametrize("library", ["huggingface", "timm"])
@@ -151,7 +152,7 @@ def test_weights_of_something_else_are_refused(name: str, tmp_path: Path) -> Non
         (path / "notes.txt").write_text("")
     else:
         torch.save({"layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match="neither a distributed checkpoint|complete DINOv3 backbone: it is a ResNet"):
+    with pytest.raises(ValueError, match="neither a distributed checkpoint|not hold a DINOv3 backbone: it is a ResNet"):
         features(pretrained_weights=str(path))
 
 
