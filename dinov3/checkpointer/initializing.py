@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from dinov3.checkpointer.dcp import CheckpointError, load_dcp, read_metadata
 from dinov3.checkpointer.loading import compare_entries
 from dinov3.checkpointer.manifest import check_files
 from dinov3.distributed import get_process_subgroup
+from dinov3.utils.state_dicts import choose_prefix, find_prefixes, flatten
 from dinov3.utils.weight_files import WeightsError, read_file
 
 #: Where the teacher may be in a directory; an exported teacher has no name of its own.
@@ -32,9 +33,9 @@ def init_fsdp_model_from_checkpoint(
 
     Args:
         model: on its device; keys such as `backbone.*`, `dino_head.*`.
-        checkpoint_path: a `.pth` file with the entry `teacher` or the bare entries, a safetensors file, or a
-            torch.distributed.checkpoint directory: an exported teacher or a whole training, whose teacher is taken. A
-            file may hold a bare backbone, if `skip_load_keys` names the heads.
+        checkpoint_path: a file with the entries below any keys and prefixes (of several such networks, the entry
+            `teacher`), or a torch.distributed.checkpoint directory: an exported teacher or a whole training, whose
+            teacher is taken. A file may hold a bare backbone, if `skip_load_keys` names the heads.
         skip_load_keys: entries whose name contains one of these keep their value, and are ignored in the checkpoint.
         keys_not_sharded: entries that are whole on every rank. `model` itself says what is sharded; this checks it.
 
@@ -55,7 +56,7 @@ def init_fsdp_model_from_checkpoint(
         if isinstance(value, DTensor) and any(word in key for word in keys_not_sharded):
             raise ValueError(f"{key} is sharded, but keys_not_sharded names it")
     if path.is_file():
-        saved = _read_network(path, networks={key.partition(".")[0] for key in wanted})
+        saved = _read_network(path, wanted)
         _fill(wanted, {key: value for key, value in saved.items() if not is_skipped(key)}, path)
         return
     group = get_process_subgroup()
@@ -98,15 +99,20 @@ def _fill(wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: obj
         target.copy_(value)
 
 
-def _read_network(path: Path, networks: set[str]) -> dict[str, Tensor]:
+def _read_network(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
     try:
-        content = read_file(path)
+        flat = flatten(read_file(path), source=str(path))
+        saved = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+        networks = tuple({f"{name.partition('.')[0]}." for name in wanted})
+        mark = next((name for name in wanted if name.startswith(BACKBONE)), next(iter(wanted), ""))
+        advice = "save only the one that you mean"
+        if prefixes := find_prefixes(saved, mark):
+            prefix = choose_prefix(prefixes, source=str(path), what="networks", advice=advice)
+            under = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+            return {name: value for name, value in under.items() if name.startswith(networks)}
+        if mark.startswith(BACKBONE) and (prefixes := find_prefixes(saved, mark.removeprefix(BACKBONE))):
+            prefix = choose_prefix(prefixes, source=str(path), what="backbones", advice=advice)
+            return {BACKBONE + name.removeprefix(prefix): v for name, v in saved.items() if name.startswith(prefix)}
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    if isinstance(content.get("teacher"), Mapping):
-        content = content["teacher"]
-    saved = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    is_bare_backbone = not any(key.partition(".")[0] in networks for key in saved)
-    if is_bare_backbone and BACKBONE.rstrip(".") in networks:
-        return {BACKBONE + key: value for key, value in saved.items()}
-    return saved
+    return {name.removeprefix("teacher."): value for name, value in saved.items()}

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov3 import distributed
 from dinov3.checkpointer import CheckpointError, fill_from_tensors, init_fsdp_model_from_checkpoint
 from dinov3.configs import load_teacher_config
 from dinov3.distributed import runtime
+from dinov3.hub.run_directory import find_checkpoint
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.layers.dino_head import DINOHead
 from dinov3.models import build_model_from_cfg
@@ -93,7 +95,7 @@ def load_networks(networks: nn.ModuleDict, path: str, *, setting: str) -> None:
 
     Args:
         networks: `backbone`, `dino_head`, `ibot_head`, plain or sharded.
-        path: a teacher's file or directory, or a training's checkpoint.
+        path: a teacher's file or directory, a training's checkpoint, or a training run (see `find_checkpoint`).
         setting: the key that gave `path`.
 
     Raises:
@@ -102,7 +104,8 @@ def load_networks(networks: nn.ModuleDict, path: str, *, setting: str) -> None:
     """
     with _errors_name(setting, path):
         try:
-            init_fsdp_model_from_checkpoint(networks, path, skip_load_keys=CENTERS, keys_not_sharded=NOT_SHARDED)
+            found = _find(path)
+            init_fsdp_model_from_checkpoint(networks, found, skip_load_keys=CENTERS, keys_not_sharded=NOT_SHARDED)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}\nThis needs a backbone with both heads, as trainings export them. If {path} is a bare "
@@ -126,13 +129,20 @@ def load_backbone(networks: nn.ModuleDict, path: str, cfg: Any, *, setting: str)
         FileNotFoundError: there is no such file.
     """
     with _errors_name(setting, path):
-        if (Path(path) / ".metadata").is_file():
+        found = _find(path)
+        if (found / ".metadata").is_file():
             # Each process reads only its shards.
-            init_fsdp_model_from_checkpoint(networks, path, skip_load_keys=HEADS + CENTERS)
+            init_fsdp_model_from_checkpoint(networks, found, skip_load_keys=HEADS + CENTERS)
         else:
             plain, _ = build_model_from_cfg(cfg, only_teacher=True)
-            load_backbone_(plain, read_state_dict(path), source=path, target=cfg.student.arch)
-            fill_from_tensors(networks["backbone"], plain.state_dict(), source=path)
+            state = read_state_dict(found, like=lambda: plain)
+            load_backbone_(plain, state, source=str(found), target=cfg.student.arch)
+            fill_from_tensors(networks["backbone"], plain.state_dict(), source=found)
+
+
+def _find(path: str) -> Path:
+    # One process decides, because a run that is still training may save its next checkpoint meanwhile.
+    return distributed.broadcast_object(find_checkpoint(Path(path).expanduser()))
 
 
 @contextmanager

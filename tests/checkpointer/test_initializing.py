@@ -48,12 +48,28 @@ def write(directory: Path, kind: str, teacher: nn.ModuleDict) -> Path:
         torch.save({"teacher": state}, path, _use_new_zipfile_serialization=False)
     elif kind == "module prefix":
         torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    elif kind == "trainer":
+        optimizer = {"state": {0: {"exp_avg": torch.zeros(2)}}}
+        names = {key.replace("backbone.", "backbone._orig_mod."): value for key, value in state.items()}
+        torch.save({"model": names | {"criterion.center": torch.ones(2)}, "optimizer": optimizer}, path)
+    elif kind == "teacher and student":
+        torch.save({"student": {key: torch.zeros_like(value) for key, value in state.items()}, "teacher": state}, path)
     else:
         torch.save({"teacher": state, "iteration": 9} if kind == "teacher" else state, path)
     return path
 
 
-KINDS = ["teacher", "bare", "safetensors", "old format", "module prefix", "training", "exported"]
+KINDS = [
+    "teacher",
+    "bare",
+    "safetensors",
+    "old format",
+    "module prefix",
+    "trainer",
+    "teacher and student",
+    "training",
+    "exported",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,6 +69,54 @@ def test_a_backbone_from_transformers_is_a_start(tmp_path: Path) -> None:
     assert_equal(arch.student["backbone"], earlier().model_ema["backbone"])
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run with two checkpoints, of which the newer one is that of `earlier()`."""
+    root = tmp_path_factory.mktemp("run")
+    older = initialised(config(train={"seed": 1}))
+    for iteration, arch in ((9, older), (19, earlier())):
+        save_checkpoint(root / "ckpt" / str(iteration), iteration=iteration, model=arch)
+    (root / "eval" / "training_19").mkdir(parents=True)
+    torch.save({"teacher": earlier().model_ema.state_dict()}, root / "eval" / "training_19" / "teacher_checkpoint.pth")
+    OmegaConf.save(config(), root / "config.yaml")
+    return root
+
+
+PLACES = [".", "ckpt", "ckpt/19", "eval", "eval/training_19", "eval/training_19/teacher_checkpoint.pth"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("setting", ["pretrained_weights", "resume_from_teacher_chkpt", "gram", "distillation"])
+def test_a_run_and_whatever_lies_in_it_is_its_newest_teacher(setting: str, place: str, run: Path) -> None:
+    path = str(run / place)
+    if setting == "gram":
+        arch = initialised(config(gram={"use_loss": True, "ckpt": path, "ema_teacher": False}))
+        assert_equal(arch.gram_teacher["backbone"], earlier().model_ema["backbone"])
+    elif setting == "distillation":
+        teacher = {"enabled": True, "full_cfg_path": str(run / "config.yaml"), "checkpoint_path": path}
+        assert_equal(initialised(config(distillation=teacher)).teacher, earlier().model_ema)
+    else:
+        arch = initialised(config(student={setting: path}))
+        assert_equal(arch.student["backbone"], earlier().model_ema["backbone"])
+
+
+@pytest.mark.parametrize("setting", ["pretrained_weights", "resume_from_teacher_chkpt"])
+def test_a_run_without_a_teacher_names_the_setting_and_what_was_looked_for(setting: str, tmp_path: Path) -> None:
+    OmegaConf.save(config(), tmp_path / "config.yaml")
+    with pytest.raises(
+        FileNotFoundError, match=rf"student.{setting}: .*has not saved a teacher yet: looked for eval/training_"
+    ):
+        initialised(config(student={setting: str(tmp_path)}))
+
+
+def test_a_checkpoint_of_another_trainer_is_a_start(tmp_path: Path) -> None:
+    state = earlier().model_ema["backbone"].state_dict()
+    names = {f"model.encoder._orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": names | {"model.fc.weight": torch.ones(2)}, "epoch": 3}, tmp_path / "w.ckpt")
+    arch = initialised(config(student={"pretrained_weights": str(tmp_path / "w.ckpt")}))
+    assert_equal(arch.student["backbone"], earlier().model_ema["backbone"])
+
+
 def test_student_and_ema_continue_an_earlier_teacher_heads_included(tmp_path: Path) -> None:
     torch.save({"teacher": earlier().model_ema.state_dict()}, tmp_path / "teacher.pth")
     arch = initialised(config(student={"resume_from_teacher_chkpt": str(tmp_path / "teacher.pth")}))
