@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from dinov3 import distributed
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset
-from dinov3.data.datasets.extended import ON_BAD_IMAGE
-from dinov3.data.datasets.strings import DATASETS, check_required_keys, parse_dataset_string
+from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
+from dinov3.data.datasets.skipping import SkippingDataset
+from dinov3.data.datasets.strings import DATASETS, ParsedDataset, check_required_keys, parse_dataset_string
 from dinov3.data.datasets.web_dataset import StreamLayout
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov3.data.stream_order import LaneOrder
@@ -89,14 +90,24 @@ def make_dataset(
     given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     dataset: Any
     if len(parsed) == 1:
-        dataset = DATASETS[parsed[0].name][0](**parsed[0].kwargs, **given)
+        dataset = _open(parsed[0], **given)
     else:
-        dataset = ConcatenatedDataset([DATASETS[one.name][0](**one.kwargs) for one in parsed], **given)
+        dataset = ConcatenatedDataset([_open(one) for one in parsed], **given)
     for name, value in given.items():
         if not hasattr(dataset, name):
             setattr(dataset, name, value)
     logger.info("dataset %s: %d samples", dataset_str, len(dataset))
     return dataset
+
+
+def _open(parsed: ParsedDataset, **transforms: Any) -> ExtendedVisionDataset:
+    arguments = dict(parsed.kwargs)
+    skip = arguments.pop("skip", None)
+    dataset_class: Any = DATASETS[parsed.name][0]
+    if skip is None:
+        dataset: ExtendedVisionDataset = dataset_class(**arguments, **transforms)
+        return dataset
+    return SkippingDataset(dataset_class(**arguments), skip, **transforms)
 
 
 def make_data_loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -260,6 +261,62 @@ def test_a_bad_image_is_replaced_in_training(name: str, strings: dict[tuple[str,
     )
     batch = next(iter(loader))
     assert sorted(batch["grays"].tolist()) == [0, 1, 3, 3] and batch["n_bad_images"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "joined"])
+def test_images_that_a_file_lists_are_skipped(name: str, strings: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    whole = make_dataset(dataset_str=strings[name, True])
+    put(tmp_path / "skip.txt", f"{whole.get_image_relpath(BAD)}\r\n")
+    dataset = make_dataset(dataset_str=f"{strings[name, True]}:skip={tmp_path}/skip.txt", transform=np.asarray)
+    assert [dataset[index][0][0, 0, 0] for index in range(len(dataset))] == [0, 1, 3]
+    assert [dataset.get_image_relpath(index) for index in range(3)] == [whole.get_image_relpath(i) for i in (0, 1, 3)]
+    assert getattr(dataset, "classes", None) == getattr(whole, "classes", None)
+    if hasattr(whole, "get_targets") and (targets := whole.get_targets()) is not None:
+        assert np.array_equal(dataset.get_targets(), np.asarray(targets)[[0, 1, 3]])
+        assert np.array_equal(dataset.get_target(2), whole.get_target(3))
+    assert len(pickle.loads(pickle.dumps(dataset))) == 3
+
+
+def test_a_stream_without_skipped_images_is_trained_on(strings: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    put(tmp_path / "skip.txt", f"{make_dataset(dataset_str=strings['WebDataset stream', True]).get_image_relpath(BAD)}")
+    dataset = make_dataset(dataset_str=f"{strings['WebDataset stream', True]}:skip={tmp_path}/skip.txt")
+    assert dataset.stream.counts.tolist() == [2, 1]
+    loader = make_train_data_loader(
+        dataset=dataset,
+        batch_size=3,
+        num_workers=0,
+        sampler_type=SamplerType.INFINITE,
+        sampler_seed=0,
+        collate_fn=grays,
+        seed_key=(0, 0, 0),
+    )
+    assert [sorted(batch["grays"].tolist()) for batch in itertools.islice(loader, 2)] == [[0, 1, 3]] * 2
+
+
+def test_a_skip_list_that_fits_nothing_or_everything_is_refused(
+    strings: dict[tuple[str, bool], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_without(*lines: str) -> Any:
+        put(tmp_path / "skip.txt", "".join(f"{line}\n" for line in lines))
+        return make_dataset(dataset_str=f"{strings['ImageFolder', False]}:skip={tmp_path}/skip.txt")
+
+    with pytest.raises(ValueError, match=r"lists no image of this dataset: it has x/1\.png, but .* such as a/0\.png"):
+        open_without("x/1.png")
+    with pytest.raises(ValueError, match="lists all 4 images of this dataset"):
+        open_without("a/0.png", "a/1.png", "b/2.png", "b/3.png")
+    assert len(open_without("a/0.png", "x/1.png")) == 3
+    assert "1 lines of skip=" in caplog.text and "name no image: x/1.png" in caplog.text
+    assert len(open_without()) == 4
+    with pytest.raises(FileNotFoundError, match=r"skip=.*none\.txt is not a file"):
+        make_dataset(dataset_str=f"{strings['ImageFolder', False]}:skip={tmp_path}/none.txt")
+
+
+def test_joined_datasets_skip_each_their_own(strings: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    put(tmp_path / "skip.txt", "images/train/0.jpg\n")
+    one = f"SegmentationFolder:{strings['SegmentationFolder', False].partition(':')[2]}"
+    dataset = make_dataset(dataset_str=f"{one}:skip={tmp_path}/skip.txt+{one}")
+    assert len(dataset) == 2 * N_IMAGES - 1 and dataset.class_names == ["sky", "sea"]
+    assert dataset[0][1].size == (6, 5)  # maps are still returned
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "joined"])

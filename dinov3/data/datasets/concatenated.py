@@ -8,7 +8,6 @@ from typing import Any, Unpack
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
-from dinov3.data.datasets.pairs import PairedImageDataset
 
 
 class ConcatenatedDataset(ExtendedVisionDataset):
@@ -39,9 +38,9 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
         self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None
-        self._has_maps = all(isinstance(dataset, PairedImageDataset) for dataset in self.datasets)
+        self.has_maps = all(dataset.has_maps for dataset in self.datasets)
         self.class_names: list[str] | None = None
-        if self._has_maps:
+        if self.has_maps:
             class_names = [getattr(dataset, "class_names", None) for dataset in self.datasets]
             self.class_names = class_names[0]
             if different := [names for names in class_names if names != class_names[0]]:
@@ -76,10 +75,10 @@ class ConcatenatedDataset(ExtendedVisionDataset):
 
     def load_target(self, index: int) -> Any:
         dataset, inner = self._find(index)
-        return dataset.load_target(inner) if self._has_maps or self.classes is not None else None
+        return dataset.load_target(inner) if self.has_maps or self.classes is not None else None
 
     def load_sample(self, index: int) -> tuple[Any, Any]:
-        if not self._has_maps:
+        if not self.has_maps:
             return super().load_sample(index)
         dataset, inner = self._find(index)
         return dataset.load_sample(inner)  # which checks that image and map fit together

@@ -54,7 +54,7 @@ def dump(dataset_str: str) -> None:
         raise DatasetStringError(
             f"dataset string {dataset_str!r}: only {', '.join(REQUIRED_KEYS)} have extra files to write"
         )
-    name, kwargs = parsed[0].name, parsed[0].kwargs
+    name, kwargs = parsed[0].name, {key: value for key, value in parsed[0].kwargs.items() if key != "skip"}
     for key in REQUIRED_KEYS[name]:
         if not kwargs.get(key):
             raise DatasetStringError(f"dataset string {dataset_str!r}: give {key}=DIRECTORY")

@@ -45,7 +45,12 @@ class ExtendedVisionDataset(VisionDataset):
         image_decoder: makes the decoder of what `get_image_data` returns.
         target_decoder: makes the decoder of what `get_target` returns.
         *args, **kwargs: `root` and `Transforms`, as of `torchvision.datasets.VisionDataset`.
+
+    Attributes:
+        has_maps: whether targets are maps of labels or depths.
     """
+
+    has_maps = False
 
     def __init__(
         self,

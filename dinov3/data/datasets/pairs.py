@@ -31,6 +31,8 @@ class PairedImageDataset(ExtendedVisionDataset):
         target_paths: of all samples, relative to the root.
     """
 
+    has_maps = True
+
     def __init__(
         self,
         *,

@@ -45,7 +45,7 @@ class DatasetStringError(ValueError):
 
 @dataclass(frozen=True)
 class DatasetGrammar:
-    """The keys that may follow a dataset's name.
+    """The keys that may follow a dataset's name, besides `skip`, which all take.
 
     Attributes:
         required: keys that must be given.
@@ -65,7 +65,7 @@ class DatasetGrammar:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return self.required + self.optional
+        return (*self.required, *self.optional, "skip")
 
 
 DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
@@ -194,4 +194,4 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
 def _describe(name: str) -> str:
     grammar = DATASETS[name][1]
     needs = f"{name} needs {', '.join(grammar.required)}"
-    return f"{needs} and takes {', '.join(grammar.optional)}" if grammar.optional else needs
+    return f"{needs} and takes {', '.join((*grammar.optional, 'skip'))}"
