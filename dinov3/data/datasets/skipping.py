@@ -85,7 +85,7 @@ class SkippingDataset(ExtendedVisionDataset):
 
     def read_ahead(self, indices: Sequence[int], *, restart: bool) -> None:
         """Read and hold images of a dataset that streams; see `WebDataset.read_ahead`."""
-        self.dataset.read_ahead(self.kept[list(indices)].tolist(), restart=restart)  # type: ignore[attr-defined]
+        self.dataset.read_ahead(self.kept[list(indices)].tolist(), restart=restart)
 
     def __len__(self) -> int:
         return len(self.kept)
