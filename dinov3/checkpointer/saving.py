@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from dinov3.checkpointer.dcp import CheckpointError, run_on_all, run_on_main, save_dcp, start_saving_dcp
 from dinov3.checkpointer.manifest import digest_file, write_manifest
 from dinov3.distributed import get_process_subgroup, get_rank, get_world_size
-from dinov3.utils.files import publish_directory, temporary_beside
+from dinov3.utils.files import explaining_full_disk, publish_directory, temporary_beside
 
 
 def save_checkpoint(
@@ -68,7 +68,7 @@ def save_checkpoint(
         with _removing_on_failure(temporary, group):
             state = _collect_state(iteration, model, optimizer, others)
             # Each step is confirmed by all ranks: none may rename a directory to which another could not write.
-            run_on_all(group, lambda: save_dcp(state, temporary, group))
+            run_on_all(group, lambda: _save_dcp(state, temporary, target, group))
             _complete(temporary, target, group, iteration=iteration, contents=state, metadata=metadata)
 
 
@@ -127,7 +127,8 @@ class BackgroundSaver:
                 run_on_all(self._group, lambda: started.append(start_saving_dcp(state, temporary, group)))
 
         def wait_for_writing() -> None:
-            started[0].result()
+            with explaining_full_disk(target):
+                started[0].result()
 
         def finish() -> None:
             try:
@@ -179,6 +180,11 @@ def _removing_on_failure(temporary: Path, group: ProcessGroup | None) -> Iterato
         if get_rank(group) == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _save_dcp(state: dict[str, Any], temporary: Path, target: Path, group: ProcessGroup | None) -> None:
+    with explaining_full_disk(target):
+        save_dcp(state, temporary, group)
 
 
 def _make_temporary(target: Path, overwrite: bool) -> Path:

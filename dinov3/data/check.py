@@ -30,7 +30,7 @@ from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.fingerprint import fingerprint
 from dinov3.data.loaders import make_data_loader, make_dataset
 from dinov3.utils.command_line import run_command_line
-from dinov3.utils.files import atomic_write
+from dinov3.utils.files import atomic_write, explaining_full_disk
 from dinov3.utils.text import read_lines
 
 RECORDS_FILE, SKIP_FILE, DUPLICATES_FILE, SUMMARY_FILE = "records.jsonl", "skip.txt", "duplicates.txt", "summary.json"
@@ -167,6 +167,7 @@ def check_dataset(
         collate_fn=list,
     )
     with (
+        explaining_full_disk(records),
         records.open("a", encoding="utf-8") as file,
         tqdm(total=len(dataset), initial=len(done), desc="checking", unit="image") as bar,
     ):

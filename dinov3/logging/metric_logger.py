@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dinov3.distributed import is_main_process, is_subgroup_main_process, runtime
 from dinov3.logging.smoothed_value import SmoothedValue, settle, synchronize
-from dinov3.utils.files import atomic_write
+from dinov3.utils.files import atomic_write, explaining_full_disk
 
 logger = logging.getLogger("dinov3")
 
@@ -190,7 +190,8 @@ class _IterationLog:
             self.metrics.latest["nonfinite"] = nonfinite
         if is_subgroup_main_process() and self.metrics.output_file is not None:
             self.metrics.output_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics.output_file.open("a") as file:
+            path = self.metrics.output_file
+            with explaining_full_disk(path), path.open("a") as file:
                 file.write(json.dumps(self.metrics.latest) + "\n")
         if self.tensorboard is not None:
             for name, value in numbers.items():

@@ -33,6 +33,7 @@ from dinov3.train.saving import Saver, export_path, export_teacher
 from dinov3.train.schedules import build_schedulers, settings_at
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.train.step import NonFiniteLossError, StepResult, train_step
+from dinov3.utils.files import DiskFullError
 
 logger = logging.getLogger("dinov3")
 
@@ -125,6 +126,12 @@ class Trainer:
 
     def run(self, *, resume: bool = True, data_loader: Any = None) -> dict[str, float]:
         """Train to the end; see `do_train`."""
+        try:
+            return self._run(resume, data_loader)
+        except DiskFullError as error:
+            raise DiskFullError(f"{error}. Newest checkpoint: {self._describe_newest()}") from error
+
+    def _run(self, resume: bool, data_loader: Any) -> dict[str, float]:
         self.model.init_weights()
         start = self._resume() if resume else 0
         last = self.n_iterations - 1
@@ -256,12 +263,14 @@ class Trainer:
             logger.warning("%s; dropped (%d of %d allowed)", result.problem, self.nonfinite_in_a_row, allowed)
             return
         self.saver.finish()
-        newest = find_latest_checkpoint(self.checkpoint_root)
         raise NonFiniteLossError(
-            f"{result.problem}. The step was not applied. Last good checkpoint: {newest or 'none yet'}. "
+            f"{result.problem}. The step was not applied. Last good checkpoint: {self._describe_newest()}. "
             "Lower the learning rate or optim.clip_grad and start again (the run resumes there), or let "
             "train.max_nonfinite_steps=N drop up to N such steps in a row."
         )
+
+    def _describe_newest(self) -> str:
+        return str(find_latest_checkpoint(self.checkpoint_root) or "none yet")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the trainer itself."""

@@ -20,6 +20,7 @@ from dinov3 import distributed
 from dinov3.checkpointer import (
     BackgroundSaver,
     CheckpointError,
+    find_latest_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
     save_checkpoint,
@@ -109,10 +110,12 @@ class Saver:
                 keep_checkpoint_copy(self.root / str(iteration))
 
     def _tolerate(self, error: CheckpointError) -> None:
+        newest = find_latest_checkpoint(self.root) or "none yet"
         if self._failed_before:
-            raise error
+            raise CheckpointError(f"{error}. It is the second failure in a row; newest checkpoint: {newest}") from error
         self._failed_before = True
-        logger.error("%s; training continues and tries again at the next checkpoint", error)
+        text = "%s; training continues and tries again at the next checkpoint (newest checkpoint: %s)"
+        logger.error(text, error, newest)
 
 
 def export_teacher(model: SSLMetaArch, output_dir: Path, iteration: int, *, sharded: bool = False) -> Path:

@@ -1,8 +1,9 @@
-"""Files and directories that are written completely or not at all."""
+"""Files and directories that are written completely or not at all, and disks that are full."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -10,6 +11,49 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: With less, a disk counts as full when torch fails to write, for it does not pass on what the system said.
+_LITTLE_SPACE = 2**20
+
+
+class DiskFullError(OSError):
+    """A disk is full, or a quota is used up; the message names the directory and what is free."""
+
+
+@contextlib.contextmanager
+def explaining_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an error in the body into a `DiskFullError` if it means that `path` could not be written for lack of space.
+
+    Args:
+        path: the file or directory that the body writes; its parent directory exists.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except BaseException as error:  # torch's CheckpointException is one
+        directory = Path(path).absolute().parent
+        if not _is_for_lack_of_space(error, directory):
+            raise
+        free = shutil.disk_usage(directory).free
+        raise DiskFullError(
+            f"No space left on device for {path}: {directory} has {free / 2**30:.2f} GiB free"
+            + (", but perhaps a smaller quota" if free > _LITTLE_SPACE else "")
+            + "; make room, or choose a directory on another disk"
+        ) from error
+
+
+def _is_for_lack_of_space(error: BaseException | None, directory: Path) -> bool:
+    if isinstance(error, RuntimeError) and shutil.disk_usage(directory).free < _LITTLE_SPACE:
+        return True
+    while error is not None:
+        # The latter are the errors of all ranks in torch's CheckpointException.
+        failures = [cause for cause, _ in getattr(error, "failures", {}).values()]
+        if getattr(error, "errno", None) in _FULL or any(_is_for_lack_of_space(cause, directory) for cause in failures):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
@@ -26,13 +70,16 @@ def atomic_write(
         mode: "wb", or "w" for UTF-8 text.
         errors: what becomes of characters that UTF-8 does not have, which file names may contain; `surrogateescape`
             keeps such names.
+
+    Raises:
+        DiskFullError: there is no space left for it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": errors}
     try:
-        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": errors}
-        with open(temporary, mode, **text) as file:
+        with explaining_full_disk(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

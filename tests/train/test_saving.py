@@ -22,6 +22,7 @@ from dinov3.train.preemption import Preemption
 from dinov3.train.saving import Saver
 from dinov3.train.train import build_model
 from dinov3.utils import fix_random_seeds
+from dinov3.utils.files import DiskFullError
 
 from . import tiny
 
@@ -85,10 +86,31 @@ def test_one_failure_is_tolerated_and_a_second_in_a_row_is_not(
             save(saver, 5)
             saver.finish()
     monkeypatch.setattr(saving, "write_manifest", fail)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(
+        CheckpointError, match=rf"No space left.*second failure in a row; newest checkpoint: {tmp_path}/5"
+    ):
         save(saver, 9)
         saver.finish()
     assert saver.newest == 5 and names(tmp_path) == ["1", "5"]
+
+
+def test_a_full_disk_ends_a_training_with_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.make_trainer(tmp_path, period=2)
+    step = trainer.step
+
+    def step_until_full(batches: Any, iteration: int) -> Any:
+        if iteration == 2:
+            path = tmp_path / "out" / "training_metrics.json"
+            path.unlink()
+            path.symlink_to("/dev/full")
+        return step(batches, iteration)
+
+    monkeypatch.setattr(trainer, "step", step_until_full)
+    message = rf"No space left on device for .*metrics\.json: .* GiB free.* Newest checkpoint: {tmp_path}/out/ckpt/1$"
+    with pytest.raises(DiskFullError, match=message):
+        trainer.run()
 
 
 def signalled(loader: Any, at_batch: int) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from dinov3.eval.training.checkpoints import Checkpoints, copy_entries, unwrap_d
 from dinov3.eval.training.loader import TrainOrder, make_train_loader
 from dinov3.eval.training.loop import HeadTraining, Metrics, train_head
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
-from dinov3.utils.files import fsync, publish_directory, temporary_beside
+from dinov3.utils.files import explaining_full_disk, fsync, publish_directory, temporary_beside
 from dinov3.utils.weight_files import WeightsError, read_file
 
 logger = logging.getLogger("dinov3")
@@ -295,8 +295,9 @@ def write_checkpoint(directory: Path, content: Mapping[str, Any]) -> None:
     """Put a `checkpoint.pth` into a directory, replacing what was there; one process does it."""
     temporary = temporary_beside(directory)
     temporary.mkdir(parents=True)
-    torch.save(dict(content), temporary / CHECKPOINT_FILE)
-    fsync(temporary / CHECKPOINT_FILE)
+    with explaining_full_disk(temporary):
+        torch.save(dict(content), temporary / CHECKPOINT_FILE)
+        fsync(temporary / CHECKPOINT_FILE)
     publish_directory(temporary, directory)
 
 

@@ -36,7 +36,7 @@ from torch.utils.data import Subset, default_collate
 from dinov3 import distributed
 from dinov3.configs.settings import key
 from dinov3.distributed import runtime
-from dinov3.utils.files import publish_directory, temporary_beside
+from dinov3.utils.files import explaining_full_disk, publish_directory, temporary_beside
 
 logger = logging.getLogger("dinov3")
 
@@ -210,7 +210,8 @@ class FeatureStore:
 
         for step in (begin, add_rows, publish):
             try:
-                step()
+                with explaining_full_disk(temporary):
+                    step()
                 failure = None
             except OSError as error:
                 failure = str(error)

@@ -25,7 +25,7 @@ from dinov3.eval.command.progress import Progress
 from dinov3.eval.command.results import without_nan
 from dinov3.eval.training.checkpoints import Checkpoints
 from dinov3.heads.weights import head_entries
-from dinov3.utils.files import atomic_write
+from dinov3.utils.files import atomic_write, explaining_full_disk
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError
 
@@ -288,7 +288,7 @@ def _save(task: HeadTraining, result: TrainingResult, *, is_due: bool, is_best: 
 def _record(path: Path | None, entry: Mapping[str, Any]) -> None:
     if path is not None and distributed.is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with explaining_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(entry)) + "\n")
 
 
