@@ -232,6 +232,21 @@ def test_listing_is_read_from_the_cache_until_a_directory_changes(
     assert len(walks) == 1
 
 
+@pytest.mark.parametrize("extra", ["", "a", "cache", "new/cache"])
+def test_the_cache_may_lie_in_the_tree(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "a/1.png", "b/2.png")
+    kwargs = {"extra": str(tmp_path / extra)}
+    first = folder(tmp_path, **kwargs)
+    walk = listing.list_images
+    with monkeypatch.context() as patch:
+        patch.setattr(listing, "list_images", None)
+        assert relpaths(folder(tmp_path, **kwargs)) == relpaths(first) == ["a/1.png", "b/2.png"]
+    walks = []
+    monkeypatch.setattr(listing, "list_images", lambda directory: walks.append(directory) or walk(directory))
+    put(tmp_path, "a/3.png")
+    assert relpaths(folder(tmp_path, **kwargs)) == ["a/1.png", "a/3.png", "b/2.png"] and len(walks) == 1
+
+
 def test_each_searched_directory_has_its_own_cache(tmp_path: Path) -> None:
     root, extra = put(tmp_path / "root", "train/1.png", "val/2.png"), str(tmp_path / "extra")
     for split in ("train", "val", "train"):

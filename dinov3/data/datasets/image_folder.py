@@ -28,6 +28,7 @@ class ImageFolder(ExtendedVisionDataset):
 
     Attributes:
         classes: class names by class index; None without labels.
+        why_no_labels: the reason for that, for errors of who needs labels; empty with labels.
 
     Raises:
         FileNotFoundError: the directory does not exist, or has no images.
@@ -61,6 +62,7 @@ class ImageFolder(ExtendedVisionDataset):
                 + (f": {kinds}" if n_others else "")
             )
         self._paths = listing.images
+        self.why_no_labels = ""
         self.classes, self._targets = self._find_labels(labels)
 
     def find_class_name(self, class_index: int) -> str:
@@ -90,10 +92,17 @@ class ImageFolder(ExtendedVisionDataset):
 
     def _find_labels(self, labels: str) -> tuple[list[str] | None, np.ndarray | None]:
         if labels == "none":
+            self.why_no_labels = "labels=none was given"
             return None, None
         folders = [path.rpartition("/")[0].partition("/")[0] for path in self._paths]
         classes = sorted(set(folders))
         if labels == "auto" and ("" in classes or len(classes) < 2):
+            self.why_no_labels = (
+                f"{folders.count('')} of {len(folders)} images in {self._directory} are not in a class folder, e.g. "
+                f"{self._paths[folders.index('')]}"
+                if "" in classes
+                else f"{self._directory} has only one class folder, {classes[0]!r}; with labels=folder it is a class"
+            )
             return None, None
         if "" in classes:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -126,7 +127,11 @@ def count_extensions(other_files: Mapping[str, int], most: int = 8) -> str:
 
 
 def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLike[str]) -> Listing:
-    """Return `list_images`, read from files in the directory `cache` unless a directory of the tree has changed."""
+    """Return `list_images`, read from files in the directory `cache` unless a directory of the tree has changed.
+
+    The cache may lie in the tree.
+    """
+    Path(cache).mkdir(parents=True, exist_ok=True)  # now, because it may change a directory of the tree
     key = hashlib.sha256(os.fsencode(os.path.abspath(directory))).hexdigest()[:16]
     images_file = Path(cache) / f"image-folder-{key}.npy"
     mtimes_file = Path(cache) / f"image-folder-{key}-mtimes.npy"
@@ -141,6 +146,11 @@ def list_images_cached(directory: str | os.PathLike[str], cache: str | os.PathLi
     times = np.empty(len(paths), dtype=[("directory", paths.dtype), ("mtime_ns", "<i8")])
     times["directory"], times["mtime_ns"] = paths, list(listing.mtimes.values())
     save_array(mtimes_file, times)
+    # If the cache lies in the tree, writing it has changed a time that it holds.
+    for path, time in listing.mtimes.items():
+        if os.path.samefile(os.path.join(directory, path), cache):
+            with contextlib.suppress(PermissionError):  # a directory of somebody else: it is listed again next time
+                os.utime(cache, ns=(time, time))
     return listing
 
 

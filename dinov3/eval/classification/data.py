@@ -438,7 +438,11 @@ def _largest_of_lists(dataset: Any, metric_type: ClassificationMetricType, name:
 def _as_labels(targets: Any, dataset: Any) -> Tensor:
     name = type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__
     if targets is None or (len(targets) and any(target is None for target in (targets[0], targets[-1]))):
-        raise ValueError(f"the dataset {name} has no labels; an ImageFolder has them if each class is a sub-folder")
+        reason = getattr(getattr(dataset, "dataset", dataset), "why_no_labels", "")
+        raise ValueError(
+            f"the dataset {name} has no labels"
+            + (f": {reason}" if reason else "; an ImageFolder has them if each class is a sub-folder")
+        )
     try:
         array = np.stack([np.asarray(t) for t in targets]) if isinstance(targets, list) else np.asarray(targets)
     except ValueError as error:

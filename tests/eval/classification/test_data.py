@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.eval.classification.data import (
@@ -18,7 +20,9 @@ from dinov3.eval.classification.data import (
     extract_features_for_dataset_dict,
     find_class_mapping,
     get_labels,
+    open_dataset,
     pad_multilabel_and_collate,
+    read_train_labels,
 )
 from dinov3.eval.classification.metrics import ClassificationMetricType
 
@@ -201,3 +205,23 @@ def test_test_labels_that_a_classifier_or_metric_cannot_have_are_refused(
 def test_lists_of_classes_that_were_trained_are_accepted(targets: Any) -> None:
     check_test_labels(WithTargets(targets), ClassificationMetricType.ANY_MATCH_ACCURACY, 4, "T")
     check_test_labels(ItemsOnly(targets), ClassificationMetricType.ANY_MATCH_ACCURACY, 4, "T")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "reason"),
+    [
+        (["cat/1.png"], "auto", r"ImageFolder has no labels: .* has only one class folder, 'cat'; with labels=folder"),
+        (["cat/1.png", "dog/2.png", "3.png"], "auto", r"1 of 3 images in .* are not in a class folder, e\.g\. 3\.png"),
+        (["cat/1.png", "dog/2.png"], "none", "ImageFolder has no labels: labels=none was given"),
+        (["cat/1.png", "cat/2.png"], "folder", "all 2 training images are of class 0: .* at least two classes"),
+    ],
+)
+def test_why_a_folder_has_no_labels_is_said(names: list[str], labels: str, reason: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    dataset = open_dataset(f"ImageFolder:root={tmp_path}:labels={labels}", None, "train.dataset")
+    for one in (dataset, SubsetEx(dataset, [0])):
+        if labels != "folder" or one is dataset:
+            with pytest.raises(ValueError, match=reason):
+                read_train_labels(one)
