@@ -61,7 +61,8 @@ def make_inference(
         rescale_to: (height, width) of the result, in pixels.
         n_output_channels: K, the number of classes; used for windows only.
         crop_size: (height, width) of windows, required for them. If both are larger than the sides of the image, both
-            become its shorter side; if one is, the window is as high or as wide as the image.
+            become its shorter side, and the stride at most that; if one is, the window is as high or as wide as the
+            image.
         stride: (rows, columns) from window to window, required for them.
         apply_horizontal_flip: mirror the result, where `x` was mirrored.
         num_max_forward: see `slide_inference`.
@@ -148,6 +149,8 @@ def slide_inference(
     crop, step = _pair("crop_size", crop_size), _pair("stride", stride)
     if crop[0] > image_size[0] and crop[1] > image_size[1]:
         crop = min(image_size), min(image_size)
+        # A stride for the larger windows would leave pixels of a panorama between these.
+        step = min(step[0], crop[0]), min(step[1], crop[1])
     size = (min(crop[0], image_size[0]), min(crop[1], image_size[1]))
     tops, lefts = (_window_starts(*lengths) for lengths in zip(image_size, crop, step, strict=True))
     counts = _count_windows(image_size[0], size[0], tops)[:, None] * _count_windows(image_size[1], size[1], lefts)

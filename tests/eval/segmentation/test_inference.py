@@ -190,6 +190,15 @@ def test_a_stride_that_leaves_pixels_out_is_refused() -> None:
     slide_inference(images_of(1, 3, 40, 40), model, "linear", K, (24, 24), (30, 30))
 
 
+@pytest.mark.parametrize(("stride", "shrunk"), [((24, 24), (16, 16)), ((24, 12), (16, 12))])
+def test_windows_of_a_panorama_smaller_than_the_crop_leave_nothing_out(
+    stride: tuple[int, int], shrunk: tuple[int, int]
+) -> None:
+    image, model = images_of(1, 3, 16, 60), Segmentor()
+    result = slide_inference(image, model, n_output_channels=K, crop_size=(64, 64), stride=stride)
+    assert torch.equal(result, naive_mean(image, Segmentor().predict, (16, 16), shrunk))
+
+
 class WithoutAutocast:
     """Predicts as outside autocast, so that only what comes after is under it."""
 
