@@ -5,7 +5,6 @@ Notable: it needs no process group and no model, and the network need not fit in
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dinov3.checkpointer.dcp import CheckpointError, load_dcp, read_metadata
 from dinov3.checkpointer.initializing import BACKBONE, TEACHER_PREFIXES
 from dinov3.checkpointer.manifest import check_files, check_is_checkpoint
+from dinov3.utils.command_line import ArgumentParser
 from dinov3.utils.files import atomic_write
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import write_safetensors
@@ -97,7 +97,7 @@ def _find_network(directory: Path, model: str, what: str) -> tuple[str, dict[str
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; `argv` is what follows the program's name."""
-    parser = argparse.ArgumentParser("python -m dinov3.checkpointer.consolidate", description=__doc__.splitlines()[0])
+    parser = ArgumentParser("python -m dinov3.checkpointer.consolidate", description=__doc__.splitlines()[0])
     parser.add_argument("directory", metavar="DIR", help="a checkpoint, e.g. <run>/ckpt/9999")
     parser.add_argument("output", type=Path, metavar="OUT", help="the file to write, .pth or .safetensors")
     parser.add_argument("--model", choices=PREFIXES, default="teacher", help="which network (default: teacher)")

@@ -5,7 +5,6 @@ Notable: it needs no model, no process group and no memory for the tensors, and 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3.checkpointer.dcp import CheckpointError, read_metadata, read_nested
 from dinov3.checkpointer.manifest import MANIFEST, check_files, check_is_checkpoint, read_manifest
+from dinov3.utils.command_line import ArgumentParser
 
 
 def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator[str]:
@@ -56,7 +56,7 @@ def describe_checkpoint(directory: Path, *, shows_all: bool = False) -> Iterator
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; `argv` is what follows the program's name."""
-    parser = argparse.ArgumentParser("python -m dinov3.checkpointer.inspect", description=__doc__.splitlines()[0])
+    parser = ArgumentParser("python -m dinov3.checkpointer.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint, e.g. <run>/ckpt/9999")
     parser.add_argument("--all", action="store_true", help="list every tensor")
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ from dinov3.configs.scaling import count_iterations, learning_rate_scale
 from dinov3.configs.settings import ConfigError, as_list, flatten, format_keys
 from dinov3.configs.training_config import TrainingConfig, default_values
 from dinov3.configs.validation import find_notes, find_problems
+from dinov3.utils.command_line import ArgumentParser
 
 EPILOG = """\
 The output is YAML (the summary stands in comments), so it can be kept as a configuration file:
@@ -31,12 +32,11 @@ Keys, their defaults and meanings:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m dinov3.configs`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.configs",
         description="Print a merged training configuration, check it, and show what follows from it.",
         epilog=EPILOG + format_keys(TrainingConfig).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="FILE | key=value", help="a recipe, and options that override it")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs that train together (default: 1)")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.fingerprint import fingerprint
 from dinov3.data.loaders import make_data_loader, make_dataset
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write, explaining_full_disk
 from dinov3.utils.text import read_lines
 
@@ -211,12 +211,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 3 if some images cannot be read.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.data.check",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("dataset", metavar="DATASET", help="dataset string, for example ImageFolder:root=/data/photos")
     parser.add_argument("--decode", action="store_true", help="decode every image instead of reading only its header")

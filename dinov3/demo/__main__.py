@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dinov3.demo.run import RECIPE, DemoOptions, run_demo
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 
 DESCRIPTION = """\
 Train a small ViT with DINO, iBOT and KoLeo on real images, on the CPU, in a few minutes:
@@ -43,12 +43,11 @@ def parse_args(argv: list[str]) -> DemoOptions:
     Raises:
         SystemExit: unknown flags or bare words; argparse prints the usage.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.demo",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/demo"), metavar="DIR", help="default: outputs/demo"

@@ -12,7 +12,6 @@ measured on them says that a pipeline works, not how good a model is.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dinov3.demo.trees import fingerprint, package_directory, write_tree
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write
 
 FORMAT = 1  # of the trees; with another number every tree is written again
@@ -145,11 +144,10 @@ def disparity_to_metres(disparity: np.ndarray) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> None:
     """Write both data sets from the command line; None takes the arguments of the program."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.demo.dense_data",
         description="Write two small real data sets with a target per pixel, depth and segmentation, made from "
         "pictures inside the package scikit-image. Nothing is downloaded; data that is there already is left as it is.",
-        allow_abbrev=False,
     )
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="the directory to write, e.g. data/dense")
     data = write_dense_data(parser.parse_args(sys.argv[1:] if argv is None else argv).output_dir)

@@ -31,7 +31,7 @@ from dinov3.eval.classification import knn_config, linear_config, log_regression
 from dinov3.eval.classification.knn_config import Feature
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command import results
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write
 
 TABLE_FILE, CHART_FILE = "report.md", "report.png"
@@ -201,7 +201,7 @@ def draw_chart(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Collect, write and print; see the module."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", type=Path)

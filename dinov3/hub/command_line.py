@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,19 +16,23 @@ from torch import nn
 
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights
-from dinov3.hub.run_directory import read_run_config
-from dinov3.hub.runs import dinov3_from_run
+from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
+from dinov3.hub.run_directory import find_run_config, read_run_config
 from dinov3.hub.transforms import Normalization, normalization_of
 from dinov3.models.summary import Tokens, count_tokens, patch_stride
 from dinov3.utils import as_torch_dtype, did_you_mean
+from dinov3.utils.command_line import ArgumentParser
 
 #: The published backbones.
 ENTRIES = tuple(sorted(name for name in backbones.__all__ if name.startswith("dinov3_")))
 
-MODEL_HELP = f"one of {', '.join(ENTRIES)}; or the output directory of a training run, for its newest teacher"
+MODEL_HELP = (
+    f"one of {', '.join(ENTRIES)}; or the output directory of a training run, for its newest teacher; or a checkpoint "
+    "of a backbone of any size, as dinov3_from_checkpoint takes it"
+)
 WEIGHTS_HELP = (
     "a file, a directory or a URL of weights of this model, or LVD1689M or SAT493M for the published ones (default: "
-    "LVD1689M, which are downloaded and need access); not for a training run"
+    "LVD1689M, which are downloaded and need access); not for a training run or a checkpoint"
 )
 
 NORMALIZATIONS = ("auto", "lvd", "sat")
@@ -40,37 +45,37 @@ class ModelChoice:
     """A backbone as a command line names it.
 
     Attributes:
-        name: a published backbone, or the output directory of a training run.
-        weights: as `weights=` of the hub. Default: the published ones. A training run has its own.
+        name: a published backbone, or the path of a training run or a checkpoint.
+        weights: as `weights=` of the hub. Default: the published ones. Training runs and checkpoints have their own.
     """
 
     name: str
     weights: str | None = None
 
     @property
-    def is_run(self) -> bool:
-        """Whether this is a training run."""
+    def is_path(self) -> bool:
+        """Whether this is a training run or a checkpoint."""
         return self.name not in ENTRIES
 
     def check(self) -> None:
         """Refuse what cannot be loaded, before anything is.
 
         Raises:
-            ValueError: there is no such model, or weights are given for a training run.
-            FileNotFoundError: a path that is not a directory.
+            ValueError: there is no such model, or weights are given for a training run or a checkpoint.
+            FileNotFoundError: there is nothing at a path.
         """
-        if not self.is_run:
+        if not self.is_path:
             return
         path = Path(self.name).expanduser()
-        if path.is_dir():
+        if path.exists():
             if self.weights is not None:
-                raise ValueError(f"{self.name} is a training run, which has its own weights: leave out --weights")
+                raise ValueError(f"{self.name} is a path, which has its own weights: leave out --weights")
         elif len(path.parts) > 1:
-            raise FileNotFoundError(f"there is no training run at {self.name}: no such directory")
+            raise FileNotFoundError(f"there is no training run at {self.name}, nor a checkpoint: no such path")
         else:
             raise ValueError(
                 f"unknown model {self.name!r}{did_you_mean(self.name, ENTRIES)}: choose one of {', '.join(ENTRIES)}, "
-                "or the output directory of a training run"
+                "or the path of a training run or a checkpoint"
             )
 
     def load(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -84,9 +89,9 @@ class ModelChoice:
             ValueError, OSError: see `check` and the entries of the hub.
         """
         self.check()
-        if not self.is_run:
+        if not self.is_path:
             return self._call_entry(device=device, dtype=dtype)
-        model = dinov3_from_run(self.name)
+        model = dinov3_from_checkpoint(self.name)
         for parameter in model.parameters():  # Not buffers: the periods of positions need their precision.
             parameter.data = parameter.data.to(dtype)
         return model.to(device)
@@ -95,12 +100,12 @@ class ModelChoice:
         """Build the backbone on the meta device: its structure, without weights and without memory.
 
         Raises:
-            ValueError, OSError: see `check`, and `dinov3_from_run` for training runs.
+            ValueError, OSError: see `check`, and `dinov3_from_checkpoint` for paths.
         """
         self.check()
-        return (
-            dinov3_from_run(self.name).to("meta") if self.is_run else self._call_entry(pretrained=False, device="meta")
-        )
+        if self.is_path:
+            return dinov3_from_checkpoint(self.name).to("meta")
+        return self._call_entry(pretrained=False, device="meta")
 
     def _call_entry(self, **options: Any) -> nn.Module:
         weights = {} if self.weights is None else {"weights": self.weights}
@@ -108,25 +113,28 @@ class ModelChoice:
         return model
 
     def __str__(self) -> str:
-        return self.name if self.is_run or self.weights is None else f"{self.name} ({self.weights})"
+        return self.name if self.is_path or self.weights is None else f"{self.name} ({self.weights})"
 
 
 def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "auto") -> tuple[str, Normalization]:
     """Find the normalisation of pixels that belongs to some weights.
 
     Args:
-        choice: the model and its weights. Satellite weights are recognised by the name of their file, a training run
-            has a configuration.
+        choice: the model and its weights. Satellite weights are recognised by the name of their file, training runs
+            and the directories of other libraries have a configuration.
         model: the backbone; the satellite weights of ViT-L/16 are recognised by its additional norm.
         wanted: `auto`, or `lvd` or `sat` to decide it.
 
     Returns:
         What to call it, and the normalisation.
     """
-    if wanted == "auto" and choice.is_run:
-        crops = read_run_config(Path(choice.name).expanduser()).crops
-        return "of the training run", Normalization(tuple(crops.rgb_mean), tuple(crops.rgb_std))
-    name, note = (choice.weights or Weights.LVD1689M.name).lower(), ""
+    if wanted == "auto" and choice.is_path:
+        path = Path(choice.name).expanduser()
+        if of_run := normalization_of_run(path):
+            return "of the training run", of_run
+        if saved := saved_normalization(path):
+            return "of the configuration beside the weights", saved
+    name, note = (choice.weights or (choice.name if choice.is_path else Weights.LVD1689M.name)).lower(), ""
     if wanted != "auto":
         is_satellite = wanted == "sat"
     elif choice.name == "dinov3_vitl16":
@@ -134,10 +142,34 @@ def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "aut
     else:
         is_satellite = names_satellite_weights(name)
         # Both weights of the 7B have the additional norm, so only the name can tell them apart.
-        if choice.name == "dinov3_vit7b16" and not is_satellite and "lvd1689m" not in name:
+        is_open = choice.is_path or choice.name == "dinov3_vit7b16"
+        if is_open and not is_satellite and "lvd1689m" not in name:
             note = " (assumed: the name of the weights does not say)"
     data = Weights.SAT493M if is_satellite else Weights.LVD1689M
     return data.name + note, normalization_of(data)
+
+
+def normalization_of_run(path: Path) -> Normalization | None:
+    """Return the normalisation of the training run that `path` is, or lies in; None without a run."""
+    if (config_file := find_run_config(path)) is None:
+        return None
+    crops = read_run_config(config_file.parent).crops
+    return Normalization(tuple(crops.rgb_mean), tuple(crops.rgb_std)) if "rgb_mean" in crops else None
+
+
+def saved_normalization(path: Path) -> Normalization | None:
+    """Read the normalisation that transformers and timm save in a model's directory; None without one."""
+    directory = path if path.is_dir() else path.parent
+    for name, section, mean, std in (
+        ("preprocessor_config.json", None, "image_mean", "image_std"),  # Hugging Face
+        ("config.json", "pretrained_cfg", "mean", "std"),  # timm
+    ):
+        if (directory / name).is_file():
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            content = content if section is None else content.get(section, {})
+            if mean in content and std in content:
+                return Normalization(tuple(content[mean]), tuple(content[std]))
+    return None
 
 
 def names_satellite_weights(name: str) -> bool:
@@ -147,12 +179,11 @@ def names_satellite_weights(name: str) -> bool:
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """Make the parser of `python -m dinov3.hub.<module>`."""
-    return argparse.ArgumentParser(
+    return ArgumentParser(
         prog=f"python -m dinov3.hub.{module}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 

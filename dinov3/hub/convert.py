@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
 from dinov3.hub.architectures import published_name
-from dinov3.hub.command_line import describe_bytes, make_parser, names_satellite_weights
+from dinov3.hub.command_line import describe_bytes, make_parser, names_satellite_weights, normalization_of_run
 from dinov3.hub.formats.conversion import Foreign, from_release
 from dinov3.hub.formats.huggingface import huggingface_config, preprocessor_config
 from dinov3.hub.formats.layouts import LAYER_NORM_EPS, Library
@@ -92,7 +92,8 @@ def convert(
             or a file ending in .safetensors for only the weights.
         to: the format.
         data: what the weights were trained on, which decides the normalisation of images that is written beside them.
-            Default: recognised by the names of files and entries, otherwise `lvd1689m`.
+            Default: that of the training run; without one, recognised by the names of files and entries, otherwise
+            `lvd1689m`.
         overwrite: replace what is there.
         progress: show a bar.
         max_shard_bytes: Hugging Face directories hold files of at most this size.
@@ -133,7 +134,8 @@ def convert(
                 is_whole = {key: tensor.untyped_storage().nbytes() == tensor.nbytes for key, tensor in tensors.items()}
                 torch.save({k: t.detach() if is_whole[k] else t.detach().clone() for k, t in tensors.items()}, counted)
         else:
-            mean, std = normalization_of(data or _recognise_data(path, weights.state, name))
+            of_run = normalization_of_run(path) if data is None else None
+            mean, std = of_run or normalization_of(data or _recognise_data(path, weights.state, name))
             if to == "huggingface":
                 config = huggingface_config(weights.state, tensors, layer_norm_eps=weights.layer_norm_eps)
                 texts = {CONFIG_FILE: config, PREPROCESSOR_FILE: preprocessor_config(mean, std)}

@@ -37,6 +37,7 @@ from dinov3.utils.weight_files import make_safetensors_header, read_file, write_
 TOKENS = ("cls", "avg", "patch", "storage")
 ON_BAD_IMAGE = ("skip", "raise")
 
+ENDING = ".safetensors"
 NAMES, SKIPPED = "names", "skipped"
 SETTINGS_FILE = "settings.json"
 #: A killed command loses at most so many batches; fewer would leave a large folder with many small shards.
@@ -212,6 +213,8 @@ def _check(options: ExtractOptions) -> Any:
     if unknown or not options.tokens or len(set(options.tokens)) != len(options.tokens):
         raise ValueError(f"--tokens {','.join(options.tokens)}: expected some of {','.join(TOKENS)}, each once")
     options.model.check()
+    if options.out.suffix != ENDING:
+        raise ValueError(f"--out {options.out}: the output is a safetensors file, so its name must end in {ENDING}")
     cli.check_output(options.out, overwrite=options.overwrite)
     if not options.images.is_dir():
         kind = "it is a file" if options.images.exists() else "there is no such directory"

@@ -39,8 +39,8 @@ from dinov3.train.preflight import benchmark, check_dataset, check_disk, dry_run
 from dinov3.train.rank_failure import ending_together
 from dinov3.train.schedules import apply_optim_scheduler, build_schedulers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
-from dinov3.utils import did_you_mean, fix_random_seeds
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils import fix_random_seeds
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 
 __all__ = ["apply_optim_scheduler", "build_schedulers", "do_train", "get_args_parser", "main"]
 
@@ -57,14 +57,13 @@ RETIRED_FLAGS = (
 META_ARCHITECTURES = {"SSLMetaArch": SSLMetaArch, "MultiDistillationMetaArch": MultiDistillationMetaArch}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Return the parser of a training's flags, and of `key=value` options that override the configuration file."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="train.py",
         description="Train a DINOv3 backbone. Runs on one CPU process, on one GPU, or under torchrun.",
         epilog="Example: train.py --config-file dinov3/configs/train/demo_cpu.yaml --output-dir outputs/run "
         "train.dataset_path=ImageFolder:root=photos optim.epochs=10. `python -m dinov3.configs --help` lists all keys.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, merged over the defaults")
     parser.add_argument("--output-dir", default="./local_dino", type=str, metavar="DIR", help="where the run writes")
@@ -96,6 +95,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     takes_value = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
     flags: list[str] = []
     options: list[str] = []
+    # Before anything else, because a word after an unknown flag is its value.
+    parser.refuse_unknown_flags(argv)
     tokens = iter(argv)
     for token in tokens:
         if token in takes_value:
@@ -106,12 +107,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             flags.append(token)
         else:
             parser.error(f"{token!r} is neither a flag nor a key=value option")
-    args, unknown = parser.parse_known_args(flags)
-    if unknown or args.opts:
-        shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
-        known = [flag for action in shown for flag in action.option_strings]
-        named = (flag + did_you_mean(flag.partition("=")[0], known) for flag in unknown or args.opts)
-        parser.error(f"unknown flags: {', '.join(named)}")
+    args = parser.parse_args(flags)
     args.opts = options
     if any(token == "--seed" or token.startswith("--seed=") for token in flags):
         args.opts.append(f"train.seed={args.seed}")

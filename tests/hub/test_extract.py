@@ -257,7 +257,8 @@ def test_an_unreadable_folder(options: ExtractOptions, monkeypatch: pytest.Monke
         ({"tokens": ("cls", "cls")}, ValueError, "each once"),
         ({"device": "gpu"}, ValueError, "'gpu' is not a device"),
         ({"model": ModelChoice("dinov3_vit16s")}, ValueError, r"unknown model .*did you mean 'dinov3_vits16'\?"),
-        ({"model": ModelChoice("runs/nothing")}, FileNotFoundError, "no training run at runs/nothing"),
+        ({"model": ModelChoice("runs/nothing")}, FileNotFoundError, "there is no training run at runs/nothing, nor a"),
+        ({"out": Path("features.pth")}, ValueError, r"--out features.pth: .* must end in \.safetensors"),
         ({"model": ModelChoice("dinov3_vits16", "no.pth")}, FileNotFoundError, "no weights at .*no.pth"),
     ],
 )
@@ -365,6 +366,27 @@ def test_the_normalisation_belongs_to_the_weights(weights: str | None, expected:
     assert normalization.mean == (SAT_DEFAULT_MEAN if expected == "SAT493M" else IMAGENET_DEFAULT_MEAN)
     assert find_normalization(choice, nn.Module(), "sat") == ("SAT493M", (SAT_DEFAULT_MEAN, SAT_DEFAULT_STD))
     assert find_normalization(choice, nn.Module(), "lvd")[0] == "LVD1689M"
+
+
+@pytest.mark.parametrize("place", ["", "teacher_checkpoint.pth"])
+def test_a_run_and_what_lies_in_it_have_the_normalisation_of_their_training(place: str, run: Path) -> None:
+    assert find_normalization(ModelChoice(str(run / place)), nn.Module())[0] == "of the training run"
+
+
+def test_checkpoints_of_backbones_of_any_size_are_models(options: ExtractOptions, run: Path, tmp_path: Path) -> None:
+    from dinov3.hub.convert import convert
+
+    _, expected = extract.extract(options)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    convert(run, tmp_path / "huggingface", to="huggingface")
+    choice = ModelChoice(str(tmp_path / "huggingface"))
+    assert find_normalization(choice, nn.Module())[0] == "of the configuration beside the weights"
+    _, found = extract.extract(replace(options, model=choice, overwrite=True))
+    torch.testing.assert_close(found["cls"], expected["cls"], rtol=0, atol=1e-3)  # positions in bfloat16
+    torch.save({"state_dict": ModelChoice(str(run)).load().state_dict()}, tmp_path / "mine.pth")
+    choice = ModelChoice(str(tmp_path / "mine.pth"))
+    assert find_normalization(choice, nn.Module())[0] == "LVD1689M (assumed: the name of the weights does not say)"
+    assert len(extract.extract(replace(options, model=choice, overwrite=True)).names) == N_IMAGES
 
 
 @pytest.mark.parametrize(("norm", "expected"), [(nn.LayerNorm(2), "SAT493M"), (None, "LVD1689M")])

@@ -20,7 +20,7 @@ from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
 from dinov3.data.datasets.strings import DatasetStringError, parse_dataset_string
 from dinov3.data.datasets.web_dataset import WebDataset
-from dinov3.utils.command_line import run_command_line
+from dinov3.utils.command_line import ArgumentParser, run_command_line
 
 REQUIRED_KEYS = {
     "ADE20K": ("root",),
@@ -32,7 +32,7 @@ REQUIRED_KEYS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the files of the dataset that the command line names; None takes the arguments of the program."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dinov3.data.datasets.dump",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

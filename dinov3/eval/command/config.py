@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov3.configs import ConfigError, resolve_config_path, write_config
 from dinov3.configs.merging import load_yaml, parse_options
 from dinov3.configs.settings import ask_for, check_settings
+from dinov3.utils.command_line import suggest_flag
 
 Config = TypeVar("Config")
 
@@ -49,7 +50,9 @@ def cli_parser(argv: Sequence[str] | None = None) -> dict[str, Any]:
         elif token == NO_CACHE_FLAG:
             options.append("features.cache=false")
         elif token.startswith("-"):
-            raise ConfigError(f"unknown flag {token!r}: settings are given as key=value; --help lists the keys")
+            key = name.lstrip("-").replace("-", "_")
+            hint = suggest_flag(token, ()) or f": settings are given as key=value, here {key}={value or '...'}"
+            raise ConfigError(f"unknown flag {token!r}{hint}; --help lists the keys")
         else:
             options.append(token)
     settings = OmegaConf.merge(*(layer.config for layer in parse_options(options)), {})

@@ -6,7 +6,6 @@ those of Hugging Face and timm, follows from their entries.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from dinov3.configs.settings import key
 from dinov3.distributed import runtime
 from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights
-from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization
+from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization, saved_normalization
 from dinov3.hub.from_checkpoint import build_backbone
 from dinov3.hub.run_directory import find_checkpoint, find_run_config
 from dinov3.hub.runs import build_model_for_eval
@@ -173,14 +172,4 @@ def find_trained_normalization(config: ModelConfig, model: nn.Module) -> Sequenc
         cfg: Any = OmegaConf.load(resolve_config_path(config_file))
         crops = cfg.get("crops", {})
         return (crops.rgb_mean, crops.rgb_std) if "rgb_mean" in crops and "rgb_std" in crops else None
-    directory = Path(str(config.pretrained_weights)).expanduser()
-    for name, section, mean, std in (
-        ("preprocessor_config.json", None, "image_mean", "image_std"),  # Hugging Face
-        ("config.json", "pretrained_cfg", "mean", "std"),  # timm
-    ):
-        if (directory / name).is_file():
-            content = json.loads((directory / name).read_text(encoding="utf-8"))
-            content = content if section is None else content.get(section, {})
-            if mean in content and std in content:
-                return content[mean], content[std]
-    return None
+    return saved_normalization(Path(str(config.pretrained_weights)).expanduser())

@@ -21,6 +21,7 @@ from dinov3.data.datasets.listing import list_images
 from dinov3.distributed import runtime
 from dinov3.eval.command.config import read_config
 from dinov3.hub.command_line import parse_dtype, positive
+from dinov3.utils.command_line import ArgumentParser
 from dinov3.utils.files import atomic_write
 
 #: Arrays (written as .npy) and pictures (.png) of one image by the endings of their file names, in order of writing.
@@ -31,12 +32,11 @@ Config = TypeVar("Config")
 
 def make_parser(module: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
     """Make the parser of `python -m dinov3.eval.<module>`, with the options that predict commands share."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=f"python -m dinov3.eval.{module}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--images", type=Path, required=True, help="an image, or a folder that is searched at any depth"
