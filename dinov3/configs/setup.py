@@ -21,6 +21,7 @@ from dinov3.configs.validation import find_notes, validate
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.utils import fix_random_seeds, get_conda_env, get_sha
 from dinov3.utils.files import atomic_write
+from dinov3.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("dinov3")
 
@@ -175,6 +176,7 @@ def setup_job(
         RuntimeError: the output directory cannot be written, or the process group cannot be made.
     """
     global _made_process_group
+    keep_freed_memory()  # also in jobs that no command line of ours started
     directory = None if output_dir is None else make_output_dir(output_dir)
     # Before the log, whose file name and handlers depend on the rank.
     if distributed_enabled and not distributed.is_enabled():

@@ -33,6 +33,7 @@ from dinov3.data.datasets.web_dataset import StreamLayout
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov3.data.stream_order import LaneOrder
 from dinov3.distributed import runtime
+from dinov3.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("dinov3")
 
@@ -378,6 +379,7 @@ def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
     # its parent is frozen, or the collector would write to, and so copy, each page of it.
     gc.freeze()
     gc.enable()
+    keep_freed_memory()  # forked workers have it from their parent, spawned ones not
     # Slurm and terminals send signals to the whole process group: a worker that one of them kills would end the
     # training before it has saved itself.
     if hasattr(os, "setpgid"):

@@ -23,6 +23,7 @@ from dinov3.hub.weights import backbone_entries, load_backbone_, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.utils.dtype import as_torch_dtype
+from dinov3.utils.memory import keep_freed_memory
 from dinov3.utils.messages import did_you_mean
 
 __all__ = [
@@ -260,6 +261,7 @@ def _make(
     if state is not None:
         return load_backbone_(_cast(model, dtype), state, source=name, target=entry).to(kwargs.get("device")).eval()
     if device.type != "meta":
+        keep_freed_memory()  # for the forward passes to come, as loading does
         model.to_empty(device=device)
         model.init_weights()
     return _cast(model, dtype).eval()  # Cast last: random numbers of few bits have another distribution.

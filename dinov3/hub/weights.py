@@ -24,6 +24,7 @@ from dinov3.hub.formats.conversion import Converted, to_release
 from dinov3.hub.formats.reading import is_model_directory, read_content
 from dinov3.hub.run_directory import LOOKED_FOR, find_checkpoint
 from dinov3.layers import RopePositionEmbedding
+from dinov3.utils.memory import keep_freed_memory
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError
 
@@ -162,6 +163,7 @@ def load_backbone_(
         FileNotFoundError: there is nothing at the path.
         WeightsError: the weights are unreadable or not those of this model.
     """
+    keep_freed_memory()  # for the forward passes to come
     state: Mapping[str, Tensor]
     if isinstance(state_or_path, Mapping):
         state, source = to_release(state_or_path), source or "the state dict"

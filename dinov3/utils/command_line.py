@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dinov3.utils.memory import keep_freed_memory
 from dinov3.utils.messages import did_you_mean
 from dinov3.utils.text import escape_what_cannot_be_printed
 
@@ -59,6 +60,7 @@ def run_command_line(main: Callable[[], Any]) -> NoReturn:
     `DINOV3_TRACEBACK=1` shows the traceback instead. Other exceptions are bugs and always show it.
     """
     escape_what_cannot_be_printed()
+    keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:
