@@ -175,6 +175,13 @@ def test_images_of_other_kinds_are_taken_where_there_is_none_of_the_usual(tmp_pa
     assert grays(one_shard(tmp_path, members, image="png")) == [2]
 
 
+def test_archives_of_other_kinds_are_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("shard-003.tar.zst", "more.zip", "list.txt"):
+        (shards / name).write_bytes(b"x")
+    assert len(WebDataset(urls=str(shards))) == len(WebDataset(urls=str(shards))) == 12  # also beside the indices
+    assert caplog.text.count("left out 2 archives") == 2 and "more.zip, shard-003.tar.zst" in caplog.text
+
+
 def test_image_extensions_can_be_chosen(tmp_path: Path) -> None:
     members = {"1.left.png": png(1), "1.right.png": png(2)}
     assert grays(one_shard(tmp_path, members, image="right.png;jpg")) == [2]

@@ -23,6 +23,7 @@ from dinov3.data.datasets.files import OpenFiles
 from dinov3.data.datasets.listing import EXTENSIONS
 from dinov3.data.datasets.shard_index import SampleRules, ShardIndex, load_index
 from dinov3.data.datasets.tar import SUFFIXES, BrokenTarError, is_compressed, is_tar, open_tar
+from dinov3.utils.messages import list_names
 
 logger = logging.getLogger("dinov3")
 
@@ -31,6 +32,7 @@ DEFAULT_IMAGE = "jpg;jpeg;png;webp"
 DEFAULT_BUFFER = 4096
 OPEN_SHARDS = 16
 
+_OTHER_ARCHIVE = re.compile(r"\.tar\.\w+$|\.tzst$|\.zip$|\.7z$|\.rar$", re.IGNORECASE)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -281,11 +283,15 @@ def _find(path: str) -> list[Path]:
         raise ValueError(f"WebDataset: {path!r} is not a local file; copy the shards, or mount where they lie")
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        found = sorted(name for name in os.listdir(path) if is_tar(name) and not name.startswith("."))
+        names = [name for name in os.listdir(path) if not name.startswith(".")]
+        found = sorted(name for name in names if is_tar(name))
+        if others := [name for name in names if _OTHER_ARCHIVE.search(name) and name not in found]:
+            text = "WebDataset: left out %d archives in %s that do not end in %s: %s"
+            logger.warning(text, len(others), path, ", ".join(SUFFIXES), list_names(sorted(others), 3))
         if not found:
             raise FileNotFoundError(
                 f"WebDataset: no shards in {path}: looked for files ending in {', '.join(SUFFIXES)} "
-                f"and saw {len(os.listdir(path))} other files"
+                f"and saw {len(names)} other files"
             )
         return [Path(path, name) for name in found]
     if not glob.has_magic(path) or os.path.isfile(path):
