@@ -1,7 +1,7 @@
 """Semantic segmentation models: a frozen backbone and a head, wired into one module (arXiv 2508.10104, section 6.1).
 
 Notable:
-- `forward` returns logits at patch resolution, for training; `predict` returns them at any size.
+- `forward` returns what the head predicts at its own resolution, for training; `predict` returns it at any size.
 - Only the head learns: the backbone's parameters are frozen, and it stays in evaluation mode even if `train()` is
   called.
 - A patch embedding drops the last rows and columns of sides that are not multiples of the patch, and `predict` then
@@ -11,7 +11,7 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from dinov3.heads.backbone_layers import BackboneLayers, BackboneLayersSet, backbone_out_indices, backbone_widths
 from dinov3.heads.linear import LinearSegmentationHead
+from dinov3.heads.mask2former.adapter import DINOv3_Adapter
+from dinov3.heads.mask2former.head import Mask2FormerHead
 from dinov3.heads.precision import autocast_to
 from dinov3.layers.patch_multiple import CenterPadding, cut_margins
 from dinov3.layers.resizing import resize_bilinear
@@ -82,7 +84,11 @@ class FeatureDecoder(nn.Module):
         self.padding = CenterPadding(patch_multiple)
 
     def forward(self, x: Tensor) -> Any:
-        """Map normalised images [B, 3, H, W] to what the head returns: a linear one, logits [B, K, h, w] of patches."""
+        """Map normalised images [B, 3, H, W] to what the head returns.
+
+        A linear head returns logits [B, K, h, w] of patches; a Mask2Former head a dictionary, see
+        `Mask2FormerHead.forward`, of images whose sides are multiples of 32.
+        """
         with self._autocast(x.device):
             features = self.segmentation_model[0](x)
             return self.segmentation_model[1](features)
@@ -96,7 +102,8 @@ class FeatureDecoder(nn.Module):
             rescale_to: (height, width) of the result, in pixels.
 
         Returns:
-            With a linear head, logits [B, K, *rescale_to].
+            With a linear head, logits [B, K, *rescale_to]; with a Mask2Former head a dictionary of `pred_logits`
+            [B, Q, K + 1] and `pred_masks`, logits [B, Q, *rescale_to].
         """
         margins = self.padding.margins(*x.shape[-2:])
         with self._autocast(x.device):
@@ -104,8 +111,11 @@ class FeatureDecoder(nn.Module):
             if not any(margins):
                 return self.segmentation_model[1].predict(features, rescale_to=rescale_to)
             height, width = x.shape[-2] + sum(margins[:2]), x.shape[-1] + sum(margins[2:])
-            logits = self.segmentation_model[1].predict(features, rescale_to=(height, width))
-            return resize_bilinear(cut_margins(logits, margins), rescale_to)
+            prediction = self.segmentation_model[1].predict(features, rescale_to=(height, width))
+            if isinstance(prediction, Mapping):
+                masks = resize_bilinear(cut_margins(prediction["pred_masks"], margins), rescale_to)
+                return {**prediction, "pred_masks": masks}
+            return resize_bilinear(cut_margins(prediction, margins), rescale_to)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast_ctx is not None:
@@ -126,47 +136,58 @@ def build_segmentation_decoder(
     use_cls_token: bool = False,
     use_backbone_norm: bool = True,
     pad_to_patch_multiple: bool = False,
+    head_device: torch.device | str | None = None,
+    **head_options: Any,
 ) -> FeatureDecoder:
-    """Build a segmentation model of a backbone and a new head.
+    """Build a segmentation model of a backbone and a new head, initialised at random.
 
     Args:
         backbone_model: a ViT or ConvNeXt; put into evaluation mode, its parameters frozen.
         backbone_out_layers: which blocks the head reads: a `BackboneLayersSet`, its name, or indices.
-        decoder_type: `"linear"`. `"m2f"`, the published Mask2Former head, is not implemented yet.
-        hidden_dim: width of a `"m2f"` head; not used by a linear one.
+        decoder_type: `"linear"`, or `"m2f"`: a ViT-Adapter and a Mask2Former head, on four blocks of a ViT.
+        hidden_dim: width of a `"m2f"` head.
         num_classes: K.
-        dropout: share of the channels that training drops.
+        dropout: share of the channels that training drops (linear head).
         autocast_dtype: what the model runs in; float32 means no autocast.
-        use_batchnorm: the head normalises its channels first.
-        use_cls_token: the head also sees each level's class token.
-        use_backbone_norm: apply the backbone's final norm to every level.
+        use_batchnorm: normalise the channels first (linear head).
+        use_cls_token: let the head see each level's class token (linear head).
+        use_backbone_norm: apply the backbone's final norm to every level (linear head; `"m2f"` always does).
         pad_to_patch_multiple: let `predict` see the last rows and columns of images whose sides are not multiples of
-            the patch (of 32 pixels, for a ConvNeXt).
+            the patch (of 32 pixels, for a ConvNeXt). With `"m2f"` it always does, in multiples of 32.
+        head_device: where the head is built. Default: where the backbone is.
+        **head_options: more arguments of `Mask2FormerHead`.
 
     Returns:
-        A model on the backbone's device. Its entries are `segmentation_model.0.feature_model.*` and
-        `segmentation_model.1.*`; only the latter are trainable.
+        A model whose entries are, with a linear head, `segmentation_model.0.feature_model.*` and
+        `segmentation_model.1.*`; with `"m2f"`, `segmentation_model.0.*` of the adapter, which has the backbone in
+        `segmentation_model.0.backbone.*`, and `segmentation_model.1.*`. Those of the backbone are not trainable.
 
     Raises:
-        NotImplementedError: `decoder_type` is `"m2f"`.
-        ValueError: another decoder, or there are no such blocks.
+        TypeError: an option that this head does not have.
+        ValueError: another decoder, there are no such blocks, or the head cannot read them.
     """
-    if decoder_type == "m2f":
-        raise NotImplementedError("decoder_type='m2f': the Mask2Former head is not implemented yet, only 'linear'")
-    if decoder_type != "linear":
-        raise ValueError(f"decoder_type={decoder_type!r}: expected 'linear'")
     # Levels come in the order of the blocks, however they are listed.
     indices = sorted(backbone_out_indices(backbone_model, backbone_out_layers))
-    head = LinearSegmentationHead(
-        backbone_widths(backbone_model, indices),
-        num_classes,
-        use_batchnorm=use_batchnorm,
-        use_cls_token=use_cls_token,
-        dropout=dropout,
-    )
-    backbone = FrozenBackbone(backbone_model, indices, norm=use_backbone_norm, return_class_token=use_cls_token)
-    return FeatureDecoder(
-        nn.ModuleList([backbone, head.to(next(backbone_model.parameters()).device)]),
-        autocast_dtype=autocast_dtype,
-        patch_multiple=patch_stride(backbone_model) if pad_to_patch_multiple else 1,
-    )
+    with torch.device(head_device or next(backbone_model.parameters()).device):
+        if decoder_type == "m2f":
+            adapter = DINOv3_Adapter(backbone_model, indices).eval()
+            widths = dict.fromkeys("1234", int(backbone_model.embed_dim))  # type: ignore[arg-type]
+            head = Mask2FormerHead(widths, hidden_dim, num_classes, ignore_value=255, **head_options)
+            parts, multiple = [adapter, head], adapter.multiple
+        elif decoder_type == "linear":
+            if head_options:
+                raise TypeError(f"a linear head does not take {', '.join(head_options)}")
+            parts = [
+                FrozenBackbone(backbone_model, indices, norm=use_backbone_norm, return_class_token=use_cls_token),
+                LinearSegmentationHead(
+                    backbone_widths(backbone_model, indices),
+                    num_classes,
+                    use_batchnorm=use_batchnorm,
+                    use_cls_token=use_cls_token,
+                    dropout=dropout,
+                ),
+            ]
+            multiple = patch_stride(backbone_model) if pad_to_patch_multiple else 1
+        else:
+            raise ValueError(f"decoder_type={decoder_type!r}: expected 'linear' or 'm2f'")
+    return FeatureDecoder(nn.ModuleList(parts), autocast_dtype=autocast_dtype, patch_multiple=multiple)

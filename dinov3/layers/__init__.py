@@ -2,6 +2,7 @@
 
 from dinov3.layers.attention import CausalSelfAttention, LinearKMaskedBias, SelfAttention
 from dinov3.layers.block import CausalSelfAttentionBlock, SelfAttentionBlock
+from dinov3.layers.deformable_attention import MSDeformAttn, ms_deform_attn
 from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
 from dinov3.layers.fp8_linear import convert_linears_to_fp8
 from dinov3.layers.layer_scale import LayerScale
@@ -15,6 +16,7 @@ __all__ = [
     "CausalSelfAttentionBlock",
     "LayerScale",
     "LinearKMaskedBias",
+    "MSDeformAttn",
     "Mlp",
     "PatchEmbed",
     "RMSNorm",
@@ -23,5 +25,6 @@ __all__ = [
     "SelfAttentionBlock",
     "SwiGLUFFN",
     "convert_linears_to_fp8",
+    "ms_deform_attn",
     "set_attention_backend",
 ]

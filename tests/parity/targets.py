@@ -111,6 +111,8 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.segmentation.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",
     "dinov3.eval.segmentation.models.heads.linear_head.LinearHead": "dinov3.heads.linear.LinearSegmentationHead",
+    "dinov3.eval.segmentation.models.backbone.dinov3_adapter": "dinov3.heads.mask2former.adapter",
+    "dinov3.eval.segmentation.models.heads.mask2former_head": "dinov3.heads.mask2former.head",
     "dinov3.eval.segmentation.models": "dinov3.heads.segmentation",
 }
 
