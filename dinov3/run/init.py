@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dinov3 import distributed
 from dinov3.configs import exit_job, setup_job
+from dinov3.utils.files import explaining_full_disk
 
 
 @contextlib.contextmanager
@@ -20,12 +21,14 @@ def job_context(output_dir: str | os.PathLike[str] | None = None, seed: int | No
     process that failed from those that only lost their partner.
 
     Raises:
+        DiskFullError: the body has filled the disk of the output directory.
         RuntimeError: the output directory cannot be written to, or the process group cannot be started.
     """
     try:
         setup_job(output_dir=output_dir, seed=seed)
         try:
-            yield
+            with contextlib.nullcontext() if output_dir is None else explaining_full_disk(Path(output_dir) / "logs"):
+                yield
         except Exception:
             if output_dir is not None:
                 path = Path(output_dir) / "logs" / f"error.rank{distributed.get_rank()}.txt"

@@ -30,7 +30,7 @@ def explaining_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except DiskFullError:
+    except (DiskFullError, SystemExit, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # torch's CheckpointException is one
         directory = Path(path).absolute().parent

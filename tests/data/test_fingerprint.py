@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dinov3.data.datasets import ImageFolder
-from dinov3.data.fingerprint import N_DIGESTED, check_same_on_all_ranks, fingerprint
+from dinov3.data.fingerprint import N_DIGESTED, DataFingerprint, check_same_on_all_ranks, fingerprint
+from dinov3.eval.classification.data import open_dataset
+from dinov3.eval.dense.config import DatasetsConfig
+from dinov3.eval.dense.data import make_paired_dataset
 from tests.multiprocess import run_ranks
+from tests.train import tiny
 
 
 class Names(list[str]):
@@ -63,9 +69,34 @@ def test_ranks_refuse_different_data_with_all_counts(tmp_path: Path) -> None:
         assert "2 images on rank 1 (" in message
 
 
-def test_one_process_compares_nothing(tmp_path: Path) -> None:
-    from PIL import Image
+def pretend_that_rank_1_has_one_image_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(own: Any, group: Any) -> list[Any]:
+        (n_images, names), host = own
+        return [own, (DataFingerprint(n_images - 1, names), "node2")]
 
+    ranks = SimpleNamespace(get_default_process_group=lambda: None, all_gather_objects=gather)
+    monkeypatch.setattr("dinov3.data.fingerprint.distributed", ranks)
+
+
+def test_evaluations_and_training_compare_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("a/1", "b/2", "b/3")):
+        for path, mode in ((tmp_path / "images", "RGB"), (tmp_path / "labels", "L")):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (4, 4), number).save(path / f"{name}.png")
+    trainer = tiny.make_trainer(tmp_path / "run", period=6)
+    pretend_that_rank_1_has_one_image_less(monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"train\.dataset is not the same on all ranks: 3 images .*; 2 images on rank 1"
+    ):
+        open_dataset(f"ImageFolder:root={tmp_path}/images", None, "train.dataset")
+    config = DatasetsConfig(root=str(tmp_path), train="SegmentationFolder", val="")
+    with pytest.raises(ValueError, match=r"datasets\.train=SegmentationFolder is not the same on all ranks"):
+        make_paired_dataset(config, "train", None)
+    with pytest.raises(ValueError, match=r"train\.dataset_path is not the same on all ranks: 12 images on rank 0"):
+        trainer.run()
+
+
+def test_one_process_compares_nothing(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     dataset: Any = ImageFolder(root=str(tmp_path))
     assert check_same_on_all_ranks(dataset, "x") == fingerprint(dataset)

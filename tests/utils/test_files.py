@@ -82,6 +82,16 @@ def test_a_failure_of_torch_on_a_disk_without_space_is_explained(
         raise ValueError("bad")
 
 
+@pytest.mark.parametrize("error", [SystemExit(75), KeyboardInterrupt()])
+def test_what_ends_a_process_is_not_explained(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, explaining_full_disk(tmp_path / "a"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise error  # noqa: B904
+    assert caught.value is error
+
+
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     for error in (OSError(errno.EACCES, "denied"), RuntimeError("x"), DiskFullError("already")):
         with pytest.raises(type(error)) as caught, explaining_full_disk(tmp_path / "a"):
