@@ -129,7 +129,7 @@ class Trainer:
         try:
             return self._run(resume, data_loader)
         except DiskFullError as error:
-            raise DiskFullError(f"{error}. Newest checkpoint: {self._describe_newest()}") from error
+            raise DiskFullError(error.errno, f"{error}. Newest checkpoint: {self._describe_newest()}") from error
 
     def _run(self, resume: bool, data_loader: Any) -> dict[str, float]:
         self.model.init_weights()

@@ -18,7 +18,13 @@ _LITTLE_SPACE = 2**20
 
 
 class DiskFullError(OSError):
-    """A disk is full, or a quota is used up; the message names the directory and what is free."""
+    """A disk is full, or a quota is used up; the message names the directory and what is free.
+
+    Made like any OSError, of a number and a message; only the message is shown.
+    """
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 @contextlib.contextmanager
@@ -38,9 +44,10 @@ def explaining_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         free = shutil.disk_usage(directory).free
         raise DiskFullError(
+            errno.ENOSPC,
             f"No space left on device for {path}: {directory} has {free / 2**30:.2f} GiB free"
             + (", but perhaps a smaller quota" if free > _LITTLE_SPACE else "")
-            + "; make room, or choose a directory on another disk"
+            + "; make room, or choose a directory on another disk",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,8 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=free), atomic_write(tmp_path / "a.pth") as file:
         torch.save({"weights": torch.zeros(10_000)}, FullDisk(file, 1000))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+    error = pickle.loads(pickle.dumps(DiskFullError(errno.ENOSPC, "No space left")))  # as it comes from another process
+    assert str(error) == error.strerror == "No space left" and error.errno == errno.ENOSPC
 
 
 def test_a_failure_of_torch_on_a_disk_without_space_is_explained(
@@ -93,7 +96,7 @@ def test_what_ends_a_process_is_not_explained(error: BaseException, tmp_path: Pa
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    for error in (OSError(errno.EACCES, "denied"), RuntimeError("x"), DiskFullError("already")):
+    for error in (OSError(errno.EACCES, "denied"), RuntimeError("x"), DiskFullError(errno.ENOSPC, "already")):
         with pytest.raises(type(error)) as caught, explaining_full_disk(tmp_path / "a"):
             raise error
         assert caught.value is error
