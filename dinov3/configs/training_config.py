@@ -223,6 +223,13 @@ class Train:
     sharded_eval_checkpoint: bool = key(False, "export the teacher as a sharded directory instead of one file")
     cache_dataset: bool = key(False, "each process cycles over its own part of the data, for node-local caches")
     on_bad_image: str = key("raise", "skip takes another image when one does not decode", choices=("raise", "skip"))
+    alpha: str = key("white", "transparent pixels: on white, or drop the transparency", choices=("white", "drop"))
+    exif: str = key(
+        "auto",
+        "turn pictures as their EXIF data say; auto: yes, except those of ImageNet and other published benchmarks",
+        choices=("auto", "apply", "ignore"),
+    )
+    max_image_pixels: int = key(178_956_970, "larger images are bad images", minimum=1)
     max_nonfinite_steps: int = key(0, "non-finite steps in a row that are dropped; one more stops the run", minimum=0)
     print_freq: int = key(10, "iterations between lines in the log and in training_metrics.json", minimum=1)
     tensorboard: bool = key(True, "write <output_dir>/tensorboard")

@@ -132,11 +132,11 @@ class DataAugmentationDINO:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
-    def __call__(self, image: Image.Image) -> dict[str, Any]:
+    def __call__(self, image: Image.Image | np.ndarray[Any, Any]) -> dict[str, Any]:
         """Draw the views of an image.
 
         Args:
-            image: of mode RGB and any size; a cut smaller than its view is enlarged.
+            image: of mode RGB, or uint8 [H, W, 3], and any size; a cut smaller than its view is enlarged.
 
         Returns:
             `global_crops`: 2 tensors [3, G, G]. `global_crops_teacher`: 2 of the same shape, the same objects unless
@@ -145,13 +145,10 @@ class DataAugmentationDINO:
             they are not cut from these. `weak_flag`: True. Views are normalised float32, or see `output_uint8`.
 
         Raises:
-            TypeError: not a PIL image of mode RGB.
+            TypeError: not a PIL image of mode RGB or such an array.
         """
-        if not isinstance(image, Image.Image) or image.mode != "RGB":
-            got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
-            raise TypeError(f"the augmentation takes a PIL image of mode RGB, got {got}; use image.convert('RGB')")
         # [3, H, W], with the channels last in memory: the layout for which torch has a vectorised resize of uint8.
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = torch.from_numpy(_rgb_array(image)).permute(2, 0, 1)
         if self.share_color_jitter:
             pixels = _distort(pixels, jitter=True).unsqueeze(0).contiguous(memory_format=torch.channels_last)[0]
         cut_size = max(self.global_crops_size, self.gram_teacher_crops_size or 0)
@@ -229,6 +226,20 @@ class DataAugmentationDINO:
                     f"{name}={size} is not a multiple of patch_size={self.patch_size}, as cutting local crops on the "
                     f"patch grid needs; the next smaller multiple is {size // self.patch_size * self.patch_size}"
                 )
+
+
+def _rgb_array(image: Any) -> np.ndarray[Any, Any]:
+    if isinstance(image, Image.Image) and image.mode == "RGB":
+        return np.array(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image
+    got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
+    if isinstance(image, np.ndarray):
+        got = f"an array of {image.dtype} {list(image.shape)}"
+    raise TypeError(
+        f"the augmentation takes a PIL image of mode RGB or an array of uint8 [height, width, 3], got {got}; "
+        "dinov3.data.images.to_rgb converts PIL images of other modes"
+    )
 
 
 def _random_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.fingerprint import fingerprint
+from dinov3.data.images import open_image, read_image
 from dinov3.data.loaders import make_data_loader, make_dataset
 from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write, explaining_full_disk
@@ -105,12 +104,12 @@ class CheckedImages(Dataset[Record]):
             found |= {"bytes": len(data), "digest": hashlib.blake2b(data, digest_size=16).hexdigest()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata, which harms nothing
-                with Image.open(io.BytesIO(data)) as image:
+                with open_image(data, self.dataset.reading.max_image_pixels) as image:
                     found |= {"width": image.width, "height": image.height, "mode": image.mode}
                 if self.decode and self.dataset.has_maps:
                     self.dataset.load_sample(index)
                 elif self.decode:
-                    ImageDataDecoder(data).decode()
+                    read_image(data, self.dataset.reading)
         except UnidentifiedImageError:  # its message shows an address
             found["problem"] = f"not an image: {len(data)} bytes that begin with {data[:8]!r}" if data else "empty"
         except Exception as error:  # as datasets do: whatever stops the reading of an image

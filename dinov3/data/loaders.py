@@ -9,6 +9,7 @@ Notable:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -28,8 +29,15 @@ from dinov3 import distributed
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset
 from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
 from dinov3.data.datasets.skipping import SkippingDataset
-from dinov3.data.datasets.strings import DATASETS, ParsedDataset, check_required_keys, parse_dataset_string
+from dinov3.data.datasets.strings import (
+    DATASETS,
+    READING_KEYS,
+    ParsedDataset,
+    check_required_keys,
+    parse_dataset_string,
+)
 from dinov3.data.datasets.web_dataset import StreamLayout
+from dinov3.data.images import DEFAULT_READING, ImageReading
 from dinov3.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov3.data.stream_order import LaneOrder
 from dinov3.distributed import runtime
@@ -61,6 +69,7 @@ def make_dataset(
     transforms: Callable[[Any, Any], Any] | None = None,
     on_bad_image: str = "raise",
     root: str | None = None,
+    reading: ImageReading = DEFAULT_READING,
 ) -> Any:
     """Open the dataset that a string such as `ImageFolder:root=/data/photos` names.
 
@@ -72,6 +81,7 @@ def make_dataset(
         on_bad_image: what to do with a tar shard that ends early, unless the string says it: `raise`, or `skip`, which
             uses what can be read of it. Single images that cannot be read are handled by the loader.
         root: for datasets that need one and whose string has none.
+        reading: how images are read, where the string does not say it.
 
     Returns:
         The dataset, with items (image, target).
@@ -91,9 +101,9 @@ def make_dataset(
     given: dict[str, Any] = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     dataset: Any
     if len(parsed) == 1:
-        dataset = _open(parsed[0], **given)
+        dataset = _open(parsed[0], reading, **given)
     else:
-        dataset = ConcatenatedDataset([_open(one) for one in parsed], **given)
+        dataset = ConcatenatedDataset([_open(one, reading) for one in parsed], **given)
     for name, value in given.items():
         if not hasattr(dataset, name):
             setattr(dataset, name, value)
@@ -101,14 +111,19 @@ def make_dataset(
     return dataset
 
 
-def _open(parsed: ParsedDataset, **transforms: Any) -> ExtendedVisionDataset:
+def _open(parsed: ParsedDataset, reading: ImageReading, **transforms: Any) -> ExtendedVisionDataset:
     arguments = dict(parsed.kwargs)
     skip = arguments.pop("skip", None)
+    changed = {key: arguments.pop(key) for key in READING_KEYS if key in arguments}
     dataset_class: Any = DATASETS[parsed.name][0]
+    dataset: ExtendedVisionDataset
     if skip is None:
-        dataset: ExtendedVisionDataset = dataset_class(**arguments, **transforms)
-        return dataset
-    return SkippingDataset(dataset_class(**arguments), skip, **transforms)
+        dataset = dataset_class(**arguments, **transforms)
+    else:
+        dataset = SkippingDataset(dataset_class(**arguments), skip, **transforms)
+    if isinstance(dataset, ExtendedVisionDataset):  # `DATASETS` may hold others, of users
+        dataset.read_images(dataclasses.replace(reading, **changed))
+    return dataset
 
 
 def make_data_loader(

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dinov3.data.images import to_rgb
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
 from dinov3.utils.pixel_statistics import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
 from dinov3.utils.pixel_statistics import SAT_DEFAULT_MEAN as SAT_DEFAULT_MEAN
@@ -24,6 +27,13 @@ RESIZE_DEFAULT_SIZE = int(256 * CROP_DEFAULT_SIZE / 224)
 
 VOC2007_CLASSES = 20
 IMATERIALIST_ATTRIBUTES = 294
+
+
+class ToRGB(nn.Module):
+    """Convert a PIL image of any mode to a uint8 tensor image as `dinov3.data.images.to_rgb` does; keep tensors."""
+
+    def forward(self, picture: Any) -> tv_tensors.Image:
+        return v2.functional.to_image(to_rgb(picture) if isinstance(picture, Image.Image) else picture)
 
 
 def make_base_transform(
@@ -59,7 +69,7 @@ def make_classification_train_transform(
     Returns:
         A transform from a PIL image to a normalised float32 tensor [3, crop_size, crop_size].
     """
-    steps = [v2.ToImage(), v2.RandomResizedCrop(crop_size, interpolation=interpolation, antialias=True)]
+    steps = [ToRGB(), v2.RandomResizedCrop(crop_size, interpolation=interpolation, antialias=True)]
     if hflip_prob > 0:
         steps.append(v2.RandomHorizontalFlip(hflip_prob))
     return v2.Compose([*steps, make_base_transform(mean, std)])
@@ -102,7 +112,7 @@ def make_eval_transform(
         antialias=True,
     )
     crop = [v2.CenterCrop(crop_size)] if crop_size else []
-    return v2.Compose([v2.ToImage(), resize, *crop, make_base_transform(mean, std)])
+    return v2.Compose([ToRGB(), resize, *crop, make_base_transform(mean, std)])
 
 
 def make_classification_eval_transform(

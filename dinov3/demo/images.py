@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from dinov3.data.datasets import BadImageError, ImageFolder
+from dinov3.data.datasets import ImageFolder
+from dinov3.data.images import BadImageError, read_image_file
 from dinov3.demo import packaged
 from dinov3.demo.trees import fingerprint, write_tree
 
@@ -235,9 +236,9 @@ def _hold_out_of_folder(dataset: ImageFolder, indices: np.ndarray) -> np.ndarray
 def _load(dataset: ImageFolder, index: int) -> Image.Image:
     path = Path(dataset.root, dataset.get_image_relpath(index))
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except Exception as error:
-        raise BadImageError(f"--images: cannot read {path} ({error}): repair or remove it") from error
+        return read_image_file(path)
+    except BadImageError as error:
+        raise BadImageError(f"--images: {error}: repair or remove it") from error
 
 
 def _fit(image: Image.Image, short_side: int) -> Image.Image:

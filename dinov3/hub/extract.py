@@ -34,6 +34,9 @@ from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write
 from dinov3.utils.weight_files import make_safetensors_header, read_file, write_safetensors
 
+#: That of `dinov3.data.images`, which needs Pillow.
+MAX_IMAGE_PIXELS = 178_956_970
+
 TOKENS = ("cls", "avg", "patch", "storage")
 ON_BAD_IMAGE = ("skip", "raise")
 
@@ -114,6 +117,12 @@ class ExtractOptions:
     )
     on_bad_image: str = cli.option(
         "skip and list images that cannot be read (default), or stop at the first", default="skip", choices=ON_BAD_IMAGE
+    )
+    max_image_pixels: int = cli.option(
+        f"larger images cannot be read (default: {MAX_IMAGE_PIXELS})",
+        default=MAX_IMAGE_PIXELS,
+        type=cli.positive,
+        metavar="N",
     )
     overwrite: bool = cli.option(
         "replace FILE, and parts of it that were made with other settings", default=False, action="store_true"
@@ -208,6 +217,7 @@ def extract(options: ExtractOptions) -> Features:
 
 def _check(options: ExtractOptions) -> Any:
     from dinov3.data.datasets import ImageFolder
+    from dinov3.data.images import ImageReading
 
     unknown = [token for token in options.tokens if token not in TOKENS]
     if unknown or not options.tokens or len(set(options.tokens)) != len(options.tokens):
@@ -219,7 +229,9 @@ def _check(options: ExtractOptions) -> Any:
     if not options.images.is_dir():
         kind = "it is a file" if options.images.exists() else "there is no such directory"
         raise FileNotFoundError(f"--images {options.images}: {kind}; expected a folder of images")
-    return ImageFolder(root=str(options.images), labels="none")
+    dataset = ImageFolder(root=str(options.images), labels="none")
+    dataset.read_images(ImageReading(max_image_pixels=options.max_image_pixels))
+    return dataset
 
 
 class _Parts:

@@ -27,6 +27,7 @@ __all__ = ["Normalization", "make_transform", "normalization_of"]
 
 #: The mean for the canopy height model; its standard deviations are those of the satellite images.
 CHMV2_MEAN = (0.420, 0.411, 0.296)
+OVERSHOOT = 0.25  # of bicubic resizing, beyond black and white
 ORDERS = ("resize_uint8_then_float", "float_then_resize")
 
 
@@ -72,8 +73,9 @@ def make_transform(
             reference features of the published models were made.
 
     Returns:
-        A function from a picture, that is a PIL image of any mode, a NumPy array [H, W, 3] or a tensor [..., 3, H, W]
-        (uint8 or floats in [0, 1]), to a float32 tensor [..., 3, height, width].
+        A function from a picture, that is a PIL image of any mode (see `dinov3.data.images.to_rgb`), a
+        NumPy array [H, W, 3] or a tensor [..., 3, H, W] (uint8, uint16 or floats in [0, 1]), to a float32 tensor
+        [..., 3, height, width].
 
     Raises:
         ValueError: an argument is not as described; the function raises it for a picture that is not.
@@ -115,10 +117,23 @@ def _data_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Weight
 def _to_rgb(picture: Any) -> Any:
     v2 = _import_v2()
     if hasattr(picture, "convert"):  # A PIL image; PIL itself may be missing.
-        picture = picture.convert("RGB")
+        from dinov3.data.images import to_rgb
+
+        picture = to_rgb(picture)
     image = v2.functional.to_image(picture)
     if image.shape[-3] != 3:
         raise ValueError(f"expected a picture of 3 channels (red, green, blue), got {image.shape[-3]}")
+    if image.dtype == torch.uint16:
+        return image.float() / 65535  # torchvision cannot resize these
+    if image.is_floating_point():
+        low, high = image.aminmax()
+        if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+            raise ValueError(
+                f"a picture of floats has values from 0 (black) to 1 (white), got {low:g} to {high:g}: divide it by "
+                "the number that means white (255 for bytes), and do not normalise it before"
+            )
+    elif image.dtype != torch.uint8:
+        raise ValueError(f"a picture has numbers of type uint8, uint16, or floats from 0 to 1, got {image.dtype}")
     return image
 
 

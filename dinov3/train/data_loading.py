@@ -20,6 +20,7 @@ from dinov3.data import (
     collate_data_and_cast,
     make_dataset,
 )
+from dinov3.data.images import ImageReading
 from dinov3.data.loaders import SamplerType, make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
 from dinov3.utils import as_torch_dtype
@@ -90,6 +91,12 @@ def build_train_dataset(cfg: Any, resolution: Resolution) -> Any:
         transform=build_augmentation(cfg, resolution),
         target_transform=_no_target,
         on_bad_image=cfg.train.on_bad_image,
+        reading=ImageReading(
+            alpha=cfg.train.alpha,
+            exif=cfg.train.exif,
+            max_image_pixels=cfg.train.max_image_pixels,
+            as_array=True,
+        ),
     )
 
 

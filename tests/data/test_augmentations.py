@@ -403,11 +403,28 @@ def test_parameters_are_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize(
-    "image", [Image.new("L", (8, 8)), Image.new("RGBA", (8, 8)), torch.zeros(3, 8, 8)], ids=["gray", "alpha", "tensor"]
+    ("image", "got"),
+    [
+        (Image.new("L", (8, 8)), "mode 'L'"),
+        (Image.new("RGBA", (8, 8)), "mode 'RGBA'"),
+        (torch.zeros(3, 8, 8), "Tensor"),
+        (np.zeros((8, 8, 3)), r"an array of float64 \[8, 8, 3\]"),
+        (np.zeros((3, 8, 8), np.uint8), r"an array of uint8 \[3, 8, 8\]"),
+    ],
 )
-def test_other_inputs_than_rgb_images_are_refused(image: Any) -> None:
-    with pytest.raises(TypeError, match=r"PIL image of mode RGB, got .*(L|RGBA|Tensor)"):
+def test_other_inputs_than_rgb_images_are_refused(image: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"a PIL image of mode RGB or an array of uint8 .*, got {got}"):
         augmentation()(image)
+
+
+def test_an_array_gives_the_views_of_its_picture() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    views = []
+    for image in (Image.fromarray(pixels), pixels):
+        torch.manual_seed(0)
+        views.append(augmentation()(image))
+    for name in ("global_crops", "local_crops"):
+        assert all(map(torch.equal, views[0][name], views[1][name]))
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,13 @@ def test_a_truncated_map_is_named(name: str, root: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(BadImageError, match=rf"cannot read target \d, {path}"):
         list(folder(root))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["png", "npy"])
+def test_a_map_is_turned_with_its_photo(root: Path, index: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: the size does not tell
+    before = folder(root)[index][1]
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(root / folder(root).image_paths[index], exif=exif)
+    after = folder(root)[index][1]
+    assert after.dtype == np.float32 and np.array_equal(after, before[::-1, ::-1])

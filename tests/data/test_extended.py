@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinov3.data.datasets import BadImageError, ExtendedVisionDataset, ImageFolder
 from dinov3.data.datasets.decoders import DenseTargetDecoder, ImageDataDecoder, TargetDecoder
+from dinov3.data.images import ImageReading
 
 
 def encode(image: Image.Image, format: str = "PNG", **kwargs: Any) -> bytes:
@@ -47,7 +48,7 @@ GRAY = encode(Image.new("L", (5, 4), 77))
     ("image", "pixel"),
     [
         (Image.new("L", (2, 2), 9), (9, 9, 9)),
-        (Image.new("RGBA", (2, 2), (1, 2, 3, 0)), (1, 2, 3)),
+        (Image.new("RGBA", (2, 2), (1, 2, 3, 0)), (255, 255, 255)),
         (Image.new("RGB", (2, 2), (4, 5, 6)).quantize(2), (4, 5, 6)),
     ],
     ids=["gray", "alpha", "palette"],
@@ -57,10 +58,43 @@ def test_images_are_decoded_to_rgb(image: Image.Image, pixel: tuple[int, int, in
     assert decoded.mode == "RGB" and decoded.getpixel((0, 0)) == pixel
 
 
-def test_exif_rotation_is_ignored() -> None:
+def lying() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
-    assert ImageDataDecoder(encode(Image.new("RGB", (5, 3)), "JPEG", exif=exif)).decode().size == (5, 3)
+    return encode(Image.new("RGBA", (5, 3)), exif=exif)
+
+
+class Benchmark(InMemory):
+    is_benchmark = True
+
+
+@pytest.mark.parametrize(
+    ("dataset", "exif", "size"),
+    [
+        (InMemory, "auto", (3, 5)),
+        (InMemory, "ignore", (5, 3)),
+        (Benchmark, "auto", (5, 3)),
+        (Benchmark, "apply", (3, 5)),
+    ],
+)
+def test_exif_rotation_is_applied_except_to_published_benchmarks(
+    dataset: type[InMemory], exif: str, size: tuple[int, int]
+) -> None:
+    images = dataset([lying()])
+    images.read_images(ImageReading(exif=exif))
+    assert images[0][0].size == size
+    assert exif != "auto" or dataset([lying()])[0][0].size == size
+
+
+def test_images_are_read_as_they_are_asked_for() -> None:
+    images = InMemory([lying()])
+    assert images[0][0].getpixel((0, 0)) == (255, 255, 255)
+    images.read_images(ImageReading(alpha="drop", as_array=True))
+    pixels = images[0][0]
+    assert isinstance(pixels, np.ndarray) and pixels.shape == (5, 3, 3) and not pixels.any()
+    images.read_images(ImageReading(max_image_pixels=14))
+    with pytest.raises(BadImageError, match=r"image 0, /somewhere/sub/0\.png: .*more than the limit of 14"):
+        images[0]
 
 
 @pytest.mark.parametrize(

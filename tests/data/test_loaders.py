@@ -8,6 +8,7 @@ import itertools
 import logging
 import pickle
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from dinov3.data import (
     make_dataset,
 )
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset, ImageFolder
+from dinov3.data.images import ImageReading
 from dinov3.data.loaders import make_train_data_loader
 from dinov3.data.meta_loaders import count_draws
 from dinov3.data.samplers import InfiniteSampler, ShardedInfiniteSampler
@@ -252,6 +254,22 @@ def test_impossible_training_loaders_are_refused(kwargs: dict[str, Any], message
         train_loader(**kwargs)
 
 
+# How images are read
+
+
+def test_a_dataset_string_wins_over_the_settings_of_a_training(images: Path) -> None:
+    text = f"ImageFolder:root={images}"
+    reading = ImageReading(alpha="drop", exif="ignore", max_image_pixels=9)
+    joined = make_dataset(dataset_str=f"{text}+{text}:alpha=white:exif=apply:max_image_pixels=1000000", reading=reading)
+    assert [dataset.reading for dataset in joined.datasets] == [
+        reading,
+        ImageReading(alpha="white", exif="apply", max_image_pixels=1_000_000),
+    ]
+    for wrong, message in [("alpha=black", "takes white, drop"), ("max_image_pixels=1e9", "a whole number")]:
+        with pytest.raises(ValueError, match=message):
+            make_dataset(dataset_str=f"{text}:{wrong}")
+
+
 # Bad images
 
 
@@ -263,7 +281,21 @@ def test_a_bad_image_stops_the_run_with_its_name(num_workers: int) -> None:
     except BadImageError as error:
         message = str(error)
         error.__traceback__ = None  # or torch's cycle of references keeps the worker, and waits 5 s for it later
-    assert "cannot read image 3, /data/3.png" in message
+    assert message == "Draws: cannot read image 3, /data/3.png"
+
+
+@pytest.mark.distributed
+def test_a_bad_image_in_a_worker_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={tmp_path}", transform=np.asarray)
+    loader = make_data_loader(dataset=dataset, batch_size=1, num_workers=1, shuffle=False, sampler_type=None)
+    message = ""
+    try:
+        list(loader)
+    except BadImageError as error:
+        message = str(error)
+        error.__traceback__ = None
+    assert re.fullmatch(r"ImageFolder: cannot read image 0, .*/bad\.png: UnidentifiedImageError: .*", message)
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.distributed)])

@@ -187,8 +187,34 @@ def test_a_mask_of_another_size_is_an_error_that_names_both(with_transforms: boo
 
 def test_swapped_sides_hint_at_exif_rotation(root: Path) -> None:
     put(root / "labels/val/c.png", mask(0, height=6, width=4))
-    with pytest.raises(BadImageError, match="4 x 6: they must have the same size; a rotation that EXIF data asks for"):
-        folder(root, split="val")[0]
+    with pytest.raises(BadImageError, match=r"4 x 6: they must have the same size; a rotation .*EXIF.* \(exif=apply\)"):
+        make_dataset(dataset_str=f"SegmentationFolder:root={root}:split=val:exif=ignore")[0]
+
+
+@pytest.mark.parametrize("mode", [None, "P"])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("exif", "quarter_turns"), [("auto", -1), ("ignore", 0)])
+def test_a_mask_is_turned_with_its_photo(
+    root: Path, mode: str | None, joined: bool, exif: str, quarter_turns: int
+) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # by a quarter clockwise
+    levels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(levels).save(root / "images/val/c.png", exif=orientation)
+    put(root / "labels/val/c.png", levels % 3, mode)
+    text = f"SegmentationFolder:root={root}:split=val:exif={exif}"
+    image, label = make_dataset(dataset_str="+".join([text] * (1 + joined)))[joined]
+    assert np.array_equal(np.asarray(image)[..., 0], np.rot90(levels, quarter_turns))
+    assert np.array_equal(np.asarray(label), np.rot90(levels % 3, quarter_turns))
+
+
+def test_a_mask_that_was_drawn_on_the_turned_photo_stays_as_it_is(root: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 8
+    Image.fromarray(photo()).save(root / "images/val/c.png", exif=orientation)
+    put(root / "labels/val/c.png", mask(0, 1, 2, height=6, width=4))
+    image, label = folder(root, split="val")[0]
+    assert image.size == (4, 6) and np.array_equal(np.asarray(label), mask(0, 1, 2, height=6, width=4))
 
 
 def test_a_colour_image_is_no_mask(root: Path) -> None:

@@ -114,3 +114,17 @@ def test_imaterialist_target_is_one_where_an_attribute_is_present() -> None:
 )
 def test_target_transform_by_dataset(dataset_str: str, transform: Any) -> None:
     assert get_target_transform(dataset_str) is transform
+
+
+@pytest.mark.parametrize("make", [make_classification_eval_transform, make_classification_train_transform])
+def test_pictures_of_every_mode(make: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
+    wants = []
+    for picture in (
+        Image.fromarray(pixels).convert("RGB"),
+        Image.fromarray(pixels.astype(np.uint16) * 257),
+        Image.fromarray(pixels),
+    ):
+        torch.manual_seed(0)
+        wants.append(make(crop_size=16)(picture))
+    assert torch.equal(wants[0], wants[1]) and torch.equal(wants[0], wants[2])

@@ -427,3 +427,21 @@ def test_files_without_features_are_refused(tmp_path: Path) -> None:
     save_file({"x": Tensor([1])}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="does not hold features of images"):
         read_features(tmp_path / "x.safetensors")
+
+
+def test_images_are_read_as_they_are_seen(options: ExtractOptions, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)
+    lying = Image.fromarray(np.rot90(pixels)).convert("RGB")
+    lying.getexif()[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos" / "8.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "photos" / "16.png")
+    Image.fromarray(pixels.astype(np.float32) / 255).save(tmp_path / "photos" / "32.tif")
+    lying.save(tmp_path / "photos" / "lying.png", exif=lying.getexif())
+    features = extract.extract(replace(options, images=tmp_path / "photos", batch_size=1)).tensors["cls"]
+    assert len(features) == 4 and all(torch.equal(row, features[0]) for row in features)
+
+
+def test_images_above_the_limit_are_skipped(options: ExtractOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    features = extract.extract(replace(options, max_image_pixels=43 * 50))
+    assert len(features.names) == 4 and "more than the limit of 2150" in capsys.readouterr().err

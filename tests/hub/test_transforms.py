@@ -69,3 +69,38 @@ def test_bad_arguments() -> None:
             make_transform(size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a picture of 3 channels .*, got 1"):
         make_transform()(torch.zeros(1, 8, 8))
+
+
+def test_pictures_of_more_than_8_bits_are_scaled() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8)
+    transform = make_transform((32, 48))
+    want = transform(Image.fromarray(pixels).convert("RGB"))
+    deep = pixels.astype(np.uint16) * 257
+    for same in (deep, pixels.astype(np.float32) / 255):
+        assert torch.equal(transform(Image.fromarray(same)), want)
+    rgb = np.stack([deep] * 3, axis=-1)
+    torch.testing.assert_close(transform(rgb), want, rtol=0, atol=0.03)  # no rounding after the resize
+
+
+def test_transparent_and_lying_pictures_are_as_they_are_seen() -> None:
+    transform = make_transform((16, 16))
+    assert torch.equal(transform(Image.new("RGBA", (9, 9))), transform(Image.new("RGB", (9, 9), "white")))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    lying = Image.fromarray(pixels)
+    lying.getexif()[0x0112] = 6
+    assert torch.equal(transform(lying), transform(np.rot90(pixels, -1).copy()))
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (torch.full((3, 8, 8), 128.0), r"floats has values from 0 \(black\) to 1 \(white\), got 128 to 128: divide it"),
+        (torch.full((3, 8, 8), float("nan")), "got nan to nan"),
+        (torch.full((3, 8, 8), 128), "uint8, uint16, or floats from 0 to 1, got torch.int64"),
+        (Image.fromarray(np.full((8, 8), 300, np.float32)), "floating-point numbers from 300 to 300"),
+    ],
+    ids=["bytes as floats", "NaN", "integers", "mode F"],
+)
+def test_pictures_whose_brightness_is_unknown_are_refused(picture: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_transform()(picture)

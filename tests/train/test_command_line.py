@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dinov3.train import get_args_parser, main, train
 from dinov3.train.train import parse_args
+from dinov3.utils.command_line import run_command_line
 from tests.parity import golden
 
 from . import tiny
@@ -91,6 +93,32 @@ def test_unreadable_image_is_named(config: Path, images: Path, tmp_path: Path) -
     (images / "even" / "0.png").write_bytes(b"not an image")
     with pytest.raises(RuntimeError, match=r"0\.png"):
         run(config, tmp_path / "out")
+
+
+def test_grey_images_of_16_bits_train_as_those_of_8(config: Path, images: Path, tmp_path: Path) -> None:
+    losses = []
+    for bits, factor in ((8, 1), (16, 257)):
+        for path in images.rglob("*.png"):
+            if bits == 8:
+                Image.open(path).convert("L").save(path)
+            else:
+                Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * factor).save(path)
+        run(config, tmp_path / str(bits))
+        losses.append(tiny.read_losses(tmp_path / str(bits)))
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+
+
+@pytest.mark.distributed
+def test_an_unreadable_image_ends_the_command_in_two_lines(
+    config: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in sorted(images.rglob("*.png"))[1:]:  # the first one is read before the workers start
+        path.write_bytes(b"not an image")
+    monkeypatch.delenv("DINOV3_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit):
+        run_command_line(lambda: run(config, tmp_path / "out", "train.num_workers=1"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "png" in line or "Traceback" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ImageFolder: cannot read image ")
 
 
 def test_truncated_image_is_skipped_counted_and_logged_when_asked(config: Path, images: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class ADE20K(PairedImageDataset):
     """
 
     Split = ADE20KSplit
+    is_benchmark = True
 
     def __init__(
         self,

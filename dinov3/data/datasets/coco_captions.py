@@ -58,6 +58,7 @@ class CocoCaptions(ExtendedVisionDataset):
     """
 
     Split = CocoCaptionsSplit
+    is_benchmark = True
 
     def __init__(self, *, split: CocoCaptionsSplit, root: str | None = None, **transforms: Unpack[Transforms]) -> None:
         directory = require_directory(root, "CocoCaptions")

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
+from dinov3.data.images import ImageReading
 
 
 class ConcatenatedDataset(ExtendedVisionDataset):
@@ -48,6 +49,11 @@ class ConcatenatedDataset(ExtendedVisionDataset):
                     f"datasets joined by + name different classes, {class_names[0]} and {different[0]}: one index "
                     "would mean both"
                 )
+
+    def read_images(self, reading: ImageReading) -> None:
+        super().read_images(reading)
+        for dataset in self.datasets:
+            dataset.read_images(reading)
 
     def get_image_data(self, index: int) -> bytes:
         dataset, inner = self._find(index)

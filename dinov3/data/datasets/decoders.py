@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from dinov3.data.images import DEFAULT_READING, ImageReading, read_image, read_pixels, read_stored
 
 
 class Decoder:
@@ -16,16 +17,14 @@ class Decoder:
 
 
 class ImageDataDecoder(Decoder):
-    """Decodes the bytes of an image to a PIL image of mode RGB.
+    """Decodes the bytes of an image to a PIL image of mode RGB, or an array, see `ImageReading.as_array`."""
 
-    Alpha is dropped, palettes and gray values are expanded, EXIF rotation is ignored.
-    """
-
-    def __init__(self, image_data: bytes) -> None:
+    def __init__(self, image_data: bytes, reading: ImageReading = DEFAULT_READING) -> None:
         self.image_data = image_data
+        self.reading = reading
 
-    def decode(self) -> Image.Image:
-        return _open(self.image_data).convert(mode="RGB")
+    def decode(self) -> Any:
+        return (read_pixels if self.reading.as_array else read_image)(self.image_data, self.reading)
 
 
 class TargetDecoder(Decoder):
@@ -45,14 +44,4 @@ class DenseTargetDecoder(Decoder):
         self.image_data = image_data
 
     def decode(self) -> Image.Image:
-        image = _open(self.image_data)
-        image.load()  # now, while the caller can still name a broken file
-        return image
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(BytesIO(data))
-    except UnidentifiedImageError:  # its message shows the address of the bytes
-        beginning = f", beginning with {data[:8]!r}" if data else ""
-        raise UnidentifiedImageError(f"cannot identify image file ({len(data)} bytes{beginning})") from None
+        return read_stored(self.image_data)

@@ -18,7 +18,7 @@ from typing import Any
 from dinov3.data.datasets.ade20k import ADE20K
 from dinov3.data.datasets.image_net import ImageNet
 from dinov3.data.datasets.image_net_22k import ImageNet22k
-from dinov3.data.datasets.strings import DatasetStringError, parse_dataset_string
+from dinov3.data.datasets.strings import COMMON_KEYS, DatasetStringError, parse_dataset_string
 from dinov3.data.datasets.web_dataset import WebDataset
 from dinov3.utils.command_line import ArgumentParser, run_command_line
 
@@ -54,7 +54,7 @@ def dump(dataset_str: str) -> None:
         raise DatasetStringError(
             f"dataset string {dataset_str!r}: only {', '.join(REQUIRED_KEYS)} have extra files to write"
         )
-    name, kwargs = parsed[0].name, {key: value for key, value in parsed[0].kwargs.items() if key != "skip"}
+    name, kwargs = parsed[0].name, {key: value for key, value in parsed[0].kwargs.items() if key not in COMMON_KEYS}
     for key in REQUIRED_KEYS[name]:
         if not kwargs.get(key):
             raise DatasetStringError(f"dataset string {dataset_str!r}: give {key}=DIRECTORY")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,13 +14,11 @@ import numpy as np
 from torchvision.datasets import VisionDataset
 
 from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
+from dinov3.data.images import DEFAULT_READING, ImageReading
+from dinov3.data.images import BadImageError as BadImageError
 
 ON_BAD_IMAGE = ("raise", "skip")
 NO_LABEL = -1  # in an array of class indices
-
-
-class BadImageError(RuntimeError):
-    """An image that cannot be read or decoded; the message names dataset, index and file."""
 
 
 class Transforms(TypedDict, total=False):
@@ -48,9 +48,13 @@ class ExtendedVisionDataset(VisionDataset):
 
     Attributes:
         has_maps: whether targets are maps of labels or depths.
+        is_benchmark: published figures were measured on these images as they are stored, so that a rotation in EXIF
+            data is ignored unless `read_images` says otherwise.
+        reading: how images are read; changed by `read_images`.
     """
 
     has_maps = False
+    is_benchmark = False
 
     def __init__(
         self,
@@ -62,6 +66,13 @@ class ExtendedVisionDataset(VisionDataset):
         super().__init__(*args, **kwargs)
         self.image_decoder = image_decoder
         self.target_decoder = target_decoder
+        ExtendedVisionDataset.read_images(self, DEFAULT_READING)
+
+    def read_images(self, reading: ImageReading) -> None:
+        """Set how images are read from now on; a decoder other than `ImageDataDecoder` does not notice."""
+        if reading.exif == "auto":
+            reading = dataclasses.replace(reading, exif="ignore" if self.is_benchmark else "apply")
+        self.reading = reading
 
     def get_image_data(self, index: int) -> bytes:
         """Return the encoded image of sample `index`."""
@@ -85,7 +96,10 @@ class ExtendedVisionDataset(VisionDataset):
             BadImageError: it cannot be read or decoded.
         """
         try:
-            return self.image_decoder(self.get_image_data(index)).decode()
+            decoder = self.image_decoder
+            if decoder is ImageDataDecoder:
+                decoder = partial(ImageDataDecoder, reading=self.reading)
+            return decoder(self.get_image_data(index)).decode()
         except BadImageError:
             raise
         except Exception as error:

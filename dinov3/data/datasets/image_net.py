@@ -80,6 +80,7 @@ class ImageNet(ExtendedVisionDataset):
     """
 
     Split = ImageNetSplit
+    is_benchmark = True
     Target = int
 
     def __init__(self, *, split: ImageNetSplit, root: str, extra: str, **transforms: Unpack[Transforms]) -> None:

@@ -49,6 +49,7 @@ class ImageNet22k(ExtendedVisionDataset):
     """
 
     Target = int
+    is_benchmark = True
 
     def __init__(
         self, *, root: str, extra: str, mmap_cache_size: int = DEFAULT_OPEN_TARS, **transforms: Unpack[Transforms]

@@ -23,6 +23,8 @@ _CORRUPTED_NAME = re.compile(r"(?:.*/)?(?P<corruption>[a-z_]+)/(?P<level>[1-5])/
 
 
 class _ListedImages(ExtendedVisionDataset):
+    is_benchmark = True
+
     def __init__(self, root: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root=root, **transforms)
         self._paths = list_images(require_directory(root, type(self).__name__)).images

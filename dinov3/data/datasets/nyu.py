@@ -45,6 +45,7 @@ class NYU(PairedImageDataset):
     """
 
     Split = NYUSplit
+    is_benchmark = True
 
     def __init__(
         self,

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+from PIL import Image
+
 from dinov3.data.datasets.decoders import Decoder, DenseTargetDecoder, ImageDataDecoder
 from dinov3.data.datasets.extended import BadImageError, ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import find_directory, require_directory
 from dinov3.data.datasets.listing import EXTENSIONS, list_images
+from dinov3.data.images import UPRIGHT, orientation_of_file, turn_upright
 from dinov3.utils.messages import list_names
 
 
@@ -66,6 +70,24 @@ class PairedImageDataset(ExtendedVisionDataset):
                 f"{type(self).__name__}: cannot read target {index}, {self._target_location(index)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def load_sample(self, index: int) -> tuple[Any, Any]:
+        """Read and decode image and target of sample `index`; a target is turned with its image.
+
+        A target whose size fits only the turned image was drawn on that, and stays as it is.
+        """
+        image, target = super().load_sample(index)
+        if self.reading.exif == "ignore":
+            return image, target
+        orientation = orientation_of_file(self.get_image_data(index))
+        if orientation == UPRIGHT:
+            return image, target
+        pixels = np.asarray(target)
+        turned = turn_upright(pixels, orientation)
+        fits_only_as_it_is = _size_of(pixels) == _size_of(image) != _size_of(turned)
+        if fits_only_as_it_is:
+            return image, target
+        return image, Image.fromarray(turned) if isinstance(target, Image.Image) else turned
 
     def __len__(self) -> int:
         return len(self.image_paths)
@@ -149,7 +171,8 @@ class PairedFolderDataset(PairedImageDataset):
         image, target = super().load_sample(index)
         image_size, target_size = _size_of(image), _size_of(target)
         if image_size != target_size:
-            hint = "; a rotation that EXIF data asks for is not applied" if image_size == target_size[::-1] else ""
+            turned = image_size == target_size[::-1] and self.reading.exif == "ignore"
+            hint = "; a rotation that EXIF data ask for is not applied (exif=apply)" if turned else ""
             raise BadImageError(
                 f"{type(self).__name__}: sample {index}: {self._location(index)} has "
                 f"{image_size[0]} x {image_size[1]} pixels (width x height), but {self._target_location(index)} has "

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
+from dinov3.data.images import ImageReading
 from dinov3.utils.messages import list_names
 from dinov3.utils.text import read_lines
 
@@ -39,6 +40,7 @@ class SkippingDataset(ExtendedVisionDataset):
     def __init__(self, dataset: ExtendedVisionDataset, skip: str, **transforms: Unpack[Transforms]) -> None:
         super().__init__(root=str(dataset.root), **transforms)
         self.dataset = dataset
+        self.reading = dataset.reading
         self.has_maps = dataset.has_maps
         self.kept = _find_kept(dataset, [Path(path).expanduser() for path in skip.split(";") if path])
         self.stream = getattr(dataset, "stream", None)
@@ -51,6 +53,10 @@ class SkippingDataset(ExtendedVisionDataset):
             raise AttributeError(name)
         found = getattr(self.dataset, name)
         return (lambda index: found(self._inner(index))) if name in _TAKES_INDEX else found
+
+    def read_images(self, reading: ImageReading) -> None:
+        self.dataset.read_images(reading)
+        self.reading = self.dataset.reading
 
     def get_image_data(self, index: int) -> bytes:
         return self.dataset.get_image_data(self._inner(index))

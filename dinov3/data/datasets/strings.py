@@ -5,6 +5,8 @@
     WebDataset:urls=/data/shard-{000000..000127}.tar
     ImageFolder:root=/data/a+ImageFolder:root=/data/b
 
+Every dataset also takes `READING_KEYS`, which say how its images are read (`dinov3.data.images.ImageReading`).
+
 A `:` separates only where `key=` follows, and a key ends at its first `=`, so values may hold both
 (`root=s3://bucket/x`). A `+` separates only where the name of a dataset and `:` or the end follow. To add a dataset of
 your own, add its line to `DATASETS`.
@@ -33,7 +35,11 @@ from dinov3.data.datasets import (
     web_dataset,
 )
 from dinov3.data.datasets.extended import ON_BAD_IMAGE, ExtendedVisionDataset
+from dinov3.data.images import ALPHA, EXIF
 from dinov3.utils import did_you_mean
+
+READING_KEYS = ("alpha", "exif", "max_image_pixels")
+COMMON_KEYS = ("skip", *READING_KEYS)
 
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BEFORE_KEY = re.compile(r":(?=[A-Za-z_]\w*=)")
@@ -45,7 +51,7 @@ class DatasetStringError(ValueError):
 
 @dataclass(frozen=True)
 class DatasetGrammar:
-    """The keys that may follow a dataset's name, besides `skip`, which all take.
+    """The keys that may follow a dataset's name, besides `COMMON_KEYS`, which all take.
 
     Attributes:
         required: keys that must be given.
@@ -65,7 +71,7 @@ class DatasetGrammar:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.required, *self.optional, "skip")
+        return (*self.required, *self.optional, *COMMON_KEYS)
 
 
 DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
@@ -173,14 +179,15 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
                 f"{name} has {', '.join(members)}"
             )
         return key, members[value.upper()]
-    if key in grammar.choices and value not in grammar.choices[key]:
-        allowed = grammar.choices[key]
+    choices = grammar.choices | {"alpha": ALPHA, "exif": EXIF}
+    if key in choices and value not in choices[key]:
+        allowed = choices[key]
         raise DatasetStringError(
             f"dataset string {whole!r}: {key}={value!r}{did_you_mean(value, allowed)}; "
             f"{name} takes {', '.join(allowed)}"
         )
     # Patterns rather than int() and float(), which also accept " 1_000", "nan" and the like.
-    if key in grammar.integers:
+    if key in grammar.integers or key == "max_image_pixels":
         if not re.fullmatch(r"[1-9]\d*", value):
             raise DatasetStringError(f"dataset string {whole!r}: {key}={value!r} must be a whole number of at least 1")
         return key, int(value)
@@ -194,4 +201,4 @@ def _parse_token(name: str, token: str, whole: str) -> tuple[str, Any]:
 def _describe(name: str) -> str:
     grammar = DATASETS[name][1]
     needs = f"{name} needs {', '.join(grammar.required)}"
-    return f"{needs} and takes {', '.join((*grammar.optional, 'skip'))}"
+    return f"{needs} and takes {', '.join((*grammar.optional, *COMMON_KEYS))}"

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.listing import list_images
+from dinov3.data.images import MAX_IMAGE_PIXELS, BadImageError, ImageReading, read_image_file
 from dinov3.distributed import runtime
 from dinov3.eval.command.config import read_config
 from dinov3.hub.command_line import parse_dtype, positive
@@ -51,6 +51,13 @@ def make_parser(module: str, description: str | None, epilog: str) -> argparse.A
         choices=("skip", "raise"),
         default="skip",
         help="what to do if an image cannot be read (default: skip)",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=positive,
+        default=MAX_IMAGE_PIXELS,
+        metavar="N",
+        help=f"larger images cannot be read (default: {MAX_IMAGE_PIXELS})",
     )
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing predictions")
     return parser
@@ -90,14 +97,14 @@ def predict_images(
             n_done = len(images) - len(pending)
             print(f"{n_done} of {len(images)} images have predictions: skipped (--overwrite predicts them again)")
         n_bad = 0
+        reading = ImageReading(max_image_pixels=arguments.max_image_pixels)
         for file, stem in tqdm(pending.items(), "predicting", unit="image"):
             try:
-                image = ImageDataDecoder(file.read_bytes()).decode()
-            except OSError as error:
-                message = f"{file} cannot be read as an image: {error}"
+                image = read_image_file(file, reading)
+            except BadImageError as error:
                 if arguments.on_bad_image == "raise":
-                    raise ValueError(message) from error
-                tqdm.write(f"{message}: skipped", file=sys.stderr)
+                    raise ValueError(str(error)) from error
+                tqdm.write(f"{error}: skipped", file=sys.stderr)
                 n_bad += 1
                 continue
             for suffix, content in predict(image).items():

@@ -287,6 +287,7 @@ def describe_images(dataset: Any) -> dict[str, Any] | None:
         "files": digest.hexdigest(),
         "count": len(dataset),
         "transform": transform,
+        "reading": repr(getattr(dataset, "reading", None)),
     }
 
 

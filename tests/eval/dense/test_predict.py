@@ -124,3 +124,25 @@ def test_what_is_missing_is_named(heads: Path, photos: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"--range 5.0 2.0: expected"):
         depth_predict.main([*images, *out, "--weights", str(heads / "depth"), "--range", "5", "2"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_pillow_calls_an_attack_is_a_bad_image(
+    heads: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--images", str(photos), "--weights", str(heads / "depth"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="none of 2 images can be read"):
+        depth_predict.main([*given, "--max-image-pixels", "200"])
+    assert "one.png cannot be read as an image" in (printed := capsys.readouterr().err)
+    assert "--max-image-pixels N" in printed
+
+
+def test_images_are_predicted_as_they_are_seen(heads: Path, photos: Path, tmp_path: Path) -> None:
+    picture = Image.open(photos / "one.png")
+    lying = picture.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6
+    lying.save(photos / "lying.png", exif=lying.getexif())
+    given = ["--images", str(photos), "--weights", str(heads / "depth"), "--out", str(tmp_path / "out")]
+    depth_predict.main(given)
+    one, lying_one = (np.load(tmp_path / "out" / f"{name}_depth.npy") for name in ("one", "lying"))
+    assert np.array_equal(one, lying_one)
