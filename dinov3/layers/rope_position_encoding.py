@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-_NORMALIZATIONS = ("separate", "max", "min")
+NORMALIZATIONS = ("separate", "max", "min")
 
 
 class RopePositionEmbedding(nn.Module):
@@ -64,8 +64,8 @@ class RopePositionEmbedding(nn.Module):
                 "the RoPE periods need either base, or both min_period and max_period with base=None; "
                 f"got {base=}, {min_period=}, {max_period=}"
             )
-        if normalize_coords not in _NORMALIZATIONS:
-            raise ValueError(f"normalize_coords must be one of {_NORMALIZATIONS}, got {normalize_coords!r}")
+        if normalize_coords not in NORMALIZATIONS:
+            raise ValueError(f"normalize_coords must be one of {NORMALIZATIONS}, got {normalize_coords!r}")
         if shift_coords is not None and shift_coords < 0:
             raise ValueError(f"shift_coords must be >= 0, got {shift_coords}")
         for name, factor in (("jitter_coords", jitter_coords), ("rescale_coords", rescale_coords)):

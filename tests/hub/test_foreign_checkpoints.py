@@ -191,6 +191,17 @@ def test_models_of_other_libraries_in_other_trainers(kind: str, prefix: str, tmp
     libraries.assert_bits_equal(found, expected)
 
 
+@pytest.mark.parametrize("place", [".", "eval", "eval/training_9"])
+def test_entries_take_a_training_run(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries.make_entries_small(monkeypatch)
+    state = backbones.dinov3_vits16(pretrained=False).state_dict()
+    (tmp_path / "config.yaml").write_text("student: {}\ncrops: {}\n")
+    (tmp_path / "eval" / "training_9").mkdir(parents=True)
+    torch.save({"teacher": state}, tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth")
+    model = backbones.dinov3_vits16(weights=tmp_path / place)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
 def test_entries_and_convert_take_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries.make_entries_small(monkeypatch)
     state = backbones.dinov3_vits16(pretrained=False).state_dict()

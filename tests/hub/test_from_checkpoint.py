@@ -100,6 +100,13 @@ def test_settings_beside_the_weights_are_used(tmp_path: Path, caplog: pytest.Log
     assert model.norm.eps == 1e-6 and model.rope_embed.normalize_coords == "max" and model.num_heads == 4
 
 
+def test_words_of_other_trainers_are_not_settings(tmp_path: Path) -> None:
+    expected = vit(**OPEN)
+    config = {"norm_layer": "LayerNorm", "pos_embed_rope_dtype": "float32", "num_heads": [2, 4], "layer_norm_eps": None}
+    torch.save({"backbone": expected.state_dict(), "args": config}, tmp_path / "w.pth")
+    assert_same_features(dinov3_from_checkpoint(weights=tmp_path / "w.pth"), expected)
+
+
 def test_settings_that_contradict_each_other_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = without_periods(vit(**OPEN, embed_dim=128))
     config = {"student": {"num_heads": 4}, "teacher": {"num_heads": 8}}

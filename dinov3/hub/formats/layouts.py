@@ -7,7 +7,7 @@ a module, which then also stands for its weight and bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import count_blocks, published_vit_of_size
-from dinov3.layers import RopePositionEmbedding
+from dinov3.layers.rope_position_encoding import NORMALIZATIONS, RopePositionEmbedding
+from dinov3.models.vision_transformer import dtype_dict, norm_layer_dict
 from dinov3.utils.state_dicts import flatten
 from dinov3.utils.weight_files import WeightsError
 
@@ -44,9 +45,12 @@ SETTINGS = {
     "norm_layer": ("norm_layer",),
     "layer_norm_eps": ("layer_norm_eps",),
 }
-_KINDS: dict[str, Any] = {"num_heads": int} | dict.fromkeys(
-    ("pos_embed_rope_normalize_coords", "pos_embed_rope_dtype", "norm_layer"), str
-)
+#: Of the settings that are words.
+_CHOICES: dict[str, Collection[str]] = {
+    "pos_embed_rope_normalize_coords": NORMALIZATIONS,
+    "pos_embed_rope_dtype": dtype_dict,
+    "norm_layer": norm_layer_dict,
+}
 
 
 @dataclass(frozen=True)
@@ -227,10 +231,11 @@ def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         setting = next((setting for setting, names in SETTINGS.items() if name in names), None)
         if setting is None or not isinstance(value, str | int | float):
             continue  # Of another meaning: a function, or one value for each of several stages.
-        kind = _KINDS.get(setting, (int, float))
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and value <= 0):
-            expected = "text" if kind is str else "a positive number"
-            raise WeightsError(f"the configuration has {name}={value!r}, expected {expected}")
+        if setting in _CHOICES:
+            if value not in _CHOICES[setting]:
+                continue  # Of another trainer.
+        elif not isinstance(value, int if setting == "num_heads" else (int, float)) or value is True or value <= 0:
+            raise WeightsError(f"the configuration has {name}={value!r}, expected a positive number")
         if value not in given.setdefault(setting, []):
             given[setting].append(value)
     return {setting: values[0] for setting, values in given.items() if len(values) == 1}
