@@ -37,6 +37,9 @@ EVALUATIONS_PER_STEP = 25
 ITERATIONS_PER_REPORT = 10
 # By the dtype of products: the share of the objective below which a decrease drowns in rounding.
 REACHABLE = {torch.float32: 1e-7, torch.float64: 1e-14}
+# Where C is large the objective approaches 0, and a share of it would ask for digits of no use to anyone: scikit-learn
+# stops at an absolute change. An objective per sample below this counts as this much.
+SMALLEST_LOSS_PER_SAMPLE = 0.05
 # torch skips updates of the Hessian whose curvature is below 1e-10, so the objective is counted in tiny units.
 SCALE = 1e12
 
@@ -128,7 +131,7 @@ def fit_with_torch(
         Cs: inverse weights of the penalty.
         device: where the work is done.
         tol: a fit ends when a step to the minimum of the quadratic model would lower the objective by less than this
-            share of it, or by less than the products' dtype can resolve.
+            share of it (of 0.05 per sample, if it is below), or by less than the products' dtype can resolve.
         max_iterations: of each fit.
         dtypes: of matrix products; a fit continues with the next one when it has converged in the one before.
         memory_budget_bytes: within which features are kept on their principal axes; larger ones are transformed block
@@ -180,7 +183,8 @@ def _minimise(
     for dtype in dtypes:
         converged = False
         while not converged and n_iterations < max_iterations:
-            tolerance = max(tol, REACHABLE[dtype]) * evaluate()
+            value = evaluate()
+            tolerance = max(tol * max(value, SMALLEST_LOSS_PER_SAMPLE * SCALE), REACHABLE[dtype] * value)
             assert scaled.grad is not None
             # torch would divide the first step by the norm of the gradient.
             lr = max(1.0, float(scaled.grad.abs().sum())) if n_iterations == 0 else 1.0
@@ -215,7 +219,7 @@ class _Rows:
         self.targets = targets.to(device)
         size = max(1, BLOCK_ELEMENTS // max(self.n_outputs, features.shape[1]))
         self.blocks = list(features.split(size))
-        self.target_blocks = list(self.targets.split(size))
+        self.target_blocks = [block.T if block.ndim == 2 else block for block in self.targets.split(size)]
         self.mean = torch.stack([self._load(block).sum(dim=0) for block in self.blocks]).sum(dim=0) / len(features)
         scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=device)
         for block in self.blocks:
@@ -264,28 +268,29 @@ class _Rows:
         penalised = point[:, :-1]
         loss = penalised.square().sum() / (2 * C)
         gradient = F.pad(penalised / C, (0, 1))
-        weights, intercept = penalised.to(dtype), point[:, -1].to(dtype)
+        weights, intercept = penalised.to(dtype), point[:, -1:].to(dtype)
         block_loss = _softmax_loss if self.targets.ndim == 1 else _sigmoid_loss
         blocks = self.transformed[dtype] if self.in_memory else (self._transform(b).to(dtype) for b in self.blocks)
         for features, targets in zip(blocks, self.target_blocks, strict=True):
-            block_sum, residuals = block_loss(torch.addmm(intercept, features, weights.T), targets)
+            # Classes first: what follows then runs along rows of samples, which is several times faster.
+            block_sum, residuals = block_loss(torch.addmm(intercept, weights, features.T), targets)  # [R, B]
             loss += block_sum
-            gradient[:, :-1] += residuals.T @ features
-            gradient[:, -1] += residuals.sum(dim=0, dtype=torch.float64)
+            gradient[:, :-1] += residuals @ features
+            gradient[:, -1] += residuals.sum(dim=1, dtype=torch.float64)
         return float(loss), gradient
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    # The loss, summed in float64, and its derivatives by the logits [B, R].
-    own = targets[:, None]
-    log_probabilities = logits.log_softmax(dim=1)
-    own_log_probabilities = log_probabilities.gather(1, own)
+    # The loss, summed in float64, and its derivatives by the logits [R, B].
+    own = targets[None]
+    log_probabilities = logits.log_softmax(dim=0)
+    own_log_probabilities = log_probabilities.gather(0, own)
     # Denormal numbers, which slow products down by far, result from exponents below -87.
-    probabilities = log_probabilities.clamp_(min=-60).exp_().scatter_(1, own, 0)
+    probabilities = log_probabilities.clamp_(min=-60).exp_().scatter_(0, own, 0)
     # Of samples that are almost certain, 1 - p is all that is left to learn from: never computed as a difference.
-    others = probabilities.sum(dim=1, keepdim=True)
+    others = probabilities.sum(dim=0, keepdim=True)
     losses = torch.where(others < 0.1, -torch.log1p(-others), -own_log_probabilities)
-    return losses.sum(dtype=torch.float64), probabilities.scatter_(1, own, -others)
+    return losses.sum(dtype=torch.float64), probabilities.scatter_(0, own, -others)
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
