@@ -101,7 +101,8 @@ def _fill(wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: obj
 
 def _read_network(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
     try:
-        flat = flatten(read_file(path), source=str(path))
+        # Mapped, because each rank copies only its shards, and the file is left before this returns.
+        flat = flatten(read_file(path, mmap=True), source=str(path))
         saved = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
         networks = tuple({f"{name.partition('.')[0]}." for name in wanted})
         mark = next((name for name in wanted if name.startswith(BACKBONE)), next(iter(wanted), ""))

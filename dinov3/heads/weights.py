@@ -4,8 +4,8 @@ Notable:
 - Published files hold a head's entries bare, trainings write `{"model": {...}}`, and state dicts of whole models have
   prefixes: all of them are accepted, and the backbone in them is left out.
 - Loading is strict: an entry that is missing, unknown or of another shape is an error that says what the weights are.
-- A head that was built on the meta device takes over the tensors as they are mapped: nothing is initialised or copied
-  in vain. The file must stay in place while the head lives; it is never written to.
+- A head that was built on the meta device takes over the tensors as they were read or mapped: nothing is initialised
+  or copied in vain. **Never write over a mapped file while the head lives** (see `dinov3.utils.weight_files`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ Head = TypeVar("Head", bound=nn.Module)
 _N_FEW = 5
 
 
-def read_head(path: str | os.PathLike[str], *, prefix: str = "decoder.", mmap: bool = True) -> dict[str, Any]:
+def read_head(path: str | os.PathLike[str], *, prefix: str = "decoder.", mmap: bool | None = None) -> dict[str, Any]:
     """Read the entries of a head from a local file, see `head_entries`.
 
     Args:
         path: what torch.save or safetensors wrote; `~` is the home directory.
         prefix: of a head's entries in the state dict of a whole model.
-        mmap: map the file into memory instead of reading it.
+        mmap: True maps the file instead of reading it into memory: **then never write over it while its tensors are
+            in use.** Default: only if it has more than 4 GiB.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.

@@ -4,7 +4,8 @@ Notable:
 - Models come back in evaluation mode, with all parameters trainable. In training mode their positions are rescaled at
   random, so that two forwards of one image differ.
 - The entries of the weights show which norms the model has, so files may have any name.
-- With `dtype=torch.bfloat16` a bfloat16 file stays mapped as it is; the positions are computed in float32 all the same.
+- With `dtype=torch.bfloat16` the tensors of a bfloat16 file are used as they are; the positions are computed in float32
+  all the same.
 """
 
 from __future__ import annotations
@@ -71,18 +72,20 @@ _ARGUMENTS = """{summary}
     Args:
         pretrained: load `weights`; if False, initialise at random and read nothing.
         weights: {weights}, or its name.
-            Or a local path or file:// URL, read where it lies, so keep it in place while the model lives. Its content,
-            not its name, decides how it is read: a file in the published layout (.pth or .safetensors), or a checkpoint
-            of any trainer that holds one backbone of this size, below any keys and prefixes; a training run or a
-            directory in it, for its newest teacher; a DINOv3 model of Hugging Face transformers or of timm, as the
-            directory of the model, a file of its weights or the index of several.
+            Or a local path or file:// URL, read where it lies. Its content, not its name, decides how it is read: a file
+            in the published layout (.pth or .safetensors), or a checkpoint of any trainer that holds one backbone of
+            this size, below any keys and prefixes; a training run or a directory in it, for its newest teacher; a
+            DINOv3 model of Hugging Face transformers or of timm, as the directory of the model, a file of its weights
+            or the index of several.
             Or an https:// URL, downloaded once into torch.hub's cache. Or a state dict in any of these layouts.
         check_hash: compare the file with the SHA-256 digits at the end of its name.
         **kwargs: `device`; `dtype`, floating point or its name, of all parameters (by default float32): images must
             have it too, or the call be under autocast.
             Of the model: {options}.
-            Of the file: `mmap=False` reads a local file instead of mapping it, `progress=False` hides the bar of a
-            download, `hash` and `version` select another published file.
+            Of the file: `mmap=True` maps it instead of reading it into memory, which by default is only done if it has
+            more than 4 GiB (`mmap=False`: never). **While a model is mapped, never write over its file: that changes
+            the model or kills the process. Write to another name and rename it.** `progress=False` hides the bar of
+            a download, `hash` and `version` select another published file.
 
     Returns:
         A `{model}` in evaluation mode, its parameters trainable, on the CPU unless `device` is given.
@@ -245,7 +248,7 @@ def _make(
             file = (
                 url_of(entry, source, version=version, file_hash=file_hash) if isinstance(source, Weights) else source
             )
-            mmap, progress = kwargs.get("mmap", True), kwargs.get("progress", True)
+            mmap, progress = kwargs.get("mmap"), kwargs.get("progress", True)
             state, name = read_weights(
                 file,
                 lambda path: read_state_dict(path, mmap=mmap, like=structure),

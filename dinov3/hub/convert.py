@@ -6,7 +6,7 @@ Notable:
 - The output only appears under its name when it is complete.
 - Converting there and back changes no bit: what the other library has no place for is kept in the metadata of its
   safetensors file, which that library ignores.
-- Tensors pass through one after the other, from a mapped file to the output.
+- Tensors pass through one after the other, from a mapped file to the output, which is another file until it is renamed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Weights:
 def _read(path: Path) -> _Weights:
     config_file, source = find_run_config(path), find_checkpoint(path)
     config = None if config_file is None else read_run_config(config_file.parent).student
-    model, state = complete_backbone(read_state_dict(source), source=str(source), config=config)
+    model, state = complete_backbone(read_state_dict(source, mmap=True), source=str(source), config=config)
     rope = getattr(model, "rope_embed", None)
     normalize_coords = "separate" if rope is None else rope.normalize_coords
     return _Weights(state, float(getattr(model.norm, "eps", LAYER_NORM_EPS["vit"])), normalize_coords)

@@ -32,7 +32,7 @@ from dinov3.hub.transforms import Normalization
 from dinov3.models.summary import Tokens
 from dinov3.utils.command_line import run_command_line
 from dinov3.utils.files import atomic_write
-from dinov3.utils.weight_files import make_safetensors_header, read_file, write_safetensors
+from dinov3.utils.weight_files import make_safetensors_header, read_file, read_safetensors_header, write_safetensors
 
 #: That of `dinov3.data.images`, which needs Pillow.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -145,7 +145,8 @@ def read_features(path: str | os.PathLike[str]) -> Features:
     """Read a file that this command wrote.
 
     Args:
-        path: the file; it is mapped into memory, and must stay in place while its tensors are in use.
+        path: the file. **If it has more than 4 GiB it is mapped: never write over it while its tensors are in use.**
+            This command does not: it writes another file and renames it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -165,7 +166,7 @@ def extract(options: ExtractOptions) -> Features:
     """Extract the features of a folder, with a progress bar, into `options.out`.
 
     Returns:
-        The features, mapped from the file.
+        The features, see `read_features`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no images in it.
@@ -173,6 +174,11 @@ def extract(options: ExtractOptions) -> Features:
         BadImageError: an image cannot be read, with `on_bad_image="raise"`.
         ValueError: another option is out of its range, no image can be read, or the model returns NaN or infinity.
     """
+    _extract(options)
+    return read_features(options.out)
+
+
+def _extract(options: ExtractOptions) -> None:
     from torchvision.transforms import v2
 
     from dinov3.data.loaders import make_data_loader
@@ -209,10 +215,9 @@ def extract(options: ExtractOptions) -> Features:
         listed += "\n  ..." if len(bad) > N_LISTED else ""
         n_all = len(good) + len(bad)
         print(f"skipped, because they cannot be read: {len(bad)} of {n_all} images{listed}", file=sys.stderr)
-    features = read_features(options.out)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in features.tensors.items())
+    entries = read_safetensors_header(options.out).entries
+    shapes = ", ".join(f"{token} {list(entries[token].shape)}" for token in options.tokens)
     print(f"{options.out}: {shapes}, {cli.describe_bytes(options.out.stat().st_size)}")
-    return features
 
 
 def _check(options: ExtractOptions) -> Any:
@@ -396,7 +401,8 @@ def _join(
     bad: list[int] = []
     shapes: dict[str, list[int]] = {}
     for shard in range(parts.n_shards):
-        tensors = dict(read_file(parts.path(shard)))
+        # Mapped, for most of a shard is not needed now; nothing changes a shard that is there.
+        tensors = dict(read_file(parts.path(shard), mmap=True))
         good += tensors.pop("good").tolist()
         bad += tensors.pop("bad").tolist()
         shapes |= {token: list(rows.shape[1:]) for token, rows in tensors.items()}
@@ -413,7 +419,7 @@ def _join(
         file.write(make_safetensors_header(layout, metadata))
         for token in options.tokens:
             for shard in range(parts.n_shards):
-                if (rows := read_file(parts.path(shard)).get(token)) is not None:
+                if (rows := read_file(parts.path(shard), mmap=True).get(token)) is not None:
                     file.write(rows.flatten().view(torch.uint8).numpy().data)
         for text in texts.values():
             file.write(text)
@@ -430,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.make_parser("extract", "Write the features of every image in a folder into one file.", EPILOG)
     parser.add_argument("--model", required=True, metavar="MODEL", help=cli.MODEL_HELP)
     parser.add_argument("--weights", metavar="WEIGHTS", help=cli.WEIGHTS_HELP)
-    extract(cli.parse_options(parser, ExtractOptions, argv))
+    _extract(cli.parse_options(parser, ExtractOptions, argv))
 
 
 if __name__ == "__main__":

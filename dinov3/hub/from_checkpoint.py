@@ -31,7 +31,7 @@ def dinov3_from_checkpoint(
     *,
     device: torch.device | str | None = None,
     check_hash: bool = False,
-    mmap: bool = True,
+    mmap: bool | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Load a backbone of the architecture of DINOv3, of any size and from any trainer, from its weights.
@@ -44,7 +44,8 @@ def dinov3_from_checkpoint(
         weights: a file or a directory as the other entries take it, a training run, an https:// URL or a state dict.
         device: where the model goes. Default: the CPU.
         check_hash: compare the file with the SHA-256 digits at the end of its name.
-        mmap: False reads a local file instead of mapping it.
+        mmap: True maps the file instead of reading it into memory: **then never write over it while the model lives.
+            Write to another name and rename it.** Default: only if it has more than 4 GiB.
         progress: show a bar while downloading.
 
     Returns:
@@ -60,7 +61,7 @@ def dinov3_from_checkpoint(
         for name, tensor in state.items():
             state[name] = tensor.clone()  # Because the model takes its tensors over.
     elif not is_download(weights) and (config_file := find_run_config(path := locate(weights))):
-        model = load_from_config(read_run_config(config_file.parent), find_checkpoint(path))
+        model = load_from_config(read_run_config(config_file.parent), find_checkpoint(path), mmap=mmap)
         return model.to(device).eval()
     else:
         state, source = read_weights(

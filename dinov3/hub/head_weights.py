@@ -9,7 +9,7 @@ To add one, write a module beside this one (`classifiers.py` is the shortest to 
 
 then export the entry in `hubconf.py`, and add it to the entries in `tests/hub/test_hubconf.py`.
 
-Notable: a head is built on the meta device and takes over the tensors of its file, which stay mapped.
+Notable: a head is built on the meta device and takes over the tensors of its file.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def document_arguments(
 
     Args:
         pretrained: load the weights of backbone and head; if False, initialise both at random and read nothing.
-        weights: of the head: `{head.weights}` or its name; or a local path (the file is mapped, so keep it in place
-            while the model lives), a file:// or https:// URL, or a state dict. They may hold only the head,
+        weights: of the head: `{head.weights}` or its name; or a local path, a file:// or https:// URL, or a state
+            dict. They may hold only the head,
             as published or as a training saved it, or the whole model.
         backbone_weights: of the backbone, as `weights=` of `{head.backbone}`.
         check_hash: compare both files with the SHA-256 digits at the end of their names.{arguments}
@@ -130,7 +130,7 @@ def load_published(
     model = build(backbone, head_device=torch.device("meta") if pretrained else parameter.device)
     head = model.get_submodule(published.module).to(parameter.dtype)
     if pretrained:
-        prefix, mmap = f"{published.module}.", kwargs.get("mmap", True)
+        prefix, mmap = f"{published.module}.", kwargs.get("mmap")
         if isinstance(source, Mapping):
             # Copied, because the head takes its tensors over.
             entries = {

@@ -25,7 +25,11 @@ logger = logging.getLogger("dinov3")
 
 
 def dinov3_from_run(
-    run_dir: str | os.PathLike[str], *, iteration: int | None = None, device: torch.device | str = "cpu"
+    run_dir: str | os.PathLike[str],
+    *,
+    iteration: int | None = None,
+    device: torch.device | str = "cpu",
+    mmap: bool | None = None,
 ) -> nn.Module:
     """Load the backbone of the newest teacher that a training run has saved.
 
@@ -35,10 +39,11 @@ def dinov3_from_run(
             `eval/training_<iteration>/sharded_teacher_checkpoint/`, `ckpt/<iteration>/` or `teacher_checkpoint.pth`.
         iteration: load the teacher that was saved after this iteration instead of the newest.
         device: where the model goes.
+        mmap: True maps the teacher's file instead of reading it into memory: **then never write over it while the model
+            lives. Write to another name and rename it.** Default: only if it has more than 4 GiB.
 
     Returns:
-        The backbone that the configuration describes, in evaluation mode, its parameters trainable. A teacher file is
-        mapped into memory: keep it in place while the model lives.
+        The backbone that the configuration describes, in evaluation mode, its parameters trainable.
 
     Raises:
         FileNotFoundError: there is no such run, or it has not saved a teacher (after this iteration).
@@ -48,7 +53,7 @@ def dinov3_from_run(
     run_dir = Path(run_dir).expanduser()
     cfg = read_run_config(run_dir)
     teacher = find_teacher(run_dir, iteration)
-    model = load_from_config(cfg, teacher)
+    model = load_from_config(cfg, teacher, mmap=mmap)
     logger.info("backbone of %s", teacher)
     return model.to(device).eval()
 
@@ -86,12 +91,13 @@ def build_model_for_eval(
     return model
 
 
-def load_from_config(cfg: Any, path: Path) -> nn.Module:
+def load_from_config(cfg: Any, path: Path, *, mmap: bool | None = None) -> nn.Module:
     """Load weights into the backbone that a training's configuration describes.
 
     Args:
         cfg: with the sections `student` and `crops`.
         path: the weights, see `read_state_dict`.
+        mmap: see `read_state_dict`.
 
     Returns:
         The backbone, on the CPU.
@@ -100,7 +106,7 @@ def load_from_config(cfg: Any, path: Path) -> nn.Module:
         WeightsError: the weights are unreadable, or not those of this model.
     """
     model, _ = build_model_from_cfg(cfg, only_teacher=True, fp8=False)
-    state = read_state_dict(path, like=lambda: model)
+    state = read_state_dict(path, mmap=mmap, like=lambda: model)
     if cfg.student.get("ffn_ratio") is not None and not has_sizes_of(state, model):
         # Older configurations name a ratio that building the model ignored.
         from omegaconf import OmegaConf

@@ -171,7 +171,7 @@ def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     def check(partial: Path) -> None:
         # A truncated file or a log-in page must not become the cached file.
         try:
-            read_file(partial)
+            read_file(partial, mmap=True)  # only its structure
             if check_hash:
                 _check_hash(partial, name)
         except WeightsError as error:

@@ -2,8 +2,8 @@
 
 Notable:
 - Loading is strict: an entry that is missing, unknown or of another shape is an error that says what the weights are.
-- A model that was built on the meta device takes over the tensors of the file as they are mapped: nothing is
-  initialised or copied in vain. The file must stay in place while the model lives; it is never written to.
+- A model that was built on the meta device takes over the tensors as they were read or mapped: nothing is initialised
+  or copied in vain. **Never write over a mapped file while the model lives** (see `dinov3.utils.weight_files`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEACHER_PREFIXES = ("model.teacher.backbone.", "model.model_ema.backbone.", "mod
 
 
 def read_state_dict(
-    path: str | os.PathLike[str], *, mmap: bool = True, like: Callable[[], nn.Module] | None = None
+    path: str | os.PathLike[str], *, mmap: bool | None = None, like: Callable[[], nn.Module] | None = None
 ) -> dict[str, Tensor]:
     """Read the backbone's entries from a file or a directory, in any of the formats that they come in.
 
@@ -50,7 +50,8 @@ def read_state_dict(
 
     Args:
         path: the file or directory.
-        mmap: map the file into memory instead of reading it, where its format allows.
+        mmap: True maps a local file instead of reading it into memory, where its format allows: **then never write
+            over it while its tensors are in use.** Default: only if it has more than 4 GiB.
         like: builds the model that the weights are for. If there are several backbones, only those of its size count.
 
     Returns:

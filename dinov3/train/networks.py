@@ -135,7 +135,8 @@ def load_backbone(networks: nn.ModuleDict, path: str, cfg: Any, *, setting: str)
             init_fsdp_model_from_checkpoint(networks, found, skip_load_keys=HEADS + CENTERS)
         else:
             plain, _ = build_model_from_cfg(cfg, only_teacher=True)
-            state = read_state_dict(found, like=lambda: plain)
+            # Mapped, because each process copies only its shards, and leaves the file before this returns.
+            state = read_state_dict(found, mmap=True, like=lambda: plain)
             load_backbone_(plain, state, source=str(found), target=cfg.student.arch)
             fill_from_tensors(networks["backbone"], plain.state_dict(), source=found)
 

@@ -1,7 +1,9 @@
 """Reading weights files, recognised by their content and not by their name, without running code; writing safetensors.
 
-PyTorch checkpoints in zip form and safetensors are memory-mapped: tensors are read from the disk when they are first
-used, and writing to them changes a private copy. The file must stay in place while its tensors are in use.
+Files of up to 4 GiB are read into memory; afterwards they may be changed or deleted. Larger PyTorch checkpoints in zip
+form and safetensors are memory-mapped: a tensor is read from the disk when it is first used; writing to it changes a
+private copy. **While tensors of a mapped file are in use, never write over the file: that changes them, or kills the
+process with a bus error. Write to another name and rename it**, as `atomic_write` does; the mapping keeps the old file.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 
+#: Larger files are mapped unless the caller decides, in bytes: reading them takes long, and may take all memory.
+MAPPED_ABOVE = 4 * 2**30
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _MAGIC = {
@@ -57,12 +62,13 @@ class WeightsError(ValueError):
     """A file or state dict that cannot be used as the weights that were asked for."""
 
 
-def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
+def read_file(path: Path, *, mmap: bool | None = None) -> Mapping[str, Any]:
     """Read a PyTorch checkpoint or a safetensors file.
 
     Args:
         path: an existing file.
-        mmap: map zip-format checkpoints and safetensors into memory instead of reading them.
+        mmap: map the file instead of reading it into memory, which only zip-format checkpoints and safetensors allow:
+            **then never write over it while its tensors are in use.** Default: only if it has more than 4 GiB.
 
     Returns:
         The mapping that the file holds; its tensors are on the CPU.
@@ -70,6 +76,7 @@ def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
     Raises:
         WeightsError: the file is empty, truncated or not a checkpoint, or holds more than plain data.
     """
+    mmap = should_map(path) if mmap is None else mmap
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -86,6 +93,11 @@ def read_file(path: Path, *, mmap: bool = True) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, expected a state dict")
     return content
+
+
+def should_map(*paths: Path) -> bool:
+    """Return whether files that are used together are too large to be read into memory unasked."""
+    return sum(path.stat().st_size for path in paths) > MAPPED_ABOVE
 
 
 @dataclass(frozen=True)
@@ -308,25 +320,38 @@ def _is_safetensors(head: bytes) -> bool:
 def _read_safetensors(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     # Not read with the package of that name, so that PyTorch is the only requirement.
     header = read_safetensors_header(path)
+    tensors = _map_tensors(path, header) if mmap else _read_tensors(path, header)
+    return {
+        name: tensors[name].view(entry.dtype).reshape(entry.shape)
+        if entry.begin < entry.end
+        else torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        for name, entry in header.entries.items()
+    }
+
+
+def _read_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
+    """Read the bytes of each tensor straight into memory of its own, in the order in which they are in the file."""
+    contents = {}
+    with path.open("rb") as file:
+        file.seek(header.start)
+        for name, entry in sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            content = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
+            if file.readinto(content.numpy().data) < content.nbytes:
+                raise WeightsError(f"{path} became shorter while it was read; fetch the file again")
+            contents[name] = content
+    return contents
+
+
+def _map_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
     size = path.stat().st_size
-    if mmap:
-        storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    else:
-        buffer = torch.empty(size, dtype=torch.uint8)
-        with path.open("rb") as file:
-            file.readinto(buffer.numpy().data)
-        storage = buffer.untyped_storage()
-    tensors = {}
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    contents = {}
     for name, entry in header.entries.items():
         begin, end = header.start + entry.begin, header.start + entry.end
-        if begin == end:
-            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
-            continue
-        part = storage[begin:end]
-        if begin % entry.dtype.itemsize:
-            part = part.clone()  # computing on unaligned memory is slow or forbidden
-        tensors[name] = torch.empty(0, dtype=entry.dtype).set_(part).reshape(entry.shape)
-    return tensors
+        content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage[begin:end])
+        # Computing on unaligned memory is slow or forbidden.
+        contents[name] = content.clone() if begin % entry.dtype.itemsize else content
+    return contents
 
 
 def _describe(head: bytes) -> str:

@@ -234,7 +234,7 @@ def test_low_precision_start_is_the_rounded_full_one() -> None:
 
 
 @pytest.mark.parametrize("entry", [dinov3_vits16, dinov3_convnext_tiny])
-def test_file_of_the_dtype_stays_mapped(entry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_the_dtype_are_taken_over(entry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low = {name: tensor.bfloat16() for name, tensor in random_state(entry=entry).items()}
     path = save(low, tmp_path / "w.pth")
     mapped: dict[str, Tensor] = {}
@@ -250,6 +250,17 @@ def test_file_of_the_dtype_stays_mapped(entry: Any, tmp_path: Path, monkeypatch:
         if not name.endswith("periods") and not (name.startswith("norm.") and "norms.3.bias" in mapped):
             assert tensor.data_ptr() == mapped[name].data_ptr(), name
     assert_holds(entry(weights=path), low)
+
+
+@pytest.mark.parametrize("to_file", [torch.save, save_file])
+def test_a_model_can_be_saved_over_its_own_file(to_file: Any, tmp_path: Path) -> None:
+    path, state = tmp_path / "w.pth", random_state()
+    to_file(state, path)
+    model = dinov3_vits16(weights=path)
+    path.write_bytes(bytes(path.stat().st_size))  # as another file copied over it
+    assert_holds(model, state)
+    to_file(model.state_dict(), path)
+    assert_holds(dinov3_vits16(weights=path), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "int", "float33", torch.float8_e4m3fn, 3])

@@ -92,7 +92,7 @@ def test_the_home_directory_can_be_written_short(files: Files, monkeypatch: pyte
     assert_holds(load(files, weights="~/head.pth"), files["state"])
 
 
-def test_a_head_is_not_initialised_and_stays_mapped(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_not_initialised_or_copied(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped: dict[str, Tensor] = {}
 
     def read(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -106,6 +106,12 @@ def test_a_head_is_not_initialised_and_stays_mapped(files: Files, monkeypatch: p
     monkeypatch.setattr(nn.init, "kaiming_normal_", fail)
     state = load(files).decoder.state_dict()
     assert all(tensor.data_ptr() == mapped[name].data_ptr() for name, tensor in state.items())
+
+
+def test_a_head_can_be_saved_over_its_own_file(files: Files) -> None:
+    model = load(files)
+    torch.save(model.decoder.state_dict(), files["head"])
+    assert_holds(load(files), files["state"])
 
 
 @pytest.mark.parametrize("files", ["dinov3_vit7b16_dd"], indirect=True)

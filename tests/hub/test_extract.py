@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -120,6 +120,13 @@ def test_features_are_those_of_the_model(options: ExtractOptions, run: Path, ima
     for token, tensor in features.items():
         torch.testing.assert_close(tensor, expected[token], rtol=1e-4, atol=1e-5)
     assert no_others(options)
+
+
+def test_the_file_can_be_written_over_while_its_features_are_in_use(options: ExtractOptions) -> None:
+    _, features = extract.extract(options)
+    before = features["cls"].clone()
+    save_file(features, options.out)
+    assert torch.equal(features["cls"], before) and torch.equal(load_file(options.out)["cls"], before)
 
 
 def test_the_file_records_how_it_was_made(options: ExtractOptions) -> None:

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinov3.hub.backbones import dinov3_convnext_tiny, dinov3_vit7b16, dinov3_vits16, dinov3_vits16plus
+from dinov3.hub.formats import reading
 from dinov3.hub.formats.conversion import METADATA_KEY, from_release, to_release
 from dinov3.hub.formats.layouts import detect, rope_base
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models.vision_transformer import DinoVisionTransformer
-from dinov3.utils.weight_files import WeightsError
+from dinov3.utils import weight_files
+from dinov3.utils.weight_files import WeightsError, read_file
 
 from . import libraries
 from .libraries import DEPTH, DIM, HEADS, IMAGES, REGISTERS, assert_bits_equal, assert_near, release_state
@@ -287,17 +289,31 @@ def test_entries_are_shared_where_only_names_change(huggingface: tuple[Path, Any
     assert all(to_release(release)[name] is tensor for name, tensor in release.items())
 
 
-def test_safetensors_are_mapped_and_never_written_to(huggingface: tuple[Path, Any]) -> None:
+def test_mapped_safetensors_are_never_written_to(huggingface: tuple[Path, Any]) -> None:
     path = huggingface[0] / "model.safetensors"
     before, maps = path.read_bytes(), Path("/proc/self/maps")
-    state = read_state_dict(path)
+    state = read_state_dict(path, mmap=True)
     assert not maps.exists() or str(path) in maps.read_text()
     state["blocks.0.mlp.fc1.weight"].add_(1)
     assert path.read_bytes() == before
     del state
-    read = read_state_dict(path, mmap=False)
+    read = read_state_dict(path)
     assert not maps.exists() or str(path) not in maps.read_text()
     assert torch.equal(read["blocks.0.mlp.fc1.weight"], load_file(path)["layer.0.mlp.up_proj.weight"])
+
+
+def test_shards_of_one_model_are_mapped_if_they_are_large_together(
+    huggingface: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface[1].save_pretrained(tmp_path, max_shard_size="20KB")
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    mapped = []
+    monkeypatch.setattr(reading, "read_file", lambda path, mmap: mapped.append(mmap) or read_file(path, mmap=mmap))
+    for limit, expected in {sum(sizes): False, sum(sizes) - 1: True}.items():
+        monkeypatch.setattr(weight_files, "MAPPED_ABOVE", limit)
+        read_state_dict(tmp_path)
+        assert mapped == [expected] * len(sizes)
+        mapped.clear()
 
 
 def test_configuration_of_something_else_beside_a_file_is_not_used(tmp_path: Path) -> None:

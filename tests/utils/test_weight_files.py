@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinov3.utils.weight_files import WeightsError, read_file, read_safetensors_header, write_safetensors
+from dinov3.utils import weight_files
+from dinov3.utils.weight_files import (
+    WeightsError,
+    read_file,
+    read_safetensors_header,
+    should_map,
+    write_safetensors,
+)
 
 STATE = {"cls_token": torch.randn(1, 1, 8), "blocks.0.attn.backbone.weight": torch.randn(300, 8)}
 
@@ -36,18 +43,66 @@ def test_format_is_recognised_by_content_and_not_by_name(name: str, tmp_path: Pa
     assert_holds_state(read_file(tmp_path / name))
 
 
-def test_tensors_are_mapped_unless_asked_otherwise(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save(STATE, path)
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        maps = None
-    mapped = read_file(path)
-    assert maps is None or str(path) in maps.read_text()
-    del mapped
-    read = read_file(path, mmap=False)
-    assert maps is None or str(path) not in maps.read_text()
-    assert_holds_state(read)
+def is_in_memory_maps(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+@pytest.mark.parametrize("save", [torch.save, save_file])
+@pytest.mark.parametrize(
+    ("limit", "mmap", "expected"), [(None, None, False), (100, None, True), (100, False, False), (None, True, True)]
+)
+def test_large_files_are_mapped_unless_the_caller_decides(
+    save: Any,
+    limit: int | None,
+    mmap: bool | None,
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(weight_files, "MAPPED_ABOVE", limit)
+    save(STATE, tmp_path / "weights")
+    found = read_file(tmp_path / "weights", mmap=mmap)
+    assert is_in_memory_maps(tmp_path / "weights") is expected
+    assert_holds_state(found)
+
+
+def test_up_to_4_gib_are_read(tmp_path: Path) -> None:
+    for name, size in {"large": 2**32 + 1, "small": 2**32}.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)  # takes no space
+    assert should_map(tmp_path / "large") and not should_map(tmp_path / "small")
+    assert should_map(tmp_path / "small", tmp_path / "small")
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_a_file_that_was_read_can_be_written_over(save: Any, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    save(STATE, path)
+    found = read_file(path)
+    path.write_bytes(bytes(path.stat().st_size))  # as another file copied over it
+    assert_holds_state(found)
+    path.write_bytes(b"")
+    save(dict(found), path)
+    assert_holds_state(read_file(path))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_tensors_are_on_the_cpu_whatever_the_default_device(save: Any, mmap: bool, tmp_path: Path) -> None:
+    state = {**STATE, "empty": torch.empty(0, 3)}
+    save(state, tmp_path / "weights")
+    with torch.device("meta"):
+        found = read_file(tmp_path / "weights", mmap=mmap)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_each_tensor_that_is_read_has_memory_of_its_own(save: Any, tmp_path: Path) -> None:
+    save(STATE, tmp_path / "weights")
+    for tensor in read_file(tmp_path / "weights").values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % 16 == 0
 
 
 def zip_checkpoint(content: Any = STATE) -> bytes:
@@ -192,9 +247,10 @@ def test_every_kind_of_tensor_in_safetensors(mmap: bool, tmp_path: Path) -> None
 def test_tensors_at_odd_places_of_safetensors_are_moved(tmp_path: Path) -> None:
     content = safetensors_with(entry(0, 1, "U8", [1]), entry(1, 9), n_bytes=0)
     (tmp_path / "odd").write_bytes(content + b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes())
-    found = read_file(tmp_path / "odd")
-    assert found["a"].tolist() == [7] and found["b"].tolist() == [1.5, -2.0]
-    assert found["b"].data_ptr() % 4 == 0
+    for mmap in (False, True):
+        found = read_file(tmp_path / "odd", mmap=mmap)
+        assert found["a"].tolist() == [7] and found["b"].tolist() == [1.5, -2.0]
+        assert found["b"].data_ptr() % 4 == 0
 
 
 class Trap:

@@ -42,7 +42,8 @@ def load_features_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         path: ends like those of `save_features_dict`.
 
     Returns:
-        CPU tensors by name; those of `.safetensors` and `.pt` are read from the disk when they are first used.
+        CPU tensors by name. **Files of more than 4 GiB in `.safetensors` and `.pt` are mapped: never write over them
+        while the tensors are in use.** `save_features_dict` does not: it writes another file and renames it.
 
     Raises:
         ValueError: the ending is another one, or the file is damaged or contains something besides tensors or arrays.

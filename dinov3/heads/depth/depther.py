@@ -266,7 +266,7 @@ def make_depther_from_config(
         backbone: a ViT or ConvNeXt.
         config: the head and what it sees.
         checkpoint_path: a file of the head's weights: a published head, what a training saved, or the state dict of a
-            whole depther. It is mapped, so keep it in place while the model lives. Default: initialise at random.
+            whole depther. Default: initialise at random.
         autocast_dtype: see `Depther`.
         head_device: where a head without a checkpoint is built. Default: where the backbone is.
 

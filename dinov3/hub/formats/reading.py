@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dinov3.utils.messages import list_names
-from dinov3.utils.weight_files import WeightsError, is_safetensors, read_file, read_safetensors_header
+from dinov3.utils.weight_files import WeightsError, is_safetensors, read_file, read_safetensors_header, should_map
 
 CONFIG_FILE = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -35,13 +35,13 @@ class Content:
     config: dict[str, Any]
 
 
-def read_content(path: Path, *, mmap: bool = True) -> Content:
+def read_content(path: Path, *, mmap: bool | None = None) -> Content:
     """Read a weights file of any format, or a directory as transformers and timm save it.
 
     Args:
         path: a PyTorch checkpoint, a safetensors file, the index of a sharded one, or a directory with one of these
             and possibly a `config.json`.
-        mmap: map the weights into memory instead of reading them.
+        mmap: see `read_file`; shards of one model count together.
 
     Raises:
         WeightsError: there are no weights, or they are damaged or those of something else.
@@ -87,7 +87,7 @@ def _weights_file(directory: Path) -> Path:
     )
 
 
-def _read_sharded(index: Path, *, mmap: bool) -> Content:
+def _read_sharded(index: Path, *, mmap: bool | None) -> Content:
     files = _read_json(index).get("weight_map")
     if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files.values()):
         raise WeightsError(
@@ -104,6 +104,8 @@ def _read_sharded(index: Path, *, mmap: bool) -> Content:
             f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} names: "
             f"{list_names(missing)}; fetch them"
         )
+    if mmap is None:
+        mmap = should_map(*(index.parent / name for name in shards))
     entries: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for name in shards:

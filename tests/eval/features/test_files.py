@@ -34,6 +34,8 @@ def test_features_load_back(tmp_path: Path, ending: str) -> None:
     for name, tensor in loaded.items():
         assert tensor.dtype == features[name].dtype and torch.equal(tensor, features[name]), name
         tensor += tensor  # What was read can be written to.
+    path.write_bytes(bytes(path.stat().st_size))  # as another file copied over it
+    assert loaded["train_features"].sum() == 2 * features["train_features"].sum()
 
 
 def test_arrays_of_other_programs_are_read(tmp_path: Path) -> None:
