@@ -72,9 +72,9 @@ _ARGUMENTS = """{summary}
     Args:
         pretrained: load `weights`; if False, initialise at random and read nothing.
         weights: {weights}, or its name.
-            Or a local path or file:// URL, read where it lies. Its content, not its name, decides how it is read: a file
-            in the published layout (.pth or .safetensors), or a checkpoint of any trainer that holds one backbone of
-            this size, below any keys and prefixes; a training run or a directory in it, for its newest teacher; a
+            Or a local path or file:// URL, read where it lies. Its content, not its name, decides how it is read: a
+            file in the published layout (.pth or .safetensors), or a checkpoint of any trainer that holds one backbone
+            of this size, below any keys and prefixes; a training run or a directory in it, for its newest teacher; a
             DINOv3 model of Hugging Face transformers or of timm, as the directory of the model, a file of its weights
             or the index of several.
             Or an https:// URL, downloaded once into torch.hub's cache. Or a state dict in any of these layouts.
