@@ -85,6 +85,18 @@ def test_logs_and_headers_can_be_mixed_and_an_unreadable_published_file_is_left_
     assert grays(dumped(root)) == [9, 1, 2, 3, 4, 5]
 
 
+def test_hard_links_are_the_images_that_they_lead_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(tmp_path / "n1.tar", {"n1_1.JPEG": png(1), "n1_2.JPEG": png(2)})
+    with tarfile.open(path, "a") as tar:
+        for name, target in (("n1_3.JPEG", "n1_1.JPEG"), ("n1_4.JPEG", "elsewhere.JPEG")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            tar.addfile(info)
+    dataset = dumped(tmp_path)
+    assert grays(dataset) == [1, 2, 1] and dataset.get_image_relpath(2) == "n1.tar/n1_3.JPEG"
+    assert f"left out 1 links in {path} to what it does not have: n1_4.JPEG -> elsewhere.JPEG" in caplog.text
+
+
 def test_extra_files_are_needed_only_when_they_are_read_and_the_advice_works(root: Path) -> None:
     dataset = image_net_22k(root)
     with pytest.raises(FileNotFoundError) as info:

@@ -175,6 +175,23 @@ def test_images_of_other_kinds_are_taken_where_there_is_none_of_the_usual(tmp_pa
     assert grays(one_shard(tmp_path, members, image="png")) == [2]
 
 
+def test_names_that_are_not_utf_8_are_kept_in_the_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old_name = os.fsdecode(b"caf\xe9")
+    path = tmp_path / "one.tar"
+    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in ((f"{old_name}.png", png(1)), (f"{old_name}.cls", b"cat"), (f"{old_name}2.txt", b"")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for _ in range(2):  # with a new index, and with the stored one
+        dataset = WebDataset(urls=str(path))
+        assert dataset.get_image_relpath(0) == f"one.tar/{old_name}.png" and grays(dataset) == [1]
+        assert f"left out, e.g. {old_name}2.txt" in caplog.text
+        with pytest.raises(ValueError, match=f"one\\.tar: {old_name}\\.cls: the label"):
+            dataset.get_targets()
+        caplog.clear()
+
+
 def test_archives_of_other_kinds_are_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("shard-003.tar.zst", "more.zip", "list.txt"):
         (shards / name).write_bytes(b"x")

@@ -22,6 +22,7 @@ import numpy as np
 from dinov3.data.datasets.extended import ExtendedVisionDataset, Transforms
 from dinov3.data.datasets.files import ExtraFiles, OpenFiles, require_directory
 from dinov3.data.datasets.tar import BLOCK, content_of_first_member, iter_files, resolve_links
+from dinov3.utils.messages import list_names
 from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
@@ -139,6 +140,9 @@ class ImageNet22k(ExtendedVisionDataset):
             else:
                 files = resolve_links(iter_files(path))
                 members = [(file.name, file.start, file.end) for file in files if file.target is None]
+                if lost := [f"{file.name} -> {file.target}" for file in files if file.target is not None]:
+                    text = "ImageNet22k: left out %d links in %s to what it does not have: %s"
+                    logger.warning(text, len(lost), path, list_names(lost, 3))
             rows += [(class_index, class_id, start, end, name) for name, start, end in members]
         rows = [row for row in rows if row[-1] != UNREADABLE_FILE]
         if not rows:
