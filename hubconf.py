@@ -17,6 +17,7 @@ from dinov3.hub.classifiers import dinov3_vit7b16_lc
 from dinov3.hub.depthers import dinov3_vit7b16_dd, dinov3_vitl16_chmv2
 from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
 from dinov3.hub.runs import dinov3_from_run
+from dinov3.hub.segmentors import dinov3_vit7b16_ms
 
 dependencies = ["torch", "numpy"]
 
@@ -30,6 +31,7 @@ __all__ = [
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",
     "dinov3_vit7b16_lc",
+    "dinov3_vit7b16_ms",
     "dinov3_vitb16",
     "dinov3_vith16plus",
     "dinov3_vitl16",

@@ -10,9 +10,10 @@ Notable:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 from dinov3.utils.messages import list_names
 from dinov3.utils.weight_files import WeightsError, read_file
 
-__all__ = ["WeightsError", "cast_like", "head_entries", "list_differences", "load_head_", "read_head", "without_prefix"]
+__all__ = [
+    "WeightsError",
+    "cast_like",
+    "head_entries",
+    "list_differences",
+    "load_head_",
+    "read_head",
+    "set_aside",
+    "without_prefix",
+]
 
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -100,6 +110,25 @@ def load_head_(head: Head, entries: Mapping[str, Any], *, source: str, target: s
     return head
 
 
+@contextlib.contextmanager
+def set_aside(head: nn.Module, backbone: nn.Module) -> Iterator[str | None]:
+    """Take a backbone out of a head that contains it, so that its entries are not among those of the head.
+
+    Yields:
+        The prefix that its entries have in the head's state dict, or None if the head does not contain it.
+    """
+    name = next((name for name, module in head.named_modules() if module is backbone), None)
+    if not name:
+        yield None
+        return
+    owner, _, attribute = name.rpartition(".")
+    setattr(head.get_submodule(owner), attribute, None)
+    try:
+        yield f"{name}."
+    finally:
+        setattr(head.get_submodule(owner), attribute, backbone)
+
+
 def list_differences(expected: Mapping[str, Tensor], entries: Mapping[str, Any]) -> list[str]:
     """Say which entries are missing, unknown, or of another shape or type, each in one phrase; nothing if all fit."""
     common = {name: (entries[name], entry) for name, entry in expected.items() if name in entries}
@@ -128,9 +157,20 @@ def cast_like(tensor: Tensor, entry: Tensor) -> Tensor:
 
 def _describe(entries: Mapping[str, Any]) -> str:
     shapes = {name: list(entry.shape) for name, entry in entries.items() if isinstance(entry, Tensor)}
-    if kind := _kind_of({name: shape for name, shape in shapes.items() if len(shape) == 4}):
+    if kind := _query_head(shapes) or _kind_of({name: shape for name, shape in shapes.items() if len(shape) == 4}):
         return f"{kind} ({len(entries)} entries)"
     return list_names([f"{name} {shapes.get(name, type(entry).__name__)}" for name, entry in entries.items()], _N_FEW)
+
+
+def _query_head(shapes: dict[str, list[int]]) -> str | None:
+    # Whatever stands before the names: the head may be part of a larger one, with the adapter.
+    masks, classes = (
+        next((shape for name, shape in shapes.items() if name.endswith(end)), None)
+        for end in ("pixel_decoder.mask_feature.weight", "predictor.class_embed.weight")
+    )
+    if not masks or not classes:
+        return None
+    return f"a Mask2Former head of width {masks[1]} and {classes[0] - 1} classes"
 
 
 def _kind_of(kernels: Mapping[str, list[int]]) -> str | None:

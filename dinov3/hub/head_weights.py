@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dinov3.heads.weights import head_entries, load_head_, read_head
+from dinov3.heads.weights import head_entries, load_head_, read_head, set_aside
 from dinov3.hub import backbones
 from dinov3.hub.backbones import WeightsLike
 from dinov3.hub.sources import BASE_URL, Source, choose_weights, read_weights
@@ -42,7 +42,8 @@ class PublishedHead:
         weights: the data that the published head was trained on.
         file: the published file below `BASE_URL`, without `-<hash>.pth`.
         file_hash: first digits of the file's SHA-256.
-        module: name of the head in the whole model, e.g. `decoder`.
+        module: name of the head in the whole model, e.g. `decoder`. The backbone may be inside it: its entries are
+            then those of the backbone, not of the head.
     """
 
     entry: str
@@ -128,27 +129,35 @@ def load_published(
     parameter = next(backbone.parameters())
     # On the meta device nothing is initialised that the weights overwrite.
     model = build(backbone, head_device=torch.device("meta") if pretrained else parameter.device)
-    head = model.get_submodule(published.module).to(parameter.dtype)
-    if pretrained:
-        prefix, mmap = f"{published.module}.", kwargs.get("mmap")
-        if isinstance(source, Mapping):
-            # Copied, because the head takes its tensors over.
-            entries = {
-                key: e.clone() if isinstance(e, Tensor) else e for key, e in head_entries(source, prefix).items()
-            }
-            name = "the state dict"
-        else:
-            entries, name = read_weights(
-                published.url(selectors["hash"]) if isinstance(source, Enum) else source,
-                lambda path: read_head(path, prefix=prefix, mmap=mmap),
-                check_hash=check_hash,
-                progress=kwargs.get("progress", True),
-            )
-        try:
-            load_head_(head, entries, source=name, target=target).to(parameter.device)
-        except WeightsError as error:
-            if any(entry.endswith("patch_embed.proj.weight") for entry in entries):
-                hint = f"These are the weights of a backbone: pass them as backbone_weights=, and {target} as weights=."
-                raise WeightsError(f"{error} {hint}") from error
-            raise
+    head = model.get_submodule(published.module)
+    # A backbone inside the head keeps the dtypes and the weights that it has.
+    with set_aside(head, backbone) as inside:
+        head.to(parameter.dtype)
+        if pretrained:
+            prefix, mmap = f"{published.module}.", kwargs.get("mmap")
+            if isinstance(source, Mapping):
+                entries, name = head_entries(source, prefix), "the state dict"
+            else:
+                entries, name = read_weights(
+                    published.url(selectors["hash"]) if isinstance(source, Enum) else source,
+                    lambda path: read_head(path, prefix=prefix, mmap=mmap),
+                    check_hash=check_hash,
+                    progress=kwargs.get("progress", True),
+                )
+            entries = {key: entry for key, entry in entries.items() if not inside or not key.startswith(inside)}
+            if isinstance(source, Mapping):
+                # Copied, because the head takes its tensors over.
+                entries = {key: e.clone() if isinstance(e, Tensor) else e for key, e in entries.items()}
+            _load_(head, entries, source=name, target=target)
+            head.to(parameter.device)
     return model.eval()
+
+
+def _load_(head: nn.Module, entries: dict[str, Any], *, source: str, target: str) -> None:
+    try:
+        load_head_(head, entries, source=source, target=target)
+    except WeightsError as error:
+        if any(entry.endswith("patch_embed.proj.weight") for entry in entries):
+            hint = f"These are the weights of a backbone: pass them as backbone_weights=, and {target} as weights=."
+            raise WeightsError(f"{error} {hint}") from error
+        raise

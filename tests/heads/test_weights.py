@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov3.heads.weights import WeightsError, head_entries, load_head_
+from dinov3.heads.weights import WeightsError, head_entries, load_head_, set_aside
 
 HEAD = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
 
@@ -52,3 +52,18 @@ def test_entries_that_do_not_fit() -> None:
         match=r"^here does not fit a head: expected weight \[2, 4\], bias \[2\], found weight \[2, 3\], b",
     ):
         load_head_(nn.Linear(4, 2), HEAD, source="here", target="a head")
+
+
+def test_a_backbone_inside_a_head_is_set_aside_and_comes_back() -> None:
+    backbone = nn.Linear(3, 3)
+    inner = nn.Sequential(nn.Linear(3, 3), backbone)
+    head = nn.Sequential(inner, nn.Linear(3, 3))
+    names = list(head.state_dict())
+    with pytest.raises(KeyError), set_aside(head, backbone) as prefix:
+        assert prefix == "0.1." and not any(name.startswith("0.1.") for name in head.state_dict())
+        head.double()
+        raise KeyError  # it comes back even then
+    assert inner[1] is backbone and list(head.state_dict()) == names
+    assert backbone.weight.dtype == torch.float32 and head[1].weight.dtype == torch.float64
+    with set_aside(head, nn.Linear(3, 3)) as prefix:
+        assert prefix is None and list(head.state_dict()) == names

@@ -23,6 +23,7 @@ ENTRIES = [
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",
     "dinov3_vit7b16_lc",
+    "dinov3_vit7b16_ms",
     "dinov3_vitb16",
     "dinov3_vith16plus",
     "dinov3_vitl16",

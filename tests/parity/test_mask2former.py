@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.heads.backbone_layers import BackboneLayersSet, backbone_out_indices
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
+from dinov3.hub.segmentors import dinov3_vit7b16_ms
 from dinov3.layers import MSDeformAttn, ms_deform_attn
 from dinov3.layers.deformable_attention import cell_centres
 from dinov3.layers.position_encodings import grid_sine_encoding
@@ -277,6 +278,18 @@ def test_entries_of_the_tiny_model() -> None:
     assert_matches_manifest(model, "mask2former_tiny")
     assert_matches_manifest(model.segmentation_model[0], "mask2former_tiny_adapter")
     assert_matches_manifest(model.segmentation_model[1], "mask2former_tiny_head")
+
+
+def test_entries_of_the_published_model() -> None:
+    model = dinov3_vit7b16_ms(pretrained=False, device="meta")
+    assert all(entry.is_meta for entry in model.state_dict().values())
+    assert_matches_manifest(model, "dinov3_vit7b16_ms")
+    count = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.segmentation_model.named_children()
+    }
+    backbone = sum(p.numel() for p in model.segmentation_model[0].backbone.parameters())
+    millions = [round(n / 1e6) for n in (backbone, count["0"] - backbone, count["1"])]
+    assert millions == [6716, 227, 700]
 
 
 def test_every_case_is_run() -> None:

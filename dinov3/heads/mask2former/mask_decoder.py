@@ -59,9 +59,9 @@ class MaskDecoder(nn.Module):
         )
         self.transformer_ffn_layers = nn.ModuleList(FFNLayer(hidden_dim, ffn_dim) for _ in range(n_layers))
         self.post_norm = nn.LayerNorm(hidden_dim)
-        self.query_feat = nn.Embedding(n_queries, hidden_dim)
-        self.query_embed = nn.Embedding(n_queries, hidden_dim)
-        self.level_embed = nn.Embedding(N_LEVELS, hidden_dim)
+        self.query_feat = _embedding(n_queries, hidden_dim)
+        self.query_embed = _embedding(n_queries, hidden_dim)
+        self.level_embed = _embedding(N_LEVELS, hidden_dim)
         self.input_proj = nn.ModuleList(
             nn.Identity() if in_channels == hidden_dim else nn.Conv2d(in_channels, hidden_dim, kernel_size=1)
             for _ in range(N_LEVELS)
@@ -108,6 +108,13 @@ class MaskDecoder(nn.Module):
         normed = self.post_norm(queries)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(normed), mask_features)
         return {"pred_logits": self.class_embed(normed), "pred_masks": masks}
+
+
+def _embedding(n_rows: int, dim: int) -> nn.Embedding:
+    embedding = nn.Embedding.from_pretrained(torch.empty(n_rows, dim), freeze=False)
+    if not embedding.weight.is_meta:  # On the meta device torch would import its compiler to do nothing.
+        embedding.reset_parameters()
+    return embedding
 
 
 def _seen_cells(masks: Tensor, grid: torch.Size) -> Tensor:
