@@ -212,6 +212,15 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+if torch.__version__ < "2.8":
+    # It sends the outcome of a save from global rank 0, which is not in the group of a second student.
+    def _broadcast_object(self: Any, object: Any) -> Any:
+        return broadcast_object(object, self.group) if self.use_dist else object
+
+    wrapper: Any = torch.distributed.checkpoint.utils._DistWrapper
+    wrapper.broadcast_object = _broadcast_object
+
+
 class _SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / INDEX).open("rb") as file:

@@ -119,14 +119,16 @@ def load_checkpoint(
     not_loaded = [key for key in model_state if key.startswith(lacking)]
     model_state = {key: value for key, value in model_state.items() if key not in not_loaded}
     wanted, differences = _match_model(model_state, metadata)
-    wanted |= _match_optimizer(optimizer_state, metadata, differences)
+    of_optimizer, without_state = _match_optimizer(optimizer_state, metadata, differences)
+    wanted |= of_optimizer
     differences.check(directory, strict=strict_loading)
 
     iteration = read_nested(directory, metadata, "iteration", group)
     load_dcp(wanted, directory, group)
     set_model_state_dict(model, model_state, options=StateDictOptions(strict=False))
     if optimizer is not None:
-        _set_optimizer(model, optimizer, optimizer_state, read_nested(directory, metadata, PARAM_GROUPS, group))
+        groups = read_nested(directory, metadata, PARAM_GROUPS, group)
+        _set_optimizer(model, optimizer, optimizer_state, groups, without_state)
     restored = []
     for name, other in others.items():
         saved = read_nested(directory, metadata, name, group)
@@ -187,33 +189,41 @@ def _match_model(state: dict[str, Any], metadata: Metadata) -> tuple[dict[str, A
     return {key: value for key, value in wanted.items() if key in available}, differences
 
 
-def _match_optimizer(state: dict[str, Any], metadata: Metadata, differences: Differences) -> dict[str, Any]:
-    """Return the optimizer's entries by name, and add those that do not fit to `differences`."""
+def _match_optimizer(
+    state: dict[str, Any], metadata: Metadata, differences: Differences
+) -> tuple[dict[str, Any], set[str]]:
+    """Return the optimizer's entries by name and the parameters that have none in the checkpoint.
+
+    Entries that do not fit are added to `differences`.
+    """
     if not state:
-        return {}
+        return {}, set()
     available = _shapes(metadata, OPTIMIZER_STATE)
     if not available:
         differences.missing.append(OPTIMIZER_STATE)
     with_state = {key.rpartition(".")[0] for key in available}
-    for parameter in list(state["state"]):
-        if f"{OPTIMIZER_STATE}.{parameter}" not in with_state:
-            # It had no gradient before the save; the zeros that stand in for its state must go.
-            del state["state"][parameter]
+    without_state = {name for name in state["state"] if f"{OPTIMIZER_STATE}.{name}" not in with_state}
     wanted = {
         f"{OPTIMIZER_STATE}.{parameter}.{name}": value
         for parameter, entries in state["state"].items()
+        if parameter not in without_state
         for name, value in entries.items()
     }
     found = compare_entries(wanted, available)
     differences.missing += found.missing
     differences.unexpected += found.unexpected
     differences.misshaped |= found.misshaped
-    return {key: value for key, value in wanted.items() if key in available}
+    return {key: value for key, value in wanted.items() if key in available}, without_state
 
 
 def _set_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], groups: list[dict[str, Any]] | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    groups: list[dict[str, Any]] | None,
+    without_state: set[str],
 ) -> None:
+    names = [name for group in state["param_groups"] for name in group["params"]]
     if groups is not None and [set(g["params"]) for g in groups] == [set(g["params"]) for g in state["param_groups"]]:
         state["param_groups"] = groups
     else:
@@ -221,6 +231,11 @@ def _set_optimizer(
             "the checkpoint groups the parameters differently: keeping the optimizer's own groups and settings"
         )
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        if name in without_state:
+            # It had no gradient before the save; the zeros that stand in for its state must go.
+            optimizer.state.pop(parameter, None)
 
 
 def _report(

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dinov3 import distributed
 from dinov3.distributed import runtime
-from dinov3.fsdp.sharding import make_mesh, shard_backbone
+from dinov3.fsdp.sharding import average_gradients, make_mesh, shard_after_forward, shard_backbone
 from dinov3.utils import as_torch_dtype, has_batchnorms
 
 logger = logging.getLogger("dinov3")
@@ -95,6 +95,10 @@ def ac_compile_parallelize(
             shard_backbone(model[BACKBONE], _parts_in_order(model[BACKBONE]), mesh, policy)
             for head in _heads(model):
                 fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            if model is trained_model:
+                average_gradients(model, mesh, policy)
+            else:
+                shard_after_forward(model)
     for model in models:
         if any(entry.is_meta for entry in chain(model.parameters(), model.buffers())):
             model.to_empty(device=device)

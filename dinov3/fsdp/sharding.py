@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +44,35 @@ def shard_backbone(backbone: nn.Module, parts: list[nn.Module], mesh: DeviceMesh
     fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if hasattr(backbone, "get_intermediate_layers"):
         register_fsdp_forward_method(backbone, "get_intermediate_layers")
+
+
+def average_gradients(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Make the gradients of sharded networks means over the processes of `mesh`, where FSDP leaves sums."""
+    # In float16 FSDP divides by itself. Otherwise it asks for the mean, but gloo of PyTorch 2.7 and 2.8 sums.
+    if policy.reduce_dtype == torch.float16 or _returns_means(mesh):
+        return
+
+    def divide(gradients: Tensor) -> None:
+        gradients /= mesh.size()
+
+    for module in networks.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(divide)
+
+
+def _returns_means(mesh: DeviceMesh) -> bool:
+    group, ones = mesh.get_group(), torch.ones(mesh.size(), device=mesh.device_type)
+    mean = torch.empty(1, device=mesh.device_type)
+    dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG, group=group)
+    return mean.item() == 1
+
+
+def shard_after_forward(networks: nn.ModuleDict) -> None:
+    """Make sharded, frozen networks drop their whole parameters after each forward pass."""
+    # Before PyTorch 2.8, FSDP keeps those of the outermost modules until a backward pass, whatever it is asked for.
+    for network in networks.values():
+        if isinstance(network, FSDPModule) and torch.__version__ < "2.8":
+            network.register_forward_hook(lambda network, *_: network.reshard())
 
 
 def set_gradient_sync(networks: nn.ModuleDict, is_on: bool) -> None:

@@ -26,6 +26,7 @@ from dinov3.models.vision_transformer import DinoVisionTransformer
 from dinov3.utils.dtype import as_torch_dtype
 from dinov3.utils.memory import keep_freed_memory
 from dinov3.utils.messages import did_you_mean
+from dinov3.utils.tensors import default_device
 
 __all__ = [
     "Weights",
@@ -261,7 +262,7 @@ def _make(
         options[UNTIED_CLS_NORM] = untied
     # Built on the meta device, because constructors would initialise what is overwritten.
     model = structure()
-    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    device = torch.device(kwargs.get("device") or default_device())
     if state is not None:
         return load_backbone_(_cast(model, dtype), state, source=name, target=entry).to(kwargs.get("device")).eval()
     if device.type != "meta":

@@ -56,7 +56,7 @@ class PatchEmbed(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias uniformly from +-1 / sqrt(values of a patch)."""
-        bound = 1 / math.sqrt(self.proj.weight[0].numel())
+        bound = 1 / math.sqrt(self.proj.weight.shape[1:].numel())
         nn.init.uniform_(self.proj.weight, -bound, bound)
         if self.proj.bias is not None:
             nn.init.uniform_(self.proj.bias, -bound, bound)

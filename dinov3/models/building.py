@@ -15,6 +15,7 @@ from dinov3.layers.fp8_linear import fp8_problem
 from dinov3.models import vision_transformer
 from dinov3.models.convnext import ConvNeXt, get_convnext_arch
 from dinov3.models.vision_transformer import DinoVisionTransformer
+from dinov3.utils import default_device
 
 
 def build_model(
@@ -114,7 +115,7 @@ def init_fp8(model: nn.Module, args: Any) -> nn.Module:
 def _check_fp8_device(args: Any, device: torch.device | str | None) -> None:
     if not args.get("fp8_enabled", False):
         return
-    wanted = torch.get_default_device() if device is None else torch.device(device)
+    wanted = default_device() if device is None else torch.device(device)
     problem = fp8_problem(runtime.device() if wanted.type == "meta" else wanted)
     if problem is not None:
         raise ValueError(
@@ -123,5 +124,5 @@ def _check_fp8_device(args: Any, device: torch.device | str | None) -> None:
 
 
 def _convnext(args: Any, device: torch.device | str | None) -> ConvNeXt:
-    with torch.device(device or torch.get_default_device()):
+    with torch.device(device or default_device()):
         return get_convnext_arch(args.arch)(patch_size=args.patch_size)

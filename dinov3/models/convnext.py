@@ -286,11 +286,13 @@ class ConvNeXt(Backbone):
             feature_map = stage(downsample(feature_map))
         patches = feature_map.flatten(2).transpose(1, 2)  # [B, N, D]
         pooled = feature_map.mean((-2, -1))  # [B, D]
-        normed = self.norm(torch.cat([pooled[:, None], patches], dim=1))  # [B, 1 + N, D]
+        normed = self.norm(torch.cat([pooled.unsqueeze(1), patches], dim=1))  # [B, 1 + N, D]
+        # PyTorch 2.7 exports normed[:, :1] only if the batch has an upper bound.
+        cls_token, storage_tokens, patch_tokens = normed.tensor_split((1, 1), dim=1)
         return {
-            "x_norm_clstoken": normed[:, 0],
-            "x_storage_tokens": normed[:, 1:1],
-            "x_norm_patchtokens": normed[:, 1:],
+            "x_norm_clstoken": cls_token.squeeze(1),
+            "x_storage_tokens": storage_tokens,
+            "x_norm_patchtokens": patch_tokens,
             "x_prenorm": patches,
             "masks": mask,
         }

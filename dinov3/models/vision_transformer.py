@@ -216,16 +216,17 @@ class DinoVisionTransformer(Backbone):
         pairs = self._pair_masks(x_list, masks_list)
         prepared = [self.prepare_tokens_with_masks(x, mask) for x, mask in pairs]
         tokens = [entry[0] for entry in prepared]
-        for block, ropes in zip(self.blocks, self._ropes([grid for _, grid in prepared]), strict=False):
-            tokens = block(tokens, ropes)
+        ropes = self._ropes([grid for _, grid in prepared])
+        for block in self.blocks:
+            tokens = block(tokens, next(ropes))
         outputs: list[Features] = []
         for index, (x, (_, mask)) in enumerate(zip(tokens, pairs, strict=True)):
             is_local = index == 1 and self.training and self.local_cls_norm is not None
             prefix, patches = self._norm(x, self.local_cls_norm if is_local else self.cls_norm)
             outputs.append(
                 {
-                    "x_norm_clstoken": prefix[:, 0],
-                    "x_storage_tokens": prefix[:, 1:],
+                    "x_norm_clstoken": prefix.select(1, 0),
+                    "x_storage_tokens": prefix.narrow(1, 1, self.n_storage_tokens),
                     "x_norm_patchtokens": patches,
                     "x_prenorm": x,
                     "masks": mask,
@@ -262,8 +263,9 @@ class DinoVisionTransformer(Backbone):
         wanted = self._layer_indices(n)
         tokens, (h, w) = self.prepare_tokens_with_masks(x)
         outputs: list[Tensor | tuple[Tensor, ...]] = []
-        for index, ropes in zip(range(wanted[-1] + 1), self._ropes([(h, w)]), strict=False):
-            tokens = self.blocks[index](tokens, ropes[0])
+        ropes = self._ropes([(h, w)])
+        for index in range(wanted[-1] + 1):
+            tokens = self.blocks[index](tokens, next(ropes)[0])
             if index not in wanted:
                 continue
             prefix, patches = self._norm(tokens, self.cls_norm) if norm else self._split(tokens)
@@ -271,9 +273,9 @@ class DinoVisionTransformer(Backbone):
                 patches = patches.transpose(1, 2).unflatten(2, (h, w)).contiguous()  # [B, D, h, w]
             extra: tuple[Tensor, ...] = ()
             if return_class_token:
-                extra += (prefix[:, 0],)
+                extra += (prefix.select(1, 0),)
             if return_extra_tokens:
-                extra += (prefix[:, 1:],)
+                extra += (prefix.narrow(1, 1, self.n_storage_tokens),)
             outputs.append((patches, *extra) if extra else patches)
         return tuple(outputs)
 
@@ -333,8 +335,9 @@ class DinoVisionTransformer(Backbone):
         return prefix_norm(prefix), self.norm(patches)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        n_prefix = 1 + self.n_storage_tokens
-        return x[:, :n_prefix], x[:, n_prefix:]
+        # PyTorch 2.7 exports x[:, :n] only if the batch has an upper bound.
+        prefix, patches = x.tensor_split((1 + self.n_storage_tokens,), dim=1)
+        return prefix, patches
 
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:

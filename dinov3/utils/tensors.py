@@ -1,4 +1,4 @@
-"""Concatenating token lists of different lengths for one matrix product, and splitting the result again."""
+"""Token lists of different lengths, concatenated for one matrix product and split again; where new tensors go."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def uncat_with_shapes(flat: Tensor, shapes: list[torch.Size], num_tokens: list[i
         Views of `flat` of shapes [..., D'].
     """
     return [rows.unflatten(0, shape[:-1]) for rows, shape in zip(flat.split(num_tokens), shapes, strict=True)]
+
+
+def default_device() -> torch.device:
+    """Return where `torch.empty` and its like put new tensors now; inside `with torch.device("meta")`, that device."""
+    # Before PyTorch 2.8, torch.get_default_device() does not see such a region.
+    return torch.empty(0).device

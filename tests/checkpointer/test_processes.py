@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dinov3.checkpointer import (
     BackgroundSaver,
@@ -28,6 +28,7 @@ from dinov3.checkpointer import (
     saving,
 )
 from dinov3.fsdp import full_state_dict
+from dinov3.fsdp.sharding import average_gradients
 from tests.multiprocess import run_ranks
 
 from . import toy
@@ -45,6 +46,7 @@ def make_sharded(seed: int, world_size: int) -> tuple[toy.Toy, torch.optim.Optim
             fully_shard(block, mesh=mesh)
         fully_shard(network["backbone"], mesh=mesh)
         fully_shard(network["dino_head"], mesh=mesh)
+    average_gradients(model.student, mesh, MixedPrecisionPolicy())
     return model, toy.make_optimizer(model)
 
 

@@ -22,6 +22,12 @@ def test_token_lists_come_back_after_a_projection() -> None:
         assert torch.equal(got, torch.cat([x, x], dim=-1))
 
 
+def test_default_device_is_where_new_tensors_go() -> None:
+    assert utils.default_device() == torch.device("cpu")
+    with torch.device("meta"):
+        assert utils.default_device() == torch.device("meta")
+
+
 def test_replacing_modules() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
     utils.named_replace(lambda module, name: nn.GELU() if isinstance(module, nn.ReLU) else module, model)

@@ -28,6 +28,7 @@ from dinov3.heads.precision import autocast_to
 from dinov3.heads.weights import load_head_, read_head
 from dinov3.layers.patch_multiple import cut_margins
 from dinov3.layers.resizing import resize_bilinear
+from dinov3.utils import default_device
 from dinov3.utils.integers import as_integers
 
 __all__ = ["DecoderConfig", "Depther", "build_depther", "make_depther_from_config", "make_head"]
@@ -298,4 +299,4 @@ def make_depther_from_config(
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.get_default_device())
+    return next((parameter.device for parameter in module.parameters()), default_device())

@@ -16,7 +16,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +163,7 @@ class _Reassembly(nn.Module):
             )
         if self.readout_type == "add":
             return patches + class_token[:, :, None, None]
-        linear: Any = self.readout_projects.get_submodule(f"{i}.0")
+        linear = cast(Any, self.readout_projects[i])[0]
         of_patches, of_token = linear.weight.chunk(2, dim=1)  # [C, C] each
         from_token = F.linear(class_token, of_token, linear.bias)  # [B, C]
         return F.gelu(F.conv2d(patches, of_patches[:, :, None, None]) + from_token[:, :, None, None])
