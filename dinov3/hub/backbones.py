@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from dinov3.hub.architectures import PUBLISHED, UNTIED_CLS_NORM, PublishedViT, has_untied_cls_norm
-from dinov3.hub.sources import BASE_URL, Source, choose_weights, convert_path_or_url_to_url, is_url, read_weights
+from dinov3.hub.sources import (
+    BASE_URL,
+    Source,
+    check_file_hash,
+    choose_weights,
+    convert_path_or_url_to_url,
+    is_url,
+    read_weights,
+)
 from dinov3.hub.weights import backbone_entries, load_backbone_, read_state_dict
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vision_transformer import DinoVisionTransformer
@@ -214,7 +222,8 @@ def url_of(entry: str, weights: Weights, *, version: str | None = None, file_has
         file_hash: first digits of the SHA-256 in the file name. Default: those of the published file.
     """
     suffix = f"_{version}" if version else ""
-    file_hash = file_hash or PUBLISHED[entry].hashes[weights.name]
+    hashes = PUBLISHED[entry].hashes
+    file_hash = check_file_hash(file_hash, hashes.values()) if file_hash else hashes[weights.name]
     return f"{BASE_URL}/{entry}/{entry}_pretrain_{weights.name.lower()}{suffix}-{file_hash}.pth"
 
 

@@ -18,6 +18,7 @@ from dinov3.hub import backbones
 from dinov3.hub.backbones import Weights
 from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
 from dinov3.hub.run_directory import find_run_config, read_run_config
+from dinov3.hub.sources import without_secrets
 from dinov3.hub.transforms import Normalization, normalization_of
 from dinov3.models.summary import Tokens, count_tokens, patch_stride
 from dinov3.utils import as_torch_dtype, did_you_mean
@@ -113,7 +114,7 @@ class ModelChoice:
         return model
 
     def __str__(self) -> str:
-        return self.name if self.is_path or self.weights is None else f"{self.name} ({self.weights})"
+        return self.name if self.is_path or self.weights is None else f"{self.name} ({without_secrets(self.weights)})"
 
 
 def find_normalization(choice: ModelChoice, model: nn.Module, wanted: str = "auto") -> tuple[str, Normalization]:

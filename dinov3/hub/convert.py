@@ -33,7 +33,7 @@ from dinov3.hub.formats.reading import CONFIG_FILE
 from dinov3.hub.formats.timm import timm_config
 from dinov3.hub.from_checkpoint import complete_backbone
 from dinov3.hub.run_directory import find_checkpoint, find_run_config, read_run_config
-from dinov3.hub.sources import locate
+from dinov3.hub.sources import locate, naming_download
 from dinov3.hub.transforms import normalization_of
 from dinov3.hub.weights import read_state_dict
 from dinov3.utils.command_line import run_command_line
@@ -112,11 +112,12 @@ def convert(
     path = locate(source, progress=progress)
     if destination.exists() and destination.resolve() in (path.resolve(), *path.resolve().parents):
         raise ValueError(f"the source would be overwritten: {destination} is or holds it; choose another destination")
-    weights = _read(path)
-    tensors, metadata = weights.state, {"format": "pt"}
-    if to != "release":
-        foreign = _convert(weights, to, source=path)
-        tensors, metadata = foreign.state, metadata | foreign.metadata
+    with naming_download(source, path):
+        weights = _read(path)
+        tensors, metadata = weights.state, {"format": "pt"}
+        if to != "release":
+            foreign = _convert(weights, to, source=path)
+            tensors, metadata = foreign.state, metadata | foreign.metadata
     name, size = published_name(weights.state), sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(destination.absolute().parent).free
     if size > free:

@@ -90,8 +90,8 @@ def download(url: str, path: Path, *, progress: bool, check: Callable[[Path], No
 
 
 def without_query(url: str) -> str:
-    """Return a URL that can be shown: its query may be a signature that gives access."""
-    return url.partition("?")[0]
+    """Return a URL that can be shown: its query may be a signature that gives access, as a user before the host is."""
+    return re.sub("//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
 def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool) -> None:
@@ -115,7 +115,7 @@ def _fetch(url: str, first_response: Response, partial: Path, *, progress: bool)
             first_response.close()
             response = None
         failures = 0
-        with _bar(Path(partial.stem).stem, start, length, shown=progress) as bar:
+        with _bar(os.path.basename(without_query(url)), start, length, shown=progress) as bar:
             while True:
                 try:
                     if response is None:

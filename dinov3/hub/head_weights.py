@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dinov3.heads.weights import head_entries, load_head_, read_head, set_aside
 from dinov3.hub import backbones
 from dinov3.hub.backbones import WeightsLike
-from dinov3.hub.sources import BASE_URL, Source, choose_weights, read_weights
+from dinov3.hub.sources import BASE_URL, Source, check_file_hash, choose_weights, read_weights
 from dinov3.utils.weight_files import WeightsError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,7 +55,8 @@ class PublishedHead:
 
     def url(self, file_hash: str | None = None) -> str:
         """Return the address of the published head, or of a version of it with another hash."""
-        return f"{BASE_URL}/{self.file}-{file_hash or self.file_hash}.pth"
+        digits = check_file_hash(file_hash, [self.file_hash]) if file_hash else self.file_hash
+        return f"{BASE_URL}/{self.file}-{digits}.pth"
 
 
 def document_arguments(

@@ -17,7 +17,7 @@ from torch import nn
 from dinov3.distributed import runtime
 from dinov3.hub.architectures import has_sizes_of
 from dinov3.hub.run_directory import find_checkpoint, find_teacher, read_run_config
-from dinov3.hub.sources import locate
+from dinov3.hub.sources import locate, naming_download
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.models import build_model_from_cfg
 
@@ -81,7 +81,9 @@ def build_model_for_eval(
         model.to_empty(device=runtime.device())
         model.init_weights()
     else:
-        model = load_from_config(config, find_checkpoint(locate(pretrained_weights))).to(runtime.device())
+        path = locate(pretrained_weights)
+        with naming_download(pretrained_weights, path):
+            model = load_from_config(config, find_checkpoint(path)).to(runtime.device())
     model.eval()
     if shard_unsharded_model:
         # Imported here, because loading a backbone from the hub must not need it.

@@ -1,14 +1,17 @@
 """From what users give as `weights=` to a published file, a file on this machine, or a state dict.
 
-Local files are used where they lie. Downloads go to the cache of torch.hub, under the last part of their URL.
+Local files are used where they lie. Downloads go to the cache of torch.hub. There only a name that ends in `-<hash>`,
+as those of published files do, means one file; every other name gets a digest of the URL, because the last parts of
+many URLs are equal (`model.safetensors`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,8 @@ BASE_URL = "https://dl.fbaipublicfiles.com/dinov3"
 
 #: Weights that are not the published ones: a path, a URL or a state dict.
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+_HASH = re.compile(r"-([0-9a-f]{8,64})(\.[a-z]+)*$")
 
 Published = TypeVar("Published", bound=Enum)
 Entries = TypeVar("Entries")
@@ -92,6 +97,24 @@ def choose_weights(
     return weights
 
 
+def check_file_hash(given: str, known: Collection[str]) -> str:
+    """Return digits of a hash, which select a published file, if they may be meant as they are.
+
+    Args:
+        given: what the user gave.
+        known: those of the files that were published.
+
+    Raises:
+        ValueError: they are not digits of a hash, or almost those of a known file.
+    """
+    near = did_you_mean(given, known, cutoff=0.75)
+    if not re.fullmatch("[0-9a-f]{8,64}", given) or (near and given not in known):
+        raise ValueError(
+            f"hash={given!r}{near}: expected the digits at the end of a published file's name, such as {min(known)!r}"
+        )
+    return given
+
+
 def read_weights(
     weights: str | os.PathLike[str], read: Callable[[Path], Entries], *, check_hash: bool = False, progress: bool = True
 ) -> tuple[Entries, str]:
@@ -104,20 +127,42 @@ def read_weights(
         progress: see `locate`.
 
     Returns:
-        What `read` returns, and the local path for error messages.
+        What `read` returns, and where it comes from, for error messages.
 
     Raises:
-        WeightsError: what `read` raises; if the file was downloaded, the message says that it is in the cache.
+        WeightsError: what `read` raises; for downloads see `naming_download`.
         OSError, ValueError: see `locate`.
     """
     path = locate(weights, check_hash=check_hash, progress=progress)
+    with naming_download(weights, path):
+        return read(path), describe_source(weights, path)
+
+
+def describe_source(weights: str | os.PathLike[str], path: Path) -> str:
+    """Name weights in messages: the local path, and for downloads the URL as well."""
+    return f"{path} (downloaded from {without_secrets(weights)})" if is_download(weights) else str(path)
+
+
+def without_secrets(weights: str | os.PathLike[str]) -> str:
+    """Return what the user gave in a form that can be shown, see `without_query`."""
+    return without_query(os.fspath(weights)) if is_download(weights) else os.fspath(weights)
+
+
+@contextlib.contextmanager
+def naming_download(weights: str | os.PathLike[str], path: Path) -> Iterator[None]:
+    """Say in a `WeightsError` of the body which URL the file in the cache came from, and how to fetch it again.
+
+    Args:
+        weights: as the user gave them; errors about local ones stay as they are.
+        path: as returned by `locate`.
+    """
     try:
-        return read(path), str(path)
+        yield
     except WeightsError as error:
-        if is_download(weights):
-            hint = "This file is in the download cache: delete it there to download it again."
-            raise WeightsError(f"{error} ({hint})") from error
-        raise
+        if not is_download(weights):
+            raise
+        hint = f"{path} was downloaded from {without_secrets(weights)}: delete it to download it again"
+        raise WeightsError(f"{error} ({hint})") from error
 
 
 def locate(weights: str | os.PathLike[str], *, check_hash: bool = False, progress: bool = True) -> Path:
@@ -160,10 +205,11 @@ def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     name = os.path.basename(urlparse(url).path)
     if not name:
         raise ValueError(f"weights={without_query(url)!r}: the URL does not name a file")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _cache_name(url)
     if path.exists():  # Not compared with the server's file: its signed URL may have expired.
         if check_hash:
-            _check_hash(path, name)
+            with naming_download(url, path):
+                _check_hash(path, name)
         return path
     if check_hash:
         _hash_in(name)  # Refuses a name without a hash before gigabytes arrive.
@@ -182,6 +228,17 @@ def _download(url: str, *, check_hash: bool, progress: bool) -> Path:
     return path
 
 
+def _cache_name(url: str) -> str:
+    name = os.path.basename(urlparse(url).path)
+    found = _HASH.search(name)
+    if found and not found[1].isdecimal():  # which may be a date or a step, as in checkpoint-00010000.pth
+        return name
+    stem, ending = os.path.splitext(name)
+    # Without an ending it is no file's name: then the query selects the file, as in download?id=3.
+    digest = hashlib.sha256((without_query(url) if ending else url).encode()).hexdigest()
+    return f"{stem}_{digest[:16]}{ending}"
+
+
 def _check_hash(path: Path, name: str) -> None:
     expected = _hash_in(name)
     if not path.is_file():
@@ -196,7 +253,7 @@ def _check_hash(path: Path, name: str) -> None:
 
 
 def _hash_in(name: str) -> str:
-    found = re.search(r"-([0-9a-f]{8,64})(\.[a-z]+)*$", name)
+    found = _HASH.search(name)
     if not found:
         raise ValueError(f"check_hash=True, but the name of {name} does not end in -<hash>.pth")
     return found[1]

@@ -20,6 +20,7 @@ from dinov3.checkpointer import CheckpointError, fill_from_tensors, init_fsdp_mo
 from dinov3.configs import load_teacher_config
 from dinov3.distributed import runtime
 from dinov3.hub.run_directory import find_checkpoint
+from dinov3.hub.sources import is_download, locate, without_secrets
 from dinov3.hub.weights import load_backbone_, read_state_dict
 from dinov3.layers.dino_head import DINOHead
 from dinov3.models import build_model_from_cfg
@@ -119,7 +120,7 @@ def load_backbone(networks: nn.ModuleDict, path: str, cfg: Any, *, setting: str)
 
     Args:
         networks: with the key `backbone`, plain or sharded.
-        path: see `dinov3.hub.weights.read_state_dict`.
+        path: see `dinov3.hub.weights.read_state_dict`; or an https:// URL.
         cfg: the configuration that the backbone was built from.
         setting: the key that gave `path`.
 
@@ -142,6 +143,8 @@ def load_backbone(networks: nn.ModuleDict, path: str, cfg: Any, *, setting: str)
 
 
 def _find(path: str) -> Path:
+    if is_download(path):  # Each machine may have a cache of its own.
+        return locate(path, progress=distributed.is_main_process())
     # One process decides, because a run that is still training may save its next checkpoint meanwhile.
     return distributed.broadcast_object(find_checkpoint(Path(path).expanduser()))
 
@@ -150,9 +153,11 @@ def _find(path: str) -> Path:
 def _errors_name(setting: str, path: str) -> Iterator[None]:
     try:
         yield
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{setting}: {error}") from error
-    logger.info("%s: loaded from %s", setting, path)
+    except (CheckpointError, ValueError, FileNotFoundError, ConnectionError) as error:
+        # Errors about a download name the file in the cache.
+        given = f"{setting}={without_secrets(path)}" if is_download(path) else setting
+        raise type(error)(f"{given}: {error}") from error
+    logger.info("%s: loaded from %s", setting, without_secrets(path))
 
 
 def local_part(tensor: Tensor) -> Tensor:

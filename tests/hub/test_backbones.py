@@ -317,10 +317,16 @@ def test_published_weights_come_from_their_address(
         dinov3_vits16(check_hash=True)
     dinov3_vits16(hash="01234567")
     assert asked[1].endswith("dinov3_vits16_pretrain_lvd1689m-01234567.pth")
+    for digits in ("08c60482", "08c60438", "8c60483"):
+        with pytest.raises(ValueError, match=f"hash='{digits}' .did you mean '08c60483'.*: expected the digits"):
+            dinov3_vits16(hash=digits)
+    with pytest.raises(ValueError, match=r"hash='v2': expected the digits at the end .*, such as '08c60483'"):
+        dinov3_vits16(hash="v2")
     cached = small_models_and_an_empty_cache / name
     cached.write_bytes(cached.read_bytes()[:5000])
     with pytest.raises(
-        WeightsError, match=r"truncated.*This file is in the download cache: delete it there to download it again"
+        WeightsError,
+        match=rf"truncated.*{name} was downloaded from https://somewhere/{name}: delete it to",
     ):
         dinov3_vits16(weights=f"https://somewhere/{name}?Signature=secret")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -16,8 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from dinov3.hub import downloads
-from dinov3.hub.sources import locate
+from dinov3.eval.command.model import ModelConfig, load_model
+from dinov3.hub import classifiers, depthers, downloads
+from dinov3.hub.architectures import PUBLISHED
+from dinov3.hub.backbones import Weights, dinov3_vits16, url_of
+from dinov3.hub.convert import convert
+from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
+from dinov3.hub.sources import locate, read_weights
 from dinov3.utils.weight_files import WeightsError, read_file
 
 
@@ -35,7 +41,7 @@ class Server(ThreadingHTTPServer):
         self.content_type = "application/octet-stream"
         self.requests: list[tuple[str, str | None]] = []
 
-    def url(self, name: str = "w.pth") -> str:
+    def url(self, name: str = "w-0a1b2c3d.pth") -> str:
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
 
@@ -96,19 +102,82 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
 
 
-def test_file_is_downloaded_once_under_the_last_part_of_its_url(server: Server, cache: Path) -> None:
-    path = locate(server.url("a/b/w.pth") + "?Signature=a/b.c&Policy=d", progress=False)
-    assert path == cache / "w.pth" and path.read_bytes() == server.content
-    assert locate(server.url("w.pth") + "?Signature=other") == path
-    assert server.requests == [("/a/b/w.pth?Signature=a/b.c&Policy=d", None)]
-    assert names(cache) == ["w.pth"]
+def test_file_whose_name_ends_in_a_hash_is_downloaded_once_under_this_name(server: Server, cache: Path) -> None:
+    path = locate(server.url("a/b/w-0a1b2c3d.pth") + "?Signature=a/b.c&Policy=d", progress=False)
+    assert path == cache / "w-0a1b2c3d.pth" and path.read_bytes() == server.content
+    assert locate(server.url("w-0a1b2c3d.pth") + "?Signature=other") == path
+    assert server.requests == [("/a/b/w-0a1b2c3d.pth?Signature=a/b.c&Policy=d", None)]
+    assert names(cache) == ["w-0a1b2c3d.pth"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint-00010000.pth", "dino-cafe.pth"])
+def test_files_of_equal_names_at_different_urls_are_different(name: str, server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / name).write_bytes(content(2))  # left by an earlier version, which forgot where it came from
+    web = locate(server.url(f"web/resolve/main/{name}?Signature=one"), progress=False)
+    expected, server.content = server.content, content(1)
+    satellite = locate(server.url(f"satellite/resolve/main/{name}"), progress=False)
+    assert web.read_bytes() == expected and satellite.read_bytes() == content(1)
+    assert web.suffix == satellite.suffix == Path(name).suffix and web.stem.startswith(Path(name).stem)
+    assert locate(server.url(f"web/resolve/main/{name}?Signature=two#x")) == web and len(server.requests) == 2
+
+
+def test_the_query_selects_the_file_where_the_path_does_not_name_one(server: Server, cache: Path) -> None:
+    first = locate(server.url("download?id=1"), progress=False)
+    server.content = content(1)
+    assert locate(server.url("download?id=2"), progress=False).read_bytes() == content(1) != first.read_bytes()
+
+
+def test_published_files_keep_their_names(server: Server, cache: Path) -> None:
+    urls = [url_of(entry, Weights[data]) for entry, model in PUBLISHED.items() for data in model.hashes]
+    urls += [head.url() for head in (classifiers.PUBLISHED, depthers.SYNTHMIX, depthers.CHMV2)]
+    for url in urls:
+        name = url.rpartition("/")[2]
+        assert locate(server.url(name), progress=False) == cache / name
+
+
+def test_errors_about_a_cached_file_name_its_url(server: Server, cache: Path) -> None:
+    url = server.url("a/model.safetensors")
+    signed = f"{url.replace('//', '//user:secret@')}?Signature=secret"
+    path = locate(url, progress=False)
+
+    def fail(found: Path) -> None:
+        raise WeightsError(f"{found} is empty")
+
+    pattern = re.escape(f"{path} is empty ({path} was downloaded from {url}: delete it to download it again)")
+    with pytest.raises(WeightsError, match=f"^{pattern}$"):
+        read_weights(signed, fail)
+    assert read_weights(signed, lambda found: found.name) == (path.name, f"{path} (downloaded from {url})")
+    with pytest.raises(WeightsError, match=f"^{path} is empty$"):
+        read_weights(path, fail)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda url: dinov3_vits16(weights=url),
+        lambda url: dinov3_from_checkpoint(url),
+        lambda url: convert(url, Path(torch.hub.get_dir()).parent / "out.pth", to="release"),
+        lambda url: load_model(ModelConfig(pretrained_weights=url)),
+        lambda url: load_model(ModelConfig(dino_hub="dinov3_vits16", weights=url)),
+    ],
+    ids=["hub", "checkpoint", "convert", "evaluation", "evaluation of a hub model"],
+)
+def test_everyone_who_reads_a_download_names_it_in_errors(
+    load: Callable[[str], Any], server: Server, cache: Path
+) -> None:
+    url = server.url("a/model.pth")
+    with pytest.raises(WeightsError, match="does not") as caught:
+        load(url + "?Signature=secret")
+    [name] = names(cache)
+    assert url in str(caught.value) and str(cache / name) in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("drops", [[30_000], [10_000, 0, 0, 20_000, 0, 5000]])
 def test_broken_connection_is_continued(server: Server, drops: list[int]) -> None:
     server.drops = list(drops)
     assert locate(server.url(), progress=False).read_bytes() == server.content
-    assert server.requests[1] == ("/w.pth", f"bytes={drops[0]}-")
+    assert server.requests[1] == ("/w-0a1b2c3d.pth", f"bytes={drops[0]}-")
     assert len(server.requests) == 1 + len(drops)
 
 
@@ -120,13 +189,13 @@ def test_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
 
 def test_next_call_continues_where_the_connection_kept_breaking(server: Server, cache: Path) -> None:
     server.drops = [30_000, 0, 0, 0]
-    with pytest.raises(ConnectionError, match=r"w.pth: the connection was closed too early; 4 attempts in a row"):
+    with pytest.raises(ConnectionError, match=r"the connection was closed too early; 4 attempts in a row"):
         locate(server.url(), progress=False)
     (left,) = names(cache)
     assert left.endswith(".partial") and (cache / left).read_bytes() == server.content[:30_000]
     path = locate(server.url() + "?Signature=new", progress=False)
-    assert path.read_bytes() == server.content and names(cache) == ["w.pth"]
-    assert server.requests[-1] == ("/w.pth?Signature=new", "bytes=30000-")
+    assert path.read_bytes() == server.content and names(cache) == ["w-0a1b2c3d.pth"]
+    assert server.requests[-1] == ("/w-0a1b2c3d.pth?Signature=new", "bytes=30000-")
 
 
 def test_another_version_of_the_file_is_not_mixed_with_the_first_part_of_this_one(server: Server, cache: Path) -> None:
@@ -135,7 +204,7 @@ def test_another_version_of_the_file_is_not_mixed_with_the_first_part_of_this_on
         locate(server.url(), progress=False)
     server.content, server.etag = content(1), '"two"'
     assert locate(server.url(), progress=False).read_bytes() == server.content
-    assert names(cache) == ["w.pth"]
+    assert names(cache) == ["w-0a1b2c3d.pth"]
 
 
 def test_file_that_changes_while_it_arrives_starts_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +227,7 @@ def test_server_that_cannot_continue_sends_it_all_again(server: Server, cache: P
     server.etag = {"no version": None, "weak version": 'W/"one"'}.get(kind, server.etag)
     server.drops = [30_000, 10_000]
     assert locate(server.url(), progress=False).read_bytes() == server.content
-    assert names(cache) == ["w.pth"]
+    assert names(cache) == ["w-0a1b2c3d.pth"]
 
 
 def test_nothing_is_kept_that_could_not_be_continued(server: Server, cache: Path) -> None:
@@ -179,7 +248,7 @@ def test_length_may_be_unknown(server: Server) -> None:
 def test_complete_file_under_its_temporary_name_is_taken(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -208,8 +277,8 @@ def test_simultaneous_downloads_all_find_the_file(server: Server, cache: Path, e
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [(cache / "w.pth", True)] * 4
-    assert names(cache) == ["w.pth"]
+    assert found == [(cache / "w-0a1b2c3d.pth", True)] * 4
+    assert names(cache) == ["w-0a1b2c3d.pth"]
 
 
 def test_a_file_that_vanishes_while_it_is_locked_is_made_again(
@@ -225,16 +294,16 @@ def test_a_file_that_vanishes_while_it_is_locked_is_made_again(
 
     monkeypatch.setattr(downloads.fcntl, "flock", lose_the_first)
     assert locate(server.url(), progress=False).read_bytes() == server.content
-    assert len(locked) == 2 and names(cache) == ["w.pth"]
+    assert len(locked) == 2 and names(cache) == ["w-0a1b2c3d.pth"]
 
 
 def test_a_download_leaves_those_of_others_alone(server: Server, cache: Path) -> None:
     cache.mkdir(parents=True)
-    others, left_over = cache / "w.pth.abc.partial", cache / "w.pth.def.partial"
+    others, left_over = cache / "w-0a1b2c3d.pth.abc.partial", cache / "w-0a1b2c3d.pth.def.partial"
     left_over.touch()
     with downloads._locked(others):
         locate(server.url(), progress=False)
-        assert names(cache) == ["w.pth", others.name]
+        assert names(cache) == ["w-0a1b2c3d.pth", others.name]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +354,7 @@ def test_server_that_is_not_there(server: Server) -> None:
     url = server.url() + "?Signature=secret"
     server.shutdown()
     server.server_close()
-    with pytest.raises(ConnectionError, match=r"could not download \S+/w.pth: .*refused.*Check the network") as caught:
+    with pytest.raises(ConnectionError, match=r"could not download \S+.pth: .*refused.*Check the network") as caught:
         locate(url)
     assert "secret" not in str(caught.value)
 
@@ -294,7 +363,7 @@ def test_invalid_urls(server: Server) -> None:
     with pytest.raises(ValueError, match="the URL does not name a file"):
         locate(server.url("a/?Signature=secret"))
     with pytest.raises(ValueError, match="the URL contains a space") as caught:
-        locate(server.url("w.pth?Signature=se cret"))
+        locate(server.url("w-0a1b2c3d.pth?Signature=se cret"))
     assert "cret" not in str(caught.value)
     with pytest.raises(ValueError, match="weights='s3://b/w.pth': cannot read s3:// URLs"):
         locate("s3://b/w.pth")
@@ -335,7 +404,7 @@ def test_timeout_counts_as_a_broken_connection(server: Server, monkeypatch: pyte
 
     monkeypatch.setattr(http.client.HTTPResponse, "read", slow)
     assert locate(server.url(), progress=False).read_bytes() == server.content
-    assert server.requests[1] == ("/w.pth", "bytes=1000-")
+    assert server.requests[1] == ("/w-0a1b2c3d.pth", "bytes=1000-")
 
 
 def test_local_paths_are_used_where_they_lie(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dinov3.checkpointer import CheckpointError, save_checkpoint
 from dinov3.configs import ConfigError, find_problems, get_default_config
+from dinov3.hub import sources
 from dinov3.hub.weights import WeightsError
 from dinov3.train.loop import Trainer
 from dinov3.train.ssl_meta_arch import SSLMetaArch
@@ -142,6 +143,22 @@ def test_a_backbone_of_another_size_names_the_setting(tmp_path: Path) -> None:
     torch.save(initialised(config(student={"depth": 3})).student["backbone"].state_dict(), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"student.pretrained_weights: .*other.pth does not fit vit_tiny"):
         initialised(config(student={"pretrained_weights": str(tmp_path / "other.pth")}))
+
+
+def test_a_backbone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+
+    def download(url: str, path: Path, **_: Any) -> None:
+        arch = earlier() if "good" in url else initialised(config(student={"depth": 3}))
+        torch.save(arch.student["backbone"].state_dict(), path)
+
+    monkeypatch.setattr(sources, "download", download)
+    arch = initialised(config(student={"pretrained_weights": "https://host/good/model.pth?Signature=secret"}))
+    assert_equal(arch.student["backbone"], earlier().student["backbone"])
+    pattern = r"^student.pretrained_weights=https://host/bad/model.pth: \S+/checkpoints/model_\w+.pth does not fit "
+    with pytest.raises(WeightsError, match=pattern):
+        initialised(config(student={"pretrained_weights": "https://host/bad/model.pth?Signature=secret"}))
 
 
 def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:

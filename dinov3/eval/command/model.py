@@ -26,7 +26,7 @@ from dinov3.hub.command_line import ENTRIES, ModelChoice, find_normalization, sa
 from dinov3.hub.from_checkpoint import build_backbone
 from dinov3.hub.run_directory import find_checkpoint, find_run_config
 from dinov3.hub.runs import build_model_for_eval
-from dinov3.hub.sources import locate
+from dinov3.hub.sources import read_weights, without_secrets
 from dinov3.hub.weights import read_state_dict
 from dinov3.utils import as_torch_dtype
 from dinov3.utils.messages import did_you_mean
@@ -81,17 +81,18 @@ class ModelConfig:
             resolve_config_path(self.config_file)
         for name, path in (("pretrained_weights", self.pretrained_weights), ("weights", self.weights)):
             if path and "://" not in path and path not in Weights.__members__ and not Path(path).expanduser().exists():
-                raise FileNotFoundError(f"model.{name}={path}: there is no such file or directory")
+                hint = did_you_mean(path, Weights.__members__) if name == "weights" else ""
+                raise FileNotFoundError(f"model.{name}={path}{hint}: there is no such file or directory")
 
     def describe(self) -> str:
         """Name the weights, for reports; links are followed, so that `teacher_checkpoint.pth` shows its iteration."""
         if self.dino_hub:
-            return f"{self.dino_hub} with {self.weights or 'published weights'}"
+            return f"{self.dino_hub} with {without_secrets(self.weights or 'published weights')}"
         if not self.pretrained_weights:
             return f"{RANDOM_WEIGHTS} of {self.config_file}"
         path = Path(self.pretrained_weights).expanduser()
         if not path.exists():
-            return self.pretrained_weights
+            return without_secrets(self.pretrained_weights)
         return os.path.realpath(find_checkpoint(path))
 
     def find_config_file(self) -> str | None:
@@ -157,7 +158,8 @@ def load_model(config: ModelConfig) -> FrozenBackbone:
             logger.info("model: configuration found in %s", config_file)
     else:
         assert config.pretrained_weights is not None
-        model = build_backbone(read_state_dict(locate(config.pretrained_weights)), source=config.pretrained_weights)
+        state, source = read_weights(config.pretrained_weights, read_state_dict)
+        model = build_backbone(state, source=source)
         model = model.to(runtime.device()).eval()
     description = config.describe()
     logger.info("model: %s, run in %s on %s", description, dtype, runtime.device())

@@ -53,6 +53,19 @@ def test_configuration_of_a_run_is_found_wherever_its_teacher_lies(path: str, ru
     assert torch.equal(features(pretrained_weights=str(weights)), features_of_run(run))
 
 
+def test_signatures_of_urls_are_not_shown() -> None:
+    url = "https://somewhere/w.pth"
+    assert ModelConfig(pretrained_weights=f"{url}?Signature=secret").describe() == url
+    assert ModelConfig(dino_hub="dinov3_vits16", weights=f"{url}?Signature=secret").describe() == (
+        f"dinov3_vits16 with {url}"
+    )
+
+
+def test_misspelt_names_of_published_weights() -> None:
+    with pytest.raises(FileNotFoundError, match=r"model.weights=LVD1698M \(did you mean 'LVD1689M'\?\): there is no"):
+        ModelConfig(dino_hub="dinov3_vits16", weights="LVD1698M").check()
+
+
 def with_published_norms(run: Path, copy: Path) -> Path:
     """The run with the layer norms that the entries of its weights are taken to belong to."""
     shutil.copytree(run, copy, symlinks=True)
