@@ -3,9 +3,9 @@
     python benchmarks/augmentation.py [--rounds 60] [--size 500x375] [--size 1024x768] [--recipe 256,112,8]
 
 Each round augments one image with every variant, one after the other, so that a busy machine slows all alike; medians
-are reported. Images are smooth random ones, decoded already: decoding takes no part. The plain composition draws from
-the same distribution: `RandomResizedCrop`, flip, colour jitter, grayscale, blur and solarisation on Pillow images, then
-normalised floats.
+are reported. Images are smooth random ones, first decoded already, then as the bytes of a JPEG file (quality 90), whose
+decoding is part of the time. The plain composition draws from the same distribution: `RandomResizedCrop`, flip, colour
+jitter, grayscale, blur and solarisation on Pillow images, then normalised floats.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
 from dinov3.data.augmentations import DataAugmentationDINO
+from dinov3.data.images import read_pixels
 from dinov3.data.transforms import make_base_transform
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
@@ -61,16 +63,19 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {pillow_version}, one thread\n")
-    print("| image | views | augmentation | ms per image | images/s | ratio |")
-    print("| --- | --- | --- | ---: | ---: | ---: |")
-    for global_size, local_size, local_number in args.recipe:
-        variants = build_variants(global_size, local_size, local_number)
-        for width, height in args.size:
-            seconds = measure(variants, smooth_image(width, height), args.rounds)
-            for name, value in seconds.items():
-                views = f"2 x {global_size} + {local_number} x {local_size}"
-                cells = [f"{width} x {height}", views, name, f"{value * 1e3:.1f}", f"{1 / value:.0f}"]
-                print(f"| {' | '.join(cells)} | {seconds[BASELINE] / value:.1f} |")
+    for kind, build in (("image", build_variants), ("JPEG file", build_variants_with_decoding)):
+        print(f"| {kind} | views | augmentation | ms per image | images/s | ratio |")
+        print("| --- | --- | --- | ---: | ---: | ---: |")
+        for global_size, local_size, local_number in args.recipe:
+            variants = build(global_size, local_size, local_number)
+            for width, height in args.size:
+                image = smooth_image(width, height)
+                seconds = measure(variants, image if kind == "image" else encode(image), args.rounds)
+                for name, value in seconds.items():
+                    views = f"2 x {global_size} + {local_number} x {local_size}"
+                    cells = [f"{width} x {height}", views, name, f"{value * 1e3:.1f}", f"{1 / value:.0f}"]
+                    print(f"| {' | '.join(cells)} | {seconds[BASELINE] / value:.1f} |")
+        print()
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,12 +104,34 @@ def build_variants(global_size: int, local_size: int, local_number: int) -> dict
     return {BASELINE: PlainAugmentation(global_size, local_size, local_number), **ours}
 
 
+def build_variants_with_decoding(
+    global_size: int, local_size: int, local_number: int
+) -> dict[str, Callable[[bytes], Any]]:
+    plain = PlainAugmentation(global_size, local_size, local_number)
+    ours = DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, local_number, global_size, local_size, output_uint8=True)
+    return {
+        BASELINE: lambda data: plain(decode_with_pillow(data)),
+        "dinov3, uint8, decoded by Pillow": lambda data: ours(decode_with_pillow(data)),
+        "dinov3, uint8": lambda data: ours(read_pixels(data)),
+    }
+
+
+def decode_with_pillow(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data)).convert("RGB")
+
+
+def encode(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
 def smooth_image(width: int, height: int) -> Image.Image:
     coarse = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def measure(variants: dict[str, Callable[[Image.Image], Any]], image: Image.Image, rounds: int) -> dict[str, float]:
+def measure(variants: dict[str, Callable[[Any], Any]], image: Any, rounds: int) -> dict[str, float]:
     """Median seconds of each variant, measured in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in range(rounds + 3):

@@ -329,6 +329,7 @@ def _settings(options: ExtractOptions, dataset: Any, model: nn.Module, normaliza
         "tokens": ",".join(options.tokens),
         "size": f"{options.size[0]}x{options.size[1]}",
         "batch_size": options.batch_size,
+        "max_image_pixels": options.max_image_pixels,
         "dtype": str(options.dtype).removeprefix("torch."),
         "device": runtime.device().type,
         "mean": list(normalization.mean),
