@@ -47,17 +47,21 @@ class RunConfig:
     num_workers: int = key(2, "loader processes", minimum=0)
     seed: int = key(0, "of the first weights, the order of the images and their augmentation")
     load_from: str | None = key(None, "evaluate: a trained head's file")
+    head_weights: str | None = key(None, "file of the head of load_from=<hub model>; null: the published one")
+    backbone_weights: str | None = key(None, "file of the backbone of load_from=<hub model>; null: the published one")
 
     def check_trained_model(self, released: Sequence[str]) -> None:
-        """Refuse a run without a backbone, or whose trained head does not exist.
+        """Refuse a run of a trained head, or a training, without a backbone, or whose trained head does not exist.
 
         Args:
-            released: the models that `load_from` may name, for suggestions.
+            released: the models that `load_from` may name, but does not.
 
         Raises:
-            ValueError: no model is given, or it cannot be used.
+            ValueError: no model is given, it cannot be used, or there are weights of a released one.
             FileNotFoundError: there is no file `load_from`.
         """
+        if self.head_weights or self.backbone_weights:
+            raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(released)}")
         if self.model is None:
             raise ValueError(
                 "no model: give model.dino_hub=dinov3_vits16 model.weights=FILE, or model.config_file and "

@@ -134,8 +134,6 @@ class DepthConfig(dense.RunConfig):
     metrics: list[str] = key(["rmse", "abs_rel", "a1"], f"of {', '.join(DEPTH_METRICS_NAME)}")
     result_config: ResultConfig = field(default_factory=ResultConfig)
     load_from: str | None = key(None, f"evaluate: a trained head's file, or {' or '.join(HUB_DEPTHERS)}")
-    head_weights: str | None = key(None, "file of the head of load_from=<hub model>; null: the published one")
-    backbone_weights: str | None = key(None, "file of the backbone of load_from=<hub model>; null: the published one")
     output_dir: str = key("", "where everything goes; . on the command line")
 
     def __post_init__(self) -> None:
@@ -182,8 +180,6 @@ class DepthConfig(dense.RunConfig):
         """Refuse settings that name no model, or weights that nothing uses; raises as `check` does."""
         if self.load_from in HUB_DEPTHERS:
             return
-        if self.head_weights or self.backbone_weights:
-            raise ValueError(f"head_weights and backbone_weights go with load_from={' or '.join(HUB_DEPTHERS)}")
         self.check_trained_model(HUB_DEPTHERS)
         head = self.decoder_head
         if head.type not in HEAD_KWARGS:

@@ -17,9 +17,11 @@ from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
 from dinov3.eval.segmentation.transforms import MEAN, STD
 from dinov3.eval.training.config import OptimizerConfig, SchedulerConfig
 from dinov3.heads.backbone_layers import BackboneLayersSet
+from dinov3.hub.segmentors import PUBLISHED
 from dinov3.utils import did_you_mean
 
-HUB_SEGMENTORS = ("dinov3_vit7b16_ms",)
+HUB_SEGMENTORS = (PUBLISHED.entry,)
+HEAD_TYPES = ("linear", "m2f")
 MODES = ("slide", "whole")
 
 
@@ -48,7 +50,7 @@ class DatasetsConfig(dense.DatasetsConfig):
 class DecoderConfig:
     """The head."""
 
-    type: str = key("m2f", "linear; m2f, the released Mask2Former head, is not available yet")
+    type: str = key("m2f", "linear; or m2f, a Mask2Former head on four blocks of a ViT")
     backbone_out_layers: Any = key(
         BackboneLayersSet.LAST, "LAST, FOUR_LAST, FOUR_EVEN_INTERVALS, or a list of blocks that the head reads"
     )
@@ -126,6 +128,7 @@ class SegmentationConfig(dense.RunConfig):
     model_dtype: Dtype = key(Dtype.FLOAT32, "FLOAT32 or BFLOAT16")
     seed: int = key(100, "of the first weights, the order of the images and their augmentation")
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
+    load_from: str | None = key(None, f"evaluate: a trained head's file, or {' or '.join(HUB_SEGMENTORS)}")
     metric_to_save: str = key("mIoU", "metric by which the best head is chosen", choices=SEGMENTATION_METRICS)
     decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
     scheduler: SegmentationSchedulerConfig = field(default_factory=SegmentationSchedulerConfig)
@@ -157,24 +160,46 @@ class SegmentationConfig(dense.RunConfig):
         """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
-            NotImplementedError: the run needs a Mask2Former head.
+            NotImplementedError: a training of a Mask2Former head.
             ValueError: names the key.
             FileNotFoundError: the trained head does not exist.
         """
-        if self.load_from in HUB_SEGMENTORS or self.decoder_head.type == "m2f":
-            raise NotImplementedError(
-                f"load_from={self.load_from}, decoder_head.type={self.decoder_head.type}: there is no Mask2Former head "
-                "yet; decoder_head.type=linear trains a linear head, or evaluates that of load_from=FILE"
-            )
-        if self.decoder_head.type != "linear":
-            raise ValueError(
-                f"decoder_head.type={self.decoder_head.type!r}{did_you_mean(self.decoder_head.type, ['linear'])}: "
-                "expected 'linear'"
-            )
-        self.check_trained_model(HUB_SEGMENTORS)
+        self.check_model()
         if not self.datasets.val:
             raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
+        if not self.load_from and self.decoder_head.type == "m2f":
+            raise NotImplementedError(
+                "decoder_head.type=m2f: a Mask2Former head cannot be trained yet; evaluate one with "
+                f"load_from={' or '.join(HUB_SEGMENTORS)} or load_from=FILE, or train decoder_head.type=linear"
+            )
         if not self.load_from and not self.datasets.train:
             raise ValueError(
                 "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"
             )
+
+    def check_model(self) -> None:
+        """Refuse settings that name no model, a head that it cannot have, or weights that nothing uses.
+
+        Raises:
+            ValueError: names the key.
+            FileNotFoundError: the trained head does not exist.
+        """
+        head = self.decoder_head
+        if head.type not in HEAD_TYPES:
+            raise ValueError(
+                f"decoder_head.type={head.type!r}{did_you_mean(head.type, HEAD_TYPES)}: expected "
+                f"{' or '.join(map(repr, HEAD_TYPES))}"
+            )
+        if self.load_from in HUB_SEGMENTORS:
+            if head.type != "m2f":
+                raise ValueError(
+                    f"load_from={self.load_from} has a Mask2Former head: give decoder_head.type=m2f, not {head.type}; "
+                    "see configs/config-ade20k-m2f-inference.yaml"
+                )
+            return
+        if head.type == "m2f" and head.backbone_out_layers in (BackboneLayersSet.LAST, BackboneLayersSet.LAST.name):
+            raise ValueError(
+                "decoder_head.backbone_out_layers=LAST: a Mask2Former head reads four blocks; give "
+                "FOUR_EVEN_INTERVALS, FOUR_LAST or four indices"
+            )
+        self.check_trained_model(HUB_SEGMENTORS)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3.heads.mask2former.semantic import semantic_scores
 from dinov3.layers.resizing import resize_bilinear
 
 INFERENCE_MODES = ("whole", "slide")
@@ -56,8 +57,8 @@ def make_inference(
         x: images [B, C, H, W] as the model takes them.
         segmentation_model: has `predict(images, rescale_to=(height, width))`; see the module.
         inference_mode: `"whole"`: one prediction for the image at `whole_size`; `"slide"`: the mean over windows.
-        decoder_head_type: what `predict` returns: `"linear"` or `"m2f"`, whose queries become class maps: the sum over
-            queries of the softmax of their classes (then without "no object") times the sigmoid of their masks.
+        decoder_head_type: what `predict` returns: `"linear"` or `"m2f"`, whose queries become class maps, see
+            `semantic_scores`.
         rescale_to: (height, width) of the result, in pixels.
         n_output_channels: K, the number of classes; used for windows only.
         crop_size: (height, width) of windows, required for them. If both are larger than the sides of the image, both
@@ -214,21 +215,15 @@ def _predict(model: Any, images: Tensor, size: Size, decoder_head_type: str) -> 
         expected = "a dictionary with pred_masks and pred_logits" if decoder_head_type == "m2f" else "a tensor"
         got = type(prediction).__name__
         raise ValueError(f"decoder_head_type={decoder_head_type!r}: expected {expected} from predict, got {got}")
-    maps = _combine_queries(prediction) if decoder_head_type == "m2f" else prediction
+    if decoder_head_type == "m2f":
+        prediction = semantic_scores(prediction["pred_logits"], prediction["pred_masks"])
+    maps = prediction
     if maps.ndim != 4 or len(maps) != len(images) or maps.shape[-2:] != size:
         raise ValueError(
             f"predict(images, rescale_to={size}) of {len(images)} images returned maps of shape {list(maps.shape)}, "
             f"expected [{len(images)}, classes, {size[0]}, {size[1]}]"
         )
     return maps
-
-
-def _combine_queries(prediction: Mapping[str, Tensor]) -> Tensor:
-    masks, logits = prediction["pred_masks"], prediction["pred_logits"]
-    # Without autocast, in which the product would be in half precision.
-    with torch.autocast(masks.device.type, enabled=False):
-        classes = logits.float().softmax(dim=-1)[..., :-1]  # [N, Q, K]
-        return torch.einsum("nqk,nqhw->nkhw", classes, masks.float().sigmoid())
 
 
 def _check_images(images: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 
 from dinov3.distributed import runtime
+from dinov3.eval.command.config import parse_arguments
 from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.dense.predicting import Files, make_parser, predict_images, read_training, with_evaluation_transforms
-from dinov3.eval.segmentation.config import SegmentationConfig
+from dinov3.eval.segmentation.config import HUB_SEGMENTORS, SegmentationConfig
 from dinov3.eval.segmentation.data import CLASSES_FILENAME, make_eval_transforms
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.segmentation.run import CONFIG_FILENAME, load_segmentor
@@ -28,6 +30,8 @@ from dinov3.utils.text import read_lines
 
 logger = logging.getLogger("dinov3")
 
+#: How released models were evaluated.
+RELEASED_CONFIG = Path(__file__).parent / "configs" / "config-ade20k-m2f-inference.yaml"
 PICTURE, MASK = "_segmentation.png", "_labels.png"
 
 EPILOG = f"""\
@@ -37,6 +41,8 @@ For every image NAME of the folder, OUT gets
 
 examples:
   python -m dinov3.eval.segmentation.predict --images photos --weights outputs/segmentation --out maps
+  python -m dinov3.eval.segmentation.predict --images photos --model dinov3_vit7b16_ms --weights HEAD.pth \\
+      --backbone-weights BACKBONE.pth --out maps
 """
 
 
@@ -64,6 +70,7 @@ class SegmentationPredictor:
             pixels[None].to(runtime.device()),
             self._model,
             inference_mode=evaluation.mode,
+            decoder_head_type=self._config.decoder_head.type,
             rescale_to=(image.height, image.width),
             n_output_channels=self._config.decoder_head.num_classes,
             crop_size=window,
@@ -76,8 +83,9 @@ class SegmentationPredictor:
 
 
 def load_segmentation_predictor(
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None = None,
     *,
+    model: str | None = None,
     backbone_weights: str | None = None,
     size: int | None = None,
     dtype: torch.dtype | None = None,
@@ -85,34 +93,47 @@ def load_segmentation_predictor(
     """Load a segmentation model that takes photos, on this process's device.
 
     Args:
-        weights: a trained head, or the output directory of its training.
-        backbone_weights: of the backbone, if they are not where training had them.
+        weights: a trained head, or the output directory of its training; or the head of `model`.
+        model: `dinov3_vit7b16_ms`, with the published weights if `weights` is not given.
+        backbone_weights: of the backbone, if they are not where training had them, or not the published ones.
         size: short side that images are resized to, pixels. Default: that of the evaluation.
         dtype: the precision that the model runs in. Default: that of the training.
 
     Raises:
-        ValueError, FileNotFoundError: the weights do not exist, or belong to another head.
+        ValueError, FileNotFoundError: no model is named, or the weights do not exist or belong to another head.
     """
-    config = read_training(
-        weights,
-        CONFIG_FILENAME,
-        SegmentationConfig,
-        preferred=(BEST_NAME, FINAL_NAME),
-        backbone_weights=backbone_weights,
-    )
-    config.check()
+    if model:
+        head = None if weights is None else os.fspath(weights)
+        config = dataclasses.replace(
+            # The root of the datasets must be given, but none is read.
+            parse_arguments([f"config={RELEASED_CONFIG}", "datasets.root=."], SegmentationConfig),
+            load_from=model,
+            head_weights=head,
+            backbone_weights=backbone_weights,
+        )
+    elif weights:
+        config = read_training(
+            weights,
+            CONFIG_FILENAME,
+            SegmentationConfig,
+            preferred=(BEST_NAME, FINAL_NAME),
+            backbone_weights=backbone_weights,
+        )
+    else:
+        raise ValueError(f"no model: give --weights of a trained head, or --model {' or '.join(HUB_SEGMENTORS)}")
+    config.check_model()
     if size:
         config = with_evaluation_transforms(config, img_size=size)
     assert config.load_from is not None
-    names_file = Path(config.load_from).parent / CLASSES_FILENAME
-    if names_file.is_file():
+    names_file = Path(config.load_from).parent / CLASSES_FILENAME  # what a training wrote beside its head
+    if not model and names_file.is_file():
         names = read_lines(names_file)
     else:
         names = [f"class {number}" for number in range(config.decoder_head.num_classes)]
-    model, description = load_segmentor(config)
-    model.autocast_dtype = dtype or model.autocast_dtype
-    logger.info("%s, run in %s on %s", description, model.autocast_dtype, runtime.device())
-    return SegmentationPredictor(config, model, names)
+    segmentor, description = load_segmentor(config)
+    segmentor.autocast_dtype = dtype or segmentor.autocast_dtype
+    logger.info("%s, run in %s on %s", description, segmentor.autocast_dtype, runtime.device())
+    return SegmentationPredictor(config, segmentor, names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,12 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0.
     """
     parser = make_parser("segmentation.predict", __doc__, EPILOG)
-    parser.add_argument("--weights", required=True, help="a trained head, or the output directory of its training")
+    parser.add_argument("--weights", help="a trained head, or the output directory of its training; or of --model")
+    parser.add_argument(
+        "--model", choices=HUB_SEGMENTORS, help="the released model; without --weights, the published ones"
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
     def load() -> Callable[[Image.Image], Files]:
         predictor = load_segmentation_predictor(
             arguments.weights,
+            model=arguments.model,
             backbone_weights=arguments.backbone_weights,
             size=arguments.size,
             dtype=arguments.dtype,

@@ -1,11 +1,16 @@
-"""Semantic segmentation: train a linear head on a frozen backbone, or evaluate one (arXiv 2508.10104, section 6.1).
+"""Semantic segmentation: train a linear head on a frozen backbone, evaluate trained and released heads.
+
+See arXiv 2508.10104, sections 6.1 and 6.3.
 
     python dinov3/eval/segmentation/run.py config=dinov3/eval/segmentation/configs/config-ade20k-linear-training.yaml \\
       datasets.root=ADE20K model.dino_hub=dinov3_vits16 model.weights=FILE output_dir=OUT
+    python dinov3/eval/segmentation/run.py config=dinov3/eval/segmentation/configs/config-ade20k-m2f-inference.yaml \\
+      datasets.root=ADE20K load_from=dinov3_vit7b16_ms head_weights=FILE backbone_weights=FILE output_dir=OUT
 
 What happens:
     only model.*                   the head of decoder_head is trained, and measured on datasets.val in between
     model.* and load_from=FILE     that trained head is evaluated on datasets.val
+    load_from=dinov3_vit7b16_ms    the released Mask2Former model is evaluated
 
 OUT gets segmentation_config.yaml, results-semantic-segmentation.csv and .json (percent; after a training, of the best
 validation), and when training model_<iteration>.pth, best.pth, model_final.pth and training_metrics.json. To resume a
@@ -28,14 +33,15 @@ from dinov3.distributed import runtime
 from dinov3.eval.command.command_line import run_command
 from dinov3.eval.command.model import FrozenBackbone, load_model
 from dinov3.eval.command.results import EvaluationResult
-from dinov3.eval.segmentation.config import SegmentationConfig
+from dinov3.eval.segmentation.config import HUB_SEGMENTORS, SegmentationConfig
 from dinov3.eval.segmentation.data import make_segmentation_dataset, write_class_names
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
-from dinov3.eval.segmentation.train import HEAD_PREFIX, build_model, load_segmentation_head_, train_segmentation_head
+from dinov3.eval.segmentation.train import HEAD_PREFIXES, build_model, load_segmentation_head_, train_segmentation_head
 from dinov3.eval.training.checkpoints import BEST_NAME, FINAL_NAME
 from dinov3.eval.training.loop import TrainingResult
 from dinov3.heads.segmentation import FeatureDecoder
 from dinov3.heads.weights import read_head
+from dinov3.hub import segmentors
 from dinov3.utils.command_line import run_command_line
 
 logger = logging.getLogger("dinov3")
@@ -106,11 +112,11 @@ def evaluate_segmentation(backbone: FrozenBackbone | None, config: SegmentationC
 
 
 def load_segmentor(config: SegmentationConfig, backbone: FrozenBackbone | None = None) -> tuple[FeatureDecoder, str]:
-    """Load the trained head `config.load_from`, in evaluation mode.
+    """Load the released model or the trained head that `config.load_from` names, in evaluation mode.
 
     Args:
         config: of the run.
-        backbone: what the head is on. Default: loaded as `config.model` describes.
+        backbone: what a trained head is on. Default: loaded as `config.model` describes.
 
     Returns:
         The model on this process's device, and its description.
@@ -120,8 +126,18 @@ def load_segmentor(config: SegmentationConfig, backbone: FrozenBackbone | None =
         WeightsError: it holds another head, or none.
     """
     assert config.load_from is not None
+    if config.load_from in HUB_SEGMENTORS:
+        weights = {"weights": config.head_weights, "backbone_weights": config.backbone_weights}
+        released: FeatureDecoder = getattr(segmentors, config.load_from)(
+            autocast_dtype=config.model_dtype.autocast_dtype,
+            num_classes=config.decoder_head.num_classes,
+            hidden_dim=config.decoder_head.hidden_dim,
+            **{name: path for name, path in weights.items() if path},
+        )
+        description = f"{config.load_from} with {config.head_weights or 'published weights'}"
+        return released.to(runtime.device()), description
     backbone = _load_backbone(config) if backbone is None else backbone
-    entries = read_head(config.load_from, prefix=HEAD_PREFIX)
+    entries = read_head(config.load_from, prefix=HEAD_PREFIXES[config.decoder_head.type])
     model = load_segmentation_head_(build_model(backbone.model, config), entries, source=config.load_from)
     return model.eval(), f"head {config.load_from} on {backbone.description}"
 
@@ -131,7 +147,9 @@ def _save_predictions_of_best(
 ) -> None:
     if training.best_iteration != training.iteration:  # the results are those of the best head, not of the last one
         best = directory.parent / BEST_NAME
-        load_segmentation_head_(model, read_head(best, prefix=HEAD_PREFIX), source=str(best))
+        load_segmentation_head_(
+            model, read_head(best, prefix=HEAD_PREFIXES[config.decoder_head.type]), source=str(best)
+        )
     evaluate_segmentation_with_config(config, model, runtime.device(), dataset=val_set, save_dir=directory)
 
 

@@ -29,13 +29,15 @@ from dinov3.eval.training.loop import (
     train_head,
 )
 from dinov3.eval.training.schedulers import build_adamw
+from dinov3.heads.mask2former.adapter import DINOv3_Adapter
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
-from dinov3.heads.weights import head_entries, load_head_
+from dinov3.heads.weights import head_entries, load_head_, set_aside
 from dinov3.layers.resizing import resize_bilinear
 
 logger = logging.getLogger("dinov3")
 
-HEAD_PREFIX = "segmentation_model.1."
+#: Of the entries of a head in the whole model, by its type. That of a Mask2Former head has the adapter, too.
+HEAD_PREFIXES = {"linear": "segmentation_model.1.", "m2f": "segmentation_model."}
 WITHOUT_EFFECT_ON_TRAINING = (
     "n_gpus",
     "eval.eval_interval",
@@ -99,7 +101,7 @@ def train_segmentation_head(
         step=step,
         evaluate=lambda _: evaluate_segmentation_with_config(config, model, device, dataset=val_set),
         is_better=better_by(config.metric_to_save),
-        prefix=HEAD_PREFIX,
+        prefix=HEAD_PREFIXES[config.decoder_head.type],
         metrics_file=output_dir / METRICS_FILENAME,
     )
     total_iter, eval_interval = config.scheduler.total_iter, config.eval.eval_interval
@@ -139,11 +141,22 @@ def build_model(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecod
 def load_segmentation_head_(model: FeatureDecoder, entries: Mapping[str, Any], *, source: str) -> FeatureDecoder:
     """Load the entries of a head, with or without their prefix in the whole model, strictly.
 
+    Those of a Mask2Former head include its adapter's; those of the backbone in it are left out.
+
     Raises:
         WeightsError: they belong to another head.
     """
-    head = model.segmentation_model[1]
-    load_head_(head, head_entries(entries, HEAD_PREFIX), source=source, target="this segmentation head")
+    reader, head = model.segmentation_model
+    target = "this segmentation head"
+    if not isinstance(reader, DINOv3_Adapter):
+        load_head_(head, head_entries(entries, HEAD_PREFIXES["linear"]), source=source, target=target)
+        return model
+    parts = model.segmentation_model
+    with set_aside(parts, reader.backbone) as inside:
+        assert inside is not None
+        found = head_entries(entries, HEAD_PREFIXES["m2f"])
+        own = {name: entry for name, entry in found.items() if not name.startswith(inside)}
+        load_head_(parts, own, source=source, target=target)
     return model
 
 

@@ -175,9 +175,19 @@ def test_labels_out_of_range_stop_a_training(root: Path, tmp_path: Path) -> None
 
 BAD_SETTINGS: dict[str, tuple[list[str], type[Exception], str]] = {
     "typo": (["eval.strid=8"], ConfigError, "eval.stride"),
-    "head": (["decoder_head.type=m2f"], NotImplementedError, "no Mask2Former head"),
+    "head": (
+        ["decoder_head.type=m2f", "decoder_head.backbone_out_layers=FOUR_LAST"],
+        NotImplementedError,
+        "cannot be trained yet",
+    ),
+    "one block": (["decoder_head.type=m2f"], ValueError, "backbone_out_layers=LAST: .* four blocks; give FOUR_EVEN"),
     "unknown head": (["decoder_head.type=linaer"], ValueError, "linaer"),
-    "released": (["load_from=dinov3_vit7b16_ms"], NotImplementedError, "dinov3_vit7b16_ms"),
+    "released": (["load_from=dinov3_vit7b16_ms"], ValueError, "dinov3_vit7b16_ms has a Mask2Former head: give .*=m2f"),
+    "weights of nothing": (
+        ["head_weights=a.pth"],
+        ValueError,
+        "head_weights and backbone_weights go with load_from=dino",
+    ),
     "no loss": (["train.celoss_weight=0"], ValueError, "weight"),
     "no training images": (["datasets.train=''"], ValueError, "datasets.train"),
     "no root": (["datasets.root=/nowhere"], FileNotFoundError, "/nowhere"),
