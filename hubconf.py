@@ -1,5 +1,30 @@
 """Entry points of `torch.hub`: `torch.hub.load(<this directory>, "dinov3_vits16", source="local", weights=PATH)`."""
 
+# ruff: noqa: E402 -- the package is checked before anything of it is imported, because another one would answer.
+
+import importlib.util
+import os
+
+
+def _check_package() -> None:
+    """Refuse the package `dinov3` of another directory, whose code the entries would run without a word."""
+    expected = os.path.join(os.path.dirname(os.path.realpath(__file__)), "dinov3")
+    try:
+        spec = importlib.util.find_spec("dinov3")
+    except ValueError:  # It was imported, but does not say from where.
+        spec = None
+    places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin])
+    if not any(place and os.path.realpath(place) == expected for place in places):
+        found = f"comes from {places[0]}" if places else "is missing"
+        raise ImportError(
+            f"{os.path.realpath(__file__)} needs the package dinov3 in {expected}, but in this process dinov3 {found}; "
+            "a process can only have one. If that is another copy of this project, load the model from that one, or "
+            "use a new process for this one; otherwise rename or uninstall it, or take it out of sys.path"
+        )
+
+
+_check_package()
+
 from dinov3.hub.backbones import (
     dinov3_convnext_base,
     dinov3_convnext_large,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 import hubconf
@@ -105,3 +110,40 @@ def test_load_passes_arguments_on() -> None:
         str(REPOSITORY), "dinov3_convnext_tiny", source="local", pretrained=False, device="meta", patch_size=16
     )
     assert model.embed_dim == 768 and model.patch_size == 16
+
+
+def test_a_second_copy_of_the_project_in_one_process_is_refused(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "hubconf.py", tmp_path)
+    (tmp_path / "dinov3").mkdir()
+    (tmp_path / "dinov3" / "__init__.py").touch()
+    torch.hub.load(str(REPOSITORY), "dinov3_vits16", source="local", pretrained=False, device="meta")
+    pattern = re.escape(
+        f"{tmp_path}/hubconf.py needs the package dinov3 in {tmp_path}/dinov3, but in this process dinov3 comes from "
+        f"{REPOSITORY}/dinov3; a process can only have one. If that is another copy of this project, load the model "
+    )
+    with pytest.raises(ImportError, match=f"^{pattern}"):
+        torch.hub.load(str(tmp_path), "dinov3_vits16", source="local", pretrained=False)
+    torch.hub.load(str(REPOSITORY), "dinov3_vits16", source="local", pretrained=False, device="meta")
+
+
+def test_the_same_copy_by_another_path_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(REPOSITORY)
+    torch.hub.load(str(tmp_path / "link"), "dinov3_vits16", source="local", pretrained=False, device="meta")
+
+
+@pytest.mark.parametrize("is_package", [True, False])
+def test_another_package_of_the_name_is_refused(
+    is_package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "dinov3" / "__init__.py" if is_package else tmp_path / "dinov3.py"
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.touch()
+    spec = importlib.util.spec_from_file_location("dinov3", foreign)
+    assert spec is not None
+    monkeypatch.setitem(sys.modules, "dinov3", importlib.util.module_from_spec(spec))
+    place = re.escape(str(foreign.parent if is_package else foreign))
+    with pytest.raises(ImportError, match=f"in this process dinov3 comes from {place}; .* rename or uninstall it"):
+        torch.hub.load(str(REPOSITORY), "dinov3_vits16", source="local", pretrained=False, device="meta")
+    monkeypatch.setitem(sys.modules, "dinov3", ModuleType("dinov3"))
+    with pytest.raises(ImportError, match="in this process dinov3 is missing; a process can only have one"):
+        torch.hub.load(str(REPOSITORY), "dinov3_vits16", source="local", pretrained=False, device="meta")
