@@ -2,11 +2,16 @@
 
     python benchmarks/forward.py [--models vits16 convnext_tiny] [--sizes 224] [--batches 1] [--dtypes fp32] ...
 
+Every implementation lives in a process of its own, which reads the weights from one file and builds its model as its
+users do, so that none profits from, or suffers by, what another one did to the process (the memory allocator's state,
+for example). They take turns of one forward pass in a rotating order; only one computes at a time. Ratios are medians
+of the rounds' own ratios. Page faults are those of one forward pass, by the kernel's count: memory that an operation
+had to get from the system again.
+
 All models of a row hold the same random weights, and their features are checked to be equal first. `optimized` is ours
 after `dinov3.hub.optimize.optimize`, for `autocast` in bfloat16, so it needs no region. The floor computes the row's
 matrix products, convolutions and attentions (queries times keys, softmax, times values: one fused operation) on tensors
-of the same shapes and dtypes, and nothing else: no bias, norm, activation, rotation, residual or cast. Rounds
-interleave the five in a rotating order; ratios are medians of the rounds' own ratios.
+of the same shapes and dtypes, and nothing else: no bias, norm, activation, rotation, residual or cast.
 
 Dtypes: `fp32`; `autocast`, where each call enters an autocast region in bfloat16, as the loop of an evaluation does;
 `bf16`, with weights and images in bfloat16. The floor of `autocast` has its weights in bfloat16 from the start.
@@ -15,14 +20,19 @@ Dtypes: `fp32`; `autocast`, where each call enters an autocast region in bfloat1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import multiprocessing
+import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +50,7 @@ from dinov3.hub.optimize import optimize
 MODELS = ["vits16", "vitb16", "vitl16", "convnext_tiny"]
 DTYPES = ["fp32", "autocast", "bf16"]
 PEERS = ["timm", "transformers"]
+CONTESTANTS = ["ours", "optimized", *PEERS, "floor"]
 #: Largest difference of features, relative to the largest feature, that counts as equal.
 TOLERANCES = {"fp32": 1e-4, "autocast": 0.1, "bf16": 0.1}
 #: Functions whose last two arguments are multiplied.
@@ -49,23 +60,55 @@ UNKNOWN_PRODUCTS = [torch.einsum, torch.tensordot, F.bilinear, F.conv1d, F.conv3
 Forward = Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a process measures.
+
+    Attributes:
+        name: one of CONTESTANTS.
+        entry: of the hub.
+        dtype: one of DTYPES.
+        directory: of the files of weights.
+        threads: of PyTorch.
+        is_cpu_time: measure the time that the process had a processor.
+    """
+
+    name: str
+    entry: str
+    dtype: str
+    directory: Path
+    threads: int
+    is_cpu_time: bool
+
+
+class Turn(NamedTuple):
+    """One forward pass."""
+
+    seconds: float
+    faults: int
+
+
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    clock = time.process_time if args.cpu_time else time.perf_counter
     kind = "processor time" if args.cpu_time else "time"
     print(f"torch {torch.__version__}, {args.threads} threads, {kind}, at least {args.rounds} rounds a row\n")
-    ratios_of = ["ours / timm", "ours / transformers", "ours / fastest peer", "ours / floor"]
-    ratios_of += ["optimized / fastest peer", "optimized / floor"]
-    print(f"| model | px | batch | dtype | ours, ms | {' | '.join(ratios_of)} |")
-    print(f"| --- | ---: | ---: | --- | ---: {'| ---: ' * len(ratios_of)}|", flush=True)
-    for model in args.models:
-        for dtype in args.dtypes:
-            networks = make_networks(f"dinov3_{model}", dtype)
+    columns = ["model", "px", "batch", "dtype", "ours, ms", "ours / timm", "ours / transformers", "ours / fastest peer"]
+    columns += ["ours / floor", "optimized / fastest peer", "optimized / floor", "faults: ours", *PEERS]
+    print(f"| {' | '.join(columns)} |")
+    print(f"| --- | ---: | ---: | --- |{' ---: |' * (len(columns) - 4)}", flush=True)
+    for model, dtype in itertools.product(args.models, args.dtypes):
+        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+            write_weights(f"dinov3_{model}", Path(directory))
+            players = {}
+            for name in CONTESTANTS:
+                task = Task(name, f"dinov3_{model}", dtype, Path(directory), args.threads, args.cpu_time)
+                players[name] = stack.enter_context(start(task))
             for size, batch in itertools.product(args.sizes, args.batches):
-                seconds = measure(networks, dtype, torch.randn(batch, 3, size, size), args.rounds, args.seconds, clock)
+                turns = measure(players, (batch, 3, size, size), TOLERANCES[dtype], args.rounds, args.seconds)
+                seconds = {name: [turn.seconds for turn in turns[name]] for name in turns}
+                faults = [f"{statistics.median(t.faults for t in turns[name]):.0f}" for name in ("ours", *PEERS)]
                 row = [model, str(size), str(batch), dtype, f"{1000 * statistics.median(seconds['ours']):.1f}"]
-                print(f"| {' | '.join(row + ratios(seconds))} |", flush=True)
+                print(f"| {' | '.join(row + ratios(seconds) + faults)} |", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,35 +129,41 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_networks(entry: str, dtype: str) -> dict[str, nn.Module]:
-    """Ours, ours optimized, timm's and transformers', of equal weights."""
-    import timm
-    from transformers import AutoConfig, AutoModel
-
+def write_weights(entry: str, directory: Path) -> None:
+    """Write the same random weights, in the layout of each library, and how the peers build their models."""
     torch.manual_seed(0)
-    weights_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     ours = getattr(backbones, entry)(pretrained=False)
     randomise_(ours)
     state = ours.state_dict()
-    # Cast by the hub, which keeps computing positions in float32.
-    own = [getattr(backbones, entry)(pretrained=False, dtype=weights_dtype) for _ in range(2)]
-    for model in own:
-        model.load_state_dict(state)
-    optimized = optimize(own[1], torch.bfloat16 if dtype == "autocast" else None)
-
+    torch.save(state, directory / "ours.pth")
     theirs = from_release(state, "timm").state
-    config = timm_config(state, theirs, entry, ((0.5,) * 3, (0.5,) * 3))
-    timm_model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
-    timm_model.load_state_dict(theirs)
-
+    torch.save((timm_config(state, theirs, entry, ((0.5,) * 3, (0.5,) * 3)), theirs), directory / "timm.pth")
     theirs = from_release(state, "huggingface").state
-    eps = 1e-6 if "convnext" in entry else 1e-5
-    options = huggingface_config(state, theirs, layer_norm_eps=eps)
-    transformers_model = AutoModel.from_config(AutoConfig.for_model(**options))
-    load_transformers_(transformers_model, theirs)
-    peers = {"timm": timm_model, "transformers": transformers_model}
-    peers = {name: model.to(weights_dtype).eval() for name, model in peers.items()}
-    return {"ours": own[0], "optimized": optimized, **peers}
+    options = huggingface_config(state, theirs, layer_norm_eps=1e-6 if "convnext" in entry else 1e-5)
+    torch.save((options, theirs), directory / "transformers.pth")
+
+
+def make_network(task: Task) -> nn.Module:
+    """Build one contestant's model from its file, with its own library only."""
+    dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
+    if task.name not in PEERS:
+        # Cast by the hub, which keeps computing positions in float32.
+        model = getattr(backbones, task.entry)(weights=task.directory / "ours.pth", dtype=dtype)
+        return (
+            optimize(model, torch.bfloat16 if task.dtype == "autocast" else None) if task.name == "optimized" else model
+        )
+    config, state = torch.load(task.directory / f"{task.name}.pth")
+    if task.name == "timm":
+        import timm
+
+        model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+        model.load_state_dict(state)
+    else:
+        from transformers import AutoConfig, AutoModel
+
+        model = AutoModel.from_config(AutoConfig.for_model(**config))
+        load_transformers_(model, state)
+    return model.to(dtype).eval()
 
 
 def randomise_(model: nn.Module) -> None:
@@ -134,34 +183,65 @@ def load_transformers_(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({names[name]: tensor for name, tensor in state.items()})
 
 
+@contextlib.contextmanager
+def start(task: Task) -> Iterator[Any]:
+    """Start a contestant's process; the connection takes what `serve` takes."""
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=serve, args=(task, other), daemon=True)
+    process.start()
+    other.close()
+    try:
+        yield connection
+    finally:
+        connection.close()
+        process.join()
+
+
+def serve(task: Task, connection: Any) -> None:
+    """Answer a shape of images with features of the last patch, and None with a `Turn`, until the parent hangs up."""
+    torch.set_num_threads(task.threads)
+    clock = time.process_time if task.is_cpu_time else time.perf_counter
+    network = make_network(task)
+    call: Forward
+    with contextlib.suppress(EOFError):
+        while True:
+            shape = connection.recv()
+            if shape is not None:
+                images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+                images = images.bfloat16() if task.dtype == "bf16" else images
+                call = make_call(network, images, is_autocast=task.dtype == "autocast" and task.name != "optimized")
+                features = last_patch(call())
+                if task.name == "floor":
+                    call = make_floor(network, images, task.dtype)
+                for _ in range(2):
+                    call()
+                connection.send(features.numpy())
+                continue
+            faults, before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, clock()
+            call()
+            seconds = clock() - before
+            connection.send(Turn(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+
+
 def measure(
-    networks: dict[str, nn.Module],
-    dtype: str,
-    images: Tensor,
-    rounds: int,
-    budget: float,
-    clock: Callable[[], float],
-) -> dict[str, list[float]]:
-    """Seconds of each round, by what was measured."""
-    images = images.bfloat16() if dtype == "bf16" else images
-    calls = {
-        name: make_call(network, images, is_autocast=dtype == "autocast" and name != "optimized")
-        for name, network in networks.items()
-    }
-    check_equal(calls, TOLERANCES[dtype])
-    calls["floor"] = make_floor(networks["ours"], images, dtype)
-    for call in itertools.chain(calls.values(), calls.values()):
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    players: dict[str, Any], shape: tuple[int, ...], tolerance: float, rounds: int, budget: float
+) -> dict[str, list[Turn]]:
+    """The turns of each contestant, round by round."""
+    check_equal({name: ask(player, shape) for name, player in players.items()}, tolerance)
+    turns: dict[str, list[Turn]] = {name: [] for name in players}
+    order = list(players)
     started = time.perf_counter()
-    while len(seconds["ours"]) < rounds or time.perf_counter() - started < budget:
+    while len(turns["ours"]) < rounds or time.perf_counter() - started < budget:
         for name in order:
-            before = clock()
-            calls[name]()
-            seconds[name].append(clock() - before)
+            turns[name].append(ask(players[name], None))
         order = order[1:] + order[:1]
-    return seconds
+    return turns
+
+
+def ask(connection: Any, question: Any) -> Any:
+    connection.send(question)
+    return connection.recv()
 
 
 def make_call(network: nn.Module, images: Tensor, *, is_autocast: bool = False) -> Forward:
@@ -181,12 +261,10 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def check_equal(calls: dict[str, Forward], tolerance: float) -> None:
+def check_equal(features: dict[str, Any], tolerance: float) -> None:
     """Stop if the features of the last patch differ."""
-    wanted = last_patch(calls["ours"]())
-    for name in (*PEERS, "optimized"):
-        found = last_patch(calls[name]())
-        difference = float((found - wanted).abs().max() / wanted.abs().max())
+    for name, found in features.items():
+        difference = abs(found - features["ours"]).max() / abs(features["ours"]).max()
         if not difference <= tolerance:
             sys.exit(f"{name} computes other features than ours: they differ by {difference:.1e} of the largest")
 

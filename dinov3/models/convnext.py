@@ -124,6 +124,11 @@ class Block(nn.Module):
         branch = self.dwconv(x).permute(0, 2, 3, 1)  # [B, H, W, C]
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(branch))))
         if self.gamma is not None:
+            is_dropped = self.training and self.drop_path.drop_prob > 0
+            if not is_dropped and not torch.compiler.is_compiling():
+                # One pass over memory instead of two. An export would take its strides for conditions on the size of
+                # the image, and a compiler joins the two itself.
+                return torch.addcmul(x.permute(0, 2, 3, 1), branch, self.gamma).permute(0, 3, 1, 2)
             branch = self.gamma * branch
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
