@@ -40,6 +40,7 @@ from dinov3.hub.backbones import (
 )
 from dinov3.hub.classifiers import dinov3_vit7b16_lc
 from dinov3.hub.depthers import dinov3_vit7b16_dd, dinov3_vitl16_chmv2
+from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l
 from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
 from dinov3.hub.runs import dinov3_from_run
 from dinov3.hub.segmentors import dinov3_vit7b16_ms
@@ -61,6 +62,7 @@ __all__ = [
     "dinov3_vith16plus",
     "dinov3_vitl16",
     "dinov3_vitl16_chmv2",
+    "dinov3_vitl16_dinotxt_tet1280d20h24l",
     "dinov3_vitl16plus",
     "dinov3_vits16",
     "dinov3_vits16plus",

@@ -14,8 +14,9 @@ Notable: a head is built on the meta device and takes over the tensors of its fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from dinov3.hub import backbones
 from dinov3.hub.backbones import WeightsLike
 from dinov3.hub.sources import BASE_URL, Source, check_file_hash, choose_weights, read_weights
 from dinov3.utils.weight_files import WeightsError
+
+logger = logging.getLogger("dinov3")
 
 Model = TypeVar("Model", bound=nn.Module)
 Entry = TypeVar("Entry", bound=Callable[..., Any])
@@ -43,7 +46,8 @@ class PublishedHead:
         file: the published file below `BASE_URL`, without `-<hash>.pth`.
         file_hash: first digits of the file's SHA-256.
         module: name of the head in the whole model, e.g. `decoder`. The backbone may be inside it: its entries are
-            then those of the backbone, not of the head.
+            then those of the backbone, not of the head. Empty: the head is all but the backbone.
+        defaults: entries that files of the head may lack, with a warning, and what they then are.
     """
 
     entry: str
@@ -52,6 +56,7 @@ class PublishedHead:
     file: str
     file_hash: str
     module: str
+    defaults: Mapping[str, Tensor] = field(default_factory=dict)
 
     def url(self, file_hash: str | None = None) -> str:
         """Return the address of the published head, or of a version of it with another hash."""
@@ -135,7 +140,7 @@ def load_published(
     with set_aside(head, backbone) as inside:
         head.to(parameter.dtype)
         if pretrained:
-            prefix, mmap = f"{published.module}.", kwargs.get("mmap")
+            prefix, mmap = f"{published.module}." if published.module else "", kwargs.get("mmap")
             if isinstance(source, Mapping):
                 entries, name = head_entries(source, prefix), "the state dict"
             else:
@@ -149,6 +154,9 @@ def load_published(
             if isinstance(source, Mapping):
                 # Copied, because the head takes its tensors over.
                 entries = {key: e.clone() if isinstance(e, Tensor) else e for key, e in entries.items()}
+            for missing in published.defaults.keys() - entries.keys():
+                logger.warning("%s lacks %s, which becomes %s", name, missing, published.defaults[missing].tolist())
+                entries[missing] = published.defaults[missing].clone()
             _load_(head, entries, source=name, target=target)
             head.to(parameter.device)
     return model.eval()

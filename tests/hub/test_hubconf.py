@@ -33,6 +33,7 @@ ENTRIES = [
     "dinov3_vith16plus",
     "dinov3_vitl16",
     "dinov3_vitl16_chmv2",
+    "dinov3_vitl16_dinotxt_tet1280d20h24l",
     "dinov3_vitl16plus",
     "dinov3_vits16",
     "dinov3_vits16plus",
@@ -83,7 +84,8 @@ assert new <= ALLOWED, new
 
 def test_loading_and_normalization_only_need_torch_and_numpy(tmp_path: Path) -> None:
     torch.save(dinov3_vits16(pretrained=False).state_dict(), tmp_path / "w.pth")
-    entries = [entry for entry in ENTRIES if not entry.startswith("dinov3_from_")]
+    # The tokenizer of dino.txt needs a package, which its error names.
+    entries = [entry for entry in ENTRIES if not entry.startswith("dinov3_from_") and "dinotxt" not in entry]
     subprocess.run(
         [sys.executable, "-c", WITHOUT_OTHER_PACKAGES, str(REPOSITORY), str(tmp_path / "w.pth"), *entries],
         check=True,

@@ -104,7 +104,7 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.text.vision_tower": "dinov3.heads.dinotxt.vision_tower",
     "dinov3.eval.text.text_tower": "dinov3.heads.dinotxt.text_tower",
     "dinov3.eval.text.text_transformer": "dinov3.heads.dinotxt.text_transformer",
-    "dinov3.eval.text.tokenizer": "dinov3.data.tokenizer",
+    "dinov3.eval.text.tokenizer": "dinov3.heads.dinotxt.tokenizer",
     "dinov3.eval.text.clip_loss.memory_efficient_clip_loss": "dinov3.loss.contrastive_loss.contrastive_loss",
     "dinov3.eval.text.gram_loss.gram_loss_fn": "dinov3.loss.gram_loss.sampled_gram_loss",
     # Segmentation.

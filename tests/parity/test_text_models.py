@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov3.data.tokenizer import Tokenizer
 from dinov3.heads.dinotxt.model import DINOTxt, DINOTxtConfig
 from dinov3.heads.dinotxt.text_tower import TextHead
 from dinov3.heads.dinotxt.text_transformer import TextTransformer
+from dinov3.heads.dinotxt.tokenizer import Tokenizer
 from dinov3.heads.dinotxt.vision_tower import VisionHead
+from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l
 from dinov3.models.vision_transformer import DinoVisionTransformer
 from tests.multiprocess import run_ranks
 from tests.parity import deterministic, golden
+from tests.parity.state_dicts import assert_matches_manifest
 
 HEADS = {"VisionHead": VisionHead, "TextHead": TextHead}
 
@@ -75,6 +77,19 @@ def assert_returns(call: dict[str, Any], got: Any) -> None:
 
 def _integer(text: str) -> int | None:
     return int(text) if text.strip() else None
+
+
+def test_hub_entry() -> None:
+    case = golden.case("text", "hub-config")
+    with torch.device("meta"):
+        model, tokenizer = dinov3_vitl16_dinotxt_tet1280d20h24l(pretrained=False)
+    assert isinstance(tokenizer, Tokenizer) and not model.training
+    assert {name: getattr(model.model_config, name) for name in case["config"]} == case["config"]
+    assert_matches_manifest(model, "dinov3_vitl16_dinotxt_tet1280d20h24l")
+    for prefix, count in case["parameters"].items():
+        prefix = "" if prefix == "total" else prefix
+        named = dict(model.named_parameters())
+        assert sum(entry.numel() for name, entry in named.items() if name.startswith(prefix)) == count
 
 
 @by_id("dinotxt-")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dinov3.data.tokenizer import Tokenizer
 from dinov3.eval.segmentation.inference import make_inference
 from dinov3.eval.text.prompts import encode_classes
 from dinov3.eval.text.segmenter import OpenVocabularySegmenter, patch_channels
+from dinov3.heads.dinotxt.tokenizer import Tokenizer
 from tests.parity import golden
 from tests.parity.test_text_models import assert_returns, build_dinotxt, make_input
 

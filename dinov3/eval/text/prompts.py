@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.data.tokenizer import Tokenizer
 from dinov3.eval.command.progress import Progress
 from dinov3.heads.dinotxt.model import DINOTxt
+from dinov3.heads.dinotxt.tokenizer import Tokenizer
 
 
 def imagenet_templates() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
-from dinov3.data.tokenizer import Tokenizer
+from dinov3.heads.dinotxt.tokenizer import Tokenizer
 
 START, END = 49406, 49407
 
