@@ -117,9 +117,13 @@ def get_tokenizer(bpe_path_or_url: str = VOCABULARY_URL) -> Tokenizer:
         return Tokenizer(bpe_path_or_url)
     digest = hashlib.sha256(bpe_path_or_url.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"vocabulary_{digest}.txt.gz"
+
+    def check(partial: Path) -> None:
+        Tokenizer(partial)
+
     if not path.exists():
         try:
-            download(bpe_path_or_url, path, progress=False, check=Tokenizer)
+            download(bpe_path_or_url, path, progress=False, check=check)
         except ConnectionError as error:
             raise FileNotFoundError(f"no vocabulary at {bpe_path_or_url}: {error}") from error
     return Tokenizer(path)
