@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from dinov3 import distributed
 from dinov3.configs.merging import Layer, get_cfg_from_args, get_default_config, joined, layers_of, merge_layers
 from dinov3.configs.multidistillation import disagreements, merge_student, merge_students, shared_problems
+from dinov3.configs.notes import find_notes
 from dinov3.configs.scaling import apply_scaling_rules_to_cfg
 from dinov3.configs.settings import ConfigError
-from dinov3.configs.validation import find_notes, validate
+from dinov3.configs.validation import validate
 from dinov3.logging import cleanup_logging, setup_logging
 from dinov3.utils import fix_random_seeds, get_conda_env, get_sha
 from dinov3.utils.files import atomic_write

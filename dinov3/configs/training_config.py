@@ -242,7 +242,7 @@ class Student:
 
     arch: str = key("vit_large", "network", choices=VIT_ARCHITECTURES + CONVNEXT_ARCHITECTURES)
     patch_size: int = key(16, "pixels per side of a ViT's patch", minimum=1)
-    depth: int | None = key(None, "number of a ViT's blocks; null: the architecture's own")
+    depth: int | None = key(None, "number of a ViT's blocks; null: the architecture's own", minimum=1)
     drop_path_rate: float = key(0.3, "stochastic depth of a ViT", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial value of a ViT's residual scales; null or 0: none", minimum=0)
     pretrained_weights: str | None = key("", "backbone weights to start from")

@@ -26,6 +26,7 @@ from dinov3.configs.training_config import (
     TrainingConfig,
     default_values,
 )
+from dinov3.data.datasets.strings import parse_dataset_string
 from dinov3.utils.messages import list_names
 
 CONVNEXT_STRIDE = 32
@@ -69,28 +70,8 @@ def find_problems(cfg: Any, world_size: int | None = None) -> list[str]:
     return list(itertools.chain.from_iterable(rule(cfg, size) for rule in RULES))
 
 
-def find_notes(cfg: Any) -> Iterator[str]:
-    """Yield remarks on a valid configuration that may not do what its author expects."""
-    patch = _stride(cfg.student)
-    for size in sorted(set(as_list(cfg.crops.local_crops_size))):
-        if size % patch:
-            yield (
-                f"crops.local_crops_size: of {size} pixels the last {size % patch} rows and columns are not seen "
-                f"(patches of {patch})"
-            )
-    for switch, needed in (("checkpointing_full", "checkpointing"), ("cudagraphs", "compile")):
-        if cfg.train[switch] and not cfg.train[needed]:
-            yield f"train.{switch} has no effect with train.{needed}=false"
-    key = "optim.freeze_last_layer_epochs" if cfg.get("schedules") is None else "schedules.lr.freeze_last_layer_epochs"
-    frozen = OmegaConf.select(cfg, key) or 0
-    if frozen >= cfg.optim.epochs:
-        yield f"{key}={frozen}: the last layers of the heads stay as they were initialised during the whole run"
-    if cfg.crops.gram_teacher_crops_size is not None and not cfg.gram.use_loss:
-        yield "crops.gram_teacher_crops_size has no effect with gram.use_loss=false"
-
-
 def _crop_sizes(cfg: Any, world_size: int) -> Iterator[str]:
-    crops, patch = cfg.crops, _stride(cfg.student)
+    crops, patch = cfg.crops, stride(cfg.student)
     sizes = {key: as_list(crops[key]) for key in ("global_crops_size", "local_crops_size")}
     if crops.gram_teacher_crops_size is not None:
         sizes["gram_teacher_crops_size"] = as_list(crops.gram_teacher_crops_size)
@@ -115,6 +96,11 @@ def _crop_sizes(cfg: Any, world_size: int) -> Iterator[str]:
                     f"crops.localcrops_subset_of_globalcrops: a local crop of {inner} pixels cannot be cut out of a "
                     f"global crop of {outer}"
                 )
+            if inner % cfg.student.patch_size:
+                yield (
+                    f"crops.local_crops_size={inner}: with crops.localcrops_subset_of_globalcrops=true local crops lie "
+                    f"on the grid of patches; use {inner // cfg.student.patch_size * cfg.student.patch_size}"
+                )
     for key in ("global_crops_scale", "local_crops_scale"):
         low, high = crops[key]
         if low > high:
@@ -128,7 +114,7 @@ def _masks(cfg: Any, world_size: int) -> Iterator[str]:
     if not 0 <= low < high <= 1:
         yield f"ibot.mask_ratio_min_max=[{low}, {high}]: expected 0 <= smallest < largest <= 1"
     # Masks are drawn on a grid that must be that of the student's patches.
-    student, patch, scale = cfg.student, _stride(cfg.student), cfg.crops.teacher_to_student_resolution_scale
+    student, patch, scale = cfg.student, stride(cfg.student), cfg.crops.teacher_to_student_resolution_scale
     key = f"crops.teacher_to_student_resolution_scale={scale}"
     mask_patch = int(student.patch_size * scale)
     if mask_patch < 1:
@@ -179,6 +165,21 @@ def _data(cfg: Any, world_size: int) -> Iterator[str]:
     for key in ("train.dataset_path", "train.output_dir", *STARTS):
         if is_placeholder(value := OmegaConf.select(cfg, key)):
             yield f"{key}={value}: this is a placeholder, give your own"
+    if cfg.train.dataset_path and not is_placeholder(cfg.train.dataset_path):
+        try:
+            parse_dataset_string(cfg.train.dataset_path)
+        except ValueError as error:
+            yield f"train.dataset_path: {error}"
+
+
+def _sharding(cfg: Any, world_size: int) -> Iterator[str]:
+    if cfg.train.fsdp == "never" and world_size > 1:
+        yield f"train.fsdp=never: {world_size} processes would have no common gradient; use auto"
+    if cfg.train.fsdp == "never" and cfg.compute_precision.param_dtype != "fp32":
+        yield (
+            f"train.fsdp=never: it computes in float32, not in compute_precision.param_dtype="
+            f"{cfg.compute_precision.param_dtype}; set that to fp32, or train.fsdp=auto"
+        )
 
 
 def _batch(cfg: Any, world_size: int) -> Iterator[str]:
@@ -217,6 +218,12 @@ def _batch(cfg: Any, world_size: int) -> Iterator[str]:
 
 def _schedules(cfg: Any, world_size: int) -> Iterator[str]:
     optim, schedules = cfg.optim, cfg.get("schedules")
+    if count_iterations(cfg, optim.epochs) < 1:
+        yield (
+            f"optim.epochs={optim.epochs}: less than one iteration, with train.OFFICIAL_EPOCH_LENGTH="
+            f"{cfg.train.OFFICIAL_EPOCH_LENGTH} iterations per epoch"
+        )
+        return
     if schedules is None:
         if unset := [key for key in REPLACED_BY_SCHEDULES if OmegaConf.select(cfg, key) is None]:
             yield f"not set: {', '.join(unset)}; give them, or a section `schedules`"
@@ -331,7 +338,7 @@ def _distillation(cfg: Any, world_size: int) -> Iterator[str]:
             yield f"{section}.{key}={ours}: the teacher of distillation.full_cfg_path has {theirs}; they must be equal"
     scale = cfg.crops.teacher_to_student_resolution_scale
     for size in as_list(cfg.crops.global_crops_size):
-        side, teacher_side = size // _stride(cfg.student), int(size / scale) // _stride(teacher.student)
+        side, teacher_side = size // stride(cfg.student), int(size / scale) // stride(teacher.student)
         if side != teacher_side:
             yield (
                 f"crops.global_crops_size={size}: {cfg.student.arch} has {side} x {side} patches, the teacher "
@@ -339,8 +346,8 @@ def _distillation(cfg: Any, world_size: int) -> Iterator[str]:
             )
 
 
-def _stride(student: Any) -> int:
-    # Pixels per side of a feature of the network.
+def stride(student: Any) -> int:
+    """Return the pixels per side of a feature of the network that the section `student` describes."""
     return CONVNEXT_STRIDE if student.arch.startswith("convnext") else student.patch_size
 
 
@@ -350,6 +357,7 @@ RULES = (
     _student,
     _data,
     _batch,
+    _sharding,
     _schedules,
     _gram,
     _distillation,

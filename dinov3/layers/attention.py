@@ -50,7 +50,8 @@ class LinearKMaskedBias(nn.Linear):
     """A linear layer to queries, keys and values, with the arguments of `nn.Linear`, and a mask for its bias.
 
     The bias is multiplied by the buffer `bias_mask`. It is NaN until `init_weights_vit` sets it (1 for queries and
-    values, 0 for keys) or a state dict brings it; a loaded mask is used as it is.
+    values, 0 for keys) or a state dict brings it; a loaded mask is used as it is. A state dict after which the mask
+    would be NaN is refused, also with `strict=False`: all outputs would be NaN.
 
     Raises:
         ValueError: `out_features` is not a multiple of 3.
@@ -65,6 +66,20 @@ class LinearKMaskedBias(nn.Linear):
         if self.bias is not None:
             mask = torch.empty(self.bias.shape, device=self.bias.device, dtype=self.bias.dtype)
             self.register_buffer("bias_mask", mask.fill_(torch.nan))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        error_msgs: list[str] = args[-1]
+        name = prefix + "bias_mask"
+        if self.bias is None or self.bias_mask.is_meta or not self.bias_mask.isnan().any():
+            return
+        if name in state_dict:
+            error_msgs.append(f"{name} is NaN: the state dict is of a model that was never initialised")
+        elif f"{prefix}bias" in state_dict:
+            error_msgs.append(
+                f"{name} is missing, and this model has none yet: call its init_weights() before, or build the model "
+                "with mask_k_bias=False if the state dict is of such a model"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""

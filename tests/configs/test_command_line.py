@@ -48,7 +48,7 @@ def test_only_changed_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_peak_of_a_rising_cosine_is_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = f"{RECIPES}/dinov3_vit7b16_high_res_adapt.yaml"
-    assert main([recipe, "train.dataset_path=X", "gram.ckpt=F", "--processes", "256"]) == 0
+    assert main([recipe, "train.dataset_path=ImageFolder:root=X", "gram.ckpt=F", "--processes", "256"]) == 0
     out = capsys.readouterr().out
     assert "# peak lr          7.071e-05" in out
     assert "2 of 512/768/768/768/768" in out
@@ -67,6 +67,12 @@ def test_contradictions_are_flagged(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dino.koleo_topk=2", "ibot.separate_head=false"]) == 1
     errors = capsys.readouterr().err
     assert "error: dino.koleo_topk=2" in errors and "error: ibot.separate_head" in errors
+
+
+def test_networks_that_cannot_be_built_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["student.arch=vit_small", "student.fp8_enabled=true", "student.fp8_filter=zz"]) == 1
+    assert "section student cannot be built: no linear layer" in capsys.readouterr().err
+    assert main(["student.arch=vit_small", "student.fp8_enabled=true"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["no_such.yaml"], ["optim.lr=[1"], ["optim.lr=fast"]])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from dinov3.configs import validate, validation
+from dinov3.configs import validate
+from dinov3.configs.notes import find_notes
 
 from .helpers import config, refused
 
@@ -76,7 +77,7 @@ class TestGram:
     def test_crops_that_nobody_sees_are_remarked(self) -> None:
         cfg = config("crops.gram_teacher_crops_size=448")
         validate(cfg)
-        assert any("gram_teacher_crops_size has no effect" in note for note in validation.find_notes(cfg))
+        assert any("gram_teacher_crops_size has no effect" in note for note in find_notes(cfg))
 
 
 class TestDistillation:

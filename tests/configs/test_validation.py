@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dinov3.configs import ConfigError, DinoV3SetupArgs, get_cfg_from_args, get_default_config, validate, validation
+from dinov3.configs import ConfigError, DinoV3SetupArgs, get_cfg_from_args, get_default_config, validate
+from dinov3.configs.notes import find_notes
 
 from .helpers import config, refused
 
@@ -35,6 +36,7 @@ SCHEDULES = {
         "ibot.mask_sample_probability=1.5",
         "student.drop_path_rate=1.0",
         "student.ffn_ratio=0",
+        "student.depth=0",
         "student.pos_embed_rope_rescale_coords=0.5",
         "teacher.momentum_teacher=1.1",
         "checkpointing.period=0",
@@ -77,7 +79,7 @@ class TestCrops:
         cfg = config("crops.local_crops_size=[96,168]", "crops.global_crops_size=[224,448]")
         cfg.crops.global_local_crop_pairs_ratios = [0.5, 0.5]
         validate(cfg)
-        assert any("168 pixels the last 8 rows" in note for note in validation.find_notes(cfg))
+        assert any("168 pixels the last 8 rows" in note for note in find_notes(cfg))
 
     def test_lists_have_one_length(self) -> None:
         sizes = ["crops.global_crops_size=[224,448]", "crops.local_crops_size=[96,96]"]
@@ -209,23 +211,45 @@ class TestSchedules:
     def test_frozen_last_layers_are_remarked(self) -> None:
         cfg = config("optim.epochs=1", "optim.warmup_epochs=0")
         validate(cfg)
-        assert any("freeze_last_layer_epochs=1" in note for note in validation.find_notes(cfg))
+        assert any("freeze_last_layer_epochs=1" in note for note in find_notes(cfg))
 
 
 @pytest.mark.parametrize(("switch", "needed"), [("checkpointing_full", "checkpointing"), ("cudagraphs", "compile")])
 def test_switches_without_what_they_refine_are_remarked(switch: str, needed: str) -> None:
     cfg = config(f"train.{switch}=true", f"train.{needed}=false")
     validate(cfg)
-    assert f"train.{switch} has no effect with train.{needed}=false" in validation.find_notes(cfg)
+    assert f"train.{switch} has no effect with train.{needed}=false" in find_notes(cfg)
     cfg.train[needed] = True
-    assert list(validation.find_notes(cfg)) == []
+    assert list(find_notes(cfg)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ("train.fsdp=never compute_precision.param_dtype=bf16", "train.fsdp=never: it computes in float32"),
+        ("optim.epochs=0.0001 optim.warmup_epochs=0", "optim.epochs=0.0001: less than one iteration"),
+        ("train.dataset_path=ImageFolder:rot=x", "train.dataset_path: .*did you mean 'root'"),
+        (
+            "crops.localcrops_subset_of_globalcrops=true crops.local_crops_size=100",
+            "crops.local_crops_size=100: .*on the grid of patches; use 96",
+        ),
+    ],
+)
+def test_what_the_trainer_would_refuse_later_is_refused_at_once(options: str, key: str) -> None:
+    refused(key, config(*options.split()))
+
+
+def test_processes_of_their_own_have_no_common_gradient() -> None:
+    cfg = config("train.fsdp=never", "compute_precision.param_dtype=fp32")
+    validate(cfg, world_size=1)
+    refused("train.fsdp=never: 2 processes", cfg, world_size=2)
 
 
 RECIPES = {
     "vitl_im1k_lin834.yaml": ([], 32),
-    "dinov3_vit7b16_pretrain.yaml": (["train.dataset_path=X"], 256),
-    "dinov3_vit7b16_gram_anchor.yaml": (["train.dataset_path=X", "gram.ckpt=F"], 256),
-    "dinov3_vit7b16_high_res_adapt.yaml": (["train.dataset_path=X", "gram.ckpt=F"], 256),
+    "dinov3_vit7b16_pretrain.yaml": (["train.dataset_path=ImageFolder:root=X"], 256),
+    "dinov3_vit7b16_gram_anchor.yaml": (["train.dataset_path=ImageFolder:root=X", "gram.ckpt=F"], 256),
+    "dinov3_vit7b16_high_res_adapt.yaml": (["train.dataset_path=ImageFolder:root=X", "gram.ckpt=F"], 256),
     "multidist_tests/vits_p16.yaml": ([], 4),
     "multidist_tests/vitb_p16.yaml": ([], 4),
     "multi_distillation_test.yaml": ([], 8),
@@ -240,7 +264,9 @@ def test_recipes_can_be_trained_once_their_files_are_given(recipe: str) -> None:
 
 
 def test_gram_recipe_asks_for_its_teacher() -> None:
-    args = DinoV3SetupArgs("dinov3/configs/train/dinov3_vit7b16_gram_anchor.yaml", opts=["train.dataset_path=X"])
+    args = DinoV3SetupArgs(
+        "dinov3/configs/train/dinov3_vit7b16_gram_anchor.yaml", opts=["train.dataset_path=ImageFolder:root=X"]
+    )
     refused("gram.ckpt=ignore.*gram.ckpt=FILE", get_cfg_from_args(args))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dinov3.layers import CausalSelfAttention, LinearKMaskedBias, RopePositionEmbedding, SelfAttention
 from dinov3.layers.attention import rope_with_prefix
@@ -51,6 +52,21 @@ def test_masked_bias_starts_as_nan_and_silences_keys() -> None:
     got.sum().backward()
     assert linear.bias.grad is not None and linear.bias.grad.tolist() == [1, 1, 0, 0, 1, 1]
     assert "bias_mask" not in LinearKMaskedBias(4, 6, bias=False).state_dict()
+
+
+def test_state_dicts_that_leave_the_masked_bias_nan_are_refused() -> None:
+    state = LinearKMaskedBias(4, 6).state_dict()
+    without = {name: tensor for name, tensor in state.items() if name != "bias_mask"}
+    with pytest.raises(RuntimeError, match="0.bias_mask is NaN: the state dict is of a model that was never init"):
+        nn.Sequential(LinearKMaskedBias(4, 6)).load_state_dict({f"0.{name}": t for name, t in state.items()})
+    linear = LinearKMaskedBias(4, 6)
+    with pytest.raises(RuntimeError, match=r"bias_mask is missing, .*init_weights\(\)"):
+        linear.load_state_dict(without, strict=False)
+    mask = torch.tensor([1.0, 1, 0, 0, 1, 1])
+    linear.bias_mask.copy_(mask)
+    assert linear.load_state_dict(without, strict=False).missing_keys == ["bias_mask"]
+    assert torch.equal(linear.bias_mask, mask)
+    LinearKMaskedBias(4, 6).load_state_dict(without | {"bias_mask": mask})
 
 
 def test_widths_that_do_not_divide() -> None:

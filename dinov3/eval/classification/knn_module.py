@@ -23,6 +23,7 @@ from dinov3.eval.classification.metrics import scalar_results
 from dinov3.eval.classification.scoring import DictKeysModule, average_metrics, evaluate
 from dinov3.eval.command.progress import track
 from dinov3.eval.features.cache import FeatureRows
+from dinov3.eval.features.extraction import check_finite_rows
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")
@@ -45,7 +46,7 @@ class KnnModule(nn.Module):
         stream: leave the features where they are, on the CPU or in a mapped file, and bring blocks to the device.
 
     Raises:
-        ValueError: a label is not in [0, C), or there are no training rows.
+        ValueError: a label is not an integer in [0, C), there are no training rows, or one has NaN or infinity.
     """
 
     def __init__(
@@ -65,6 +66,17 @@ class KnnModule(nn.Module):
     ) -> None:
         super().__init__()
         _check_labels(train_labels, num_classes)
+        n_rows = len(train_labels if row_ids is None else row_ids)
+        if train_features.ndim != 2 or len(train_features) != n_rows:
+            raise ValueError(
+                f"training features are of shape {tuple(train_features.shape)}, expected {n_rows} rows, one for each "
+                + ("label" if row_ids is None else "of row_ids")
+            )
+        if not (T > 0 and all(k >= 1 for k in ks)):
+            raise ValueError(f"T={T}, ks={list(ks)}: expected a temperature above 0 and neighbours from 1 on")
+        # Features that are streamed come from `extract_features`, which refuses such rows; reading them here is slow.
+        if not stream:
+            check_finite_rows(train_features, "training features")
         self.ks = sorted(set(ks))
         self.T = T
         self.num_classes = num_classes
@@ -98,6 +110,7 @@ class KnnModule(nn.Module):
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
         """Return the class scores (float32 [M, C]) of queries [M, D] by k."""
         queries = queries.to(self.device, torch.float32)
+        check_finite_rows(queries, "queries")
         n_blocks = blocks_of_slowest_process(len(queries), self.queries_per_block) if self.sharded else None
         parts = [self._score(block) for block in split_rows(queries, self.queries_per_block, n_blocks)]
         return {k: torch.cat([part[k] for part in parts]) for k in self.ks}
@@ -217,7 +230,18 @@ def knn_accuracy(
         test_labels: integers [M].
         ks: numbers of neighbours; more than N counts as N.
         temperature: of the softmax over similarities.
+
+    Raises:
+        ValueError: a feature is NaN or infinite, or labels are not one integer from 0 on for each row.
     """
+    for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        if len(labels) == 0 or labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"{name}_labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one integer for each of "
+                f"the {len(features)} rows of {name}_features"
+            )
+        # Before rows are normalised: infinity over infinity would be NaN, but 1 over infinity 0.
+        check_finite_rows(features, f"{name}_features")
     module = KnnModule(
         train_features=F.normalize(train_features.float(), dim=1),
         train_labels=train_labels,
@@ -245,6 +269,8 @@ def split_rows(rows: Tensor, size: int, n_blocks: int | None = None) -> list[Ten
 def _check_labels(labels: Tensor, num_classes: int) -> None:
     if len(labels) == 0:
         raise ValueError("there are no training rows")
+    if labels.is_floating_point():
+        raise ValueError(f"training labels are {labels.dtype}, expected integers")
     if labels.ndim == 2 and labels.shape[1] != num_classes:
         raise ValueError(f"multi-hot training labels have {labels.shape[1]} columns, expected {num_classes}")
     if labels.ndim == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:

@@ -24,14 +24,13 @@ from dinov3.eval.classification.log_regression_solvers import Fit, fit_with_skle
 from dinov3.eval.classification.metrics import scalar_results
 from dinov3.eval.command.progress import Progress
 from dinov3.eval.features.cache import IN_MEMORY, FeatureStore
-from dinov3.eval.features.extraction import join_rows
+from dinov3.eval.features.extraction import check_finite_rows, join_rows
 from dinov3.utils import as_torch_dtype
 
 logger = logging.getLogger("dinov3")
 
 C_POWER_RANGE = torch.linspace(-6, 5, 45)
 C_VALUES: list[float] = (10**C_POWER_RANGE).tolist()
-ROWS_PER_CHECK = 16384
 SCORES_PER_BATCH = 2**20
 
 
@@ -335,11 +334,7 @@ def _check(features: Tensor, labels: Tensor, is_multi_label: bool) -> None:
         raise ValueError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected {kind}, integers from 0 on"
         )
-    n_bad = sum(int((~block.isfinite()).any(dim=1).sum()) for block in features.split(ROWS_PER_CHECK))
-    if n_bad:
-        raise ValueError(
-            f"{n_bad} of {len(features)} rows of features contain NaN or infinity, as the model returned them"
-        )
+    check_finite_rows(features, "features")
 
 
 def _split_columns(labels: Tensor, num_classes: int | None) -> tuple[_Columns, Tensor]:

@@ -27,6 +27,7 @@ from dinov3.eval.features.cache import IN_MEMORY, FeatureRows, FeatureStore, des
 logger = logging.getLogger("dinov3")
 
 GATHER_PIECE_BYTES = 64 * 2**20
+ROWS_PER_CHECK = 16384
 
 
 def usable_workers(wanted: int) -> int:
@@ -297,6 +298,20 @@ class ResultsAccumulator:
         if not torch.equal(index[order], torch.arange(len(order))):
             raise ValueError("predictions are missing for some samples, so they cannot be put into dataset order")
         return {"preds": preds[order], "target": target[order]}
+
+
+def check_finite_rows(features: Tensor, name: str) -> None:
+    """Raise a ValueError that names the count and the first of the rows [N, D] with NaN or infinity, if there are any.
+
+    Args:
+        features: may be mapped from a file; they are read block by block.
+        name: of the features, for the message.
+    """
+    bad = torch.cat([~block.isfinite().all(dim=1) for block in features.split(ROWS_PER_CHECK)]).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(features)} rows of {name} contain NaN or infinity, the first is row {int(bad[0])}"
+        )
 
 
 def cat_padded(tensors: list[Tensor]) -> Tensor:

@@ -130,7 +130,8 @@ def test_precision_of_matrix_products_is_given_back() -> None:
     [
         (torch.tensor([0, 3]), "0 to 3, expected 0 to 2"),
         (torch.tensor([-1, 0]), "-1 to 0"),
-        (torch.ones(2, 5), "5 columns"),
+        (torch.ones(2, 5, dtype=torch.int64), "5 columns"),
+        (torch.tensor([0.0, 1.0]), "float32, expected integers"),
         (torch.zeros(0, dtype=torch.int64), "no training rows"),
     ],
 )
@@ -144,6 +145,41 @@ def test_knn_accuracy_normalises_and_counts_in_percent() -> None:
     test = torch.tensor([[0.5, 0.0], [0.1, 9.0], [-1.0, 0.2], [1.0, 0.1]])
     accuracy = knn_accuracy(train, torch.tensor([0, 1, 2]), test, torch.tensor([0, 1, 2, 1]), ks=(1, 50))
     assert accuracy == {1: 75.0, 3: 75.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_counted_and_refused(value: float) -> None:
+    # One NaN row was the nearest neighbour of every query.
+    features, labels = torch.eye(20).repeat(10, 1), torch.arange(20).repeat(10)
+    assert knn_accuracy(features, labels, features, labels, ks=(10,)) == {10: 100.0}
+    broken = features.clone()
+    broken[7, 3] = broken[9, 0] = value
+    for train, test, name in ((broken, features, "train_features"), (features, broken, "test_features")):
+        with pytest.raises(ValueError, match=rf"^2 of 200 rows of {name} .*the first is row 7$"):
+            knn_accuracy(train, labels, test, labels)
+    module = KnnModule(train_features=features, train_labels=labels, device="cpu", ks=[1], T=1.0, num_classes=20)
+    with pytest.raises(ValueError, match="^1 of 3 rows of queries .*row 1$"):
+        module(broken[6:9])
+    with pytest.raises(ValueError, match="^2 of 200 rows of training features"):
+        KnnModule(train_features=broken, train_labels=labels, device="cpu", ks=[1], T=1.0, num_classes=20)
+
+
+def test_labels_of_knn_accuracy_are_one_integer_per_row() -> None:
+    rows, labels = torch.eye(3), torch.arange(3)
+    for train, test, name in (
+        (labels.float(), labels, "train_labels are torch.float32"),
+        (labels, labels.double(), "test_labels are torch.float64"),
+        (labels, labels[:1], r"test_labels .* \(1,\); expected one integer for each of the 3 rows"),
+        (labels[:2], labels, r"train_labels .* \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            knn_accuracy(rows, train, rows, test)
+
+
+@pytest.mark.parametrize(("T", "ks"), [(0.0, [1]), (math.nan, [1]), (1.0, [0])])
+def test_votes_without_a_temperature_or_a_neighbour_are_refused(T: float, ks: list[int]) -> None:
+    with pytest.raises(ValueError, match="a temperature above 0 and neighbours from 1 on"):
+        KnnModule(train_features=torch.eye(2), train_labels=torch.arange(2), device="cpu", ks=ks, T=T, num_classes=2)
 
 
 MEASURE = """
