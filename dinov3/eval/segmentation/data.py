@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets
 from dinov3.data.datasets.pairs import PairedImageDataset
+from dinov3.data.datasets.segmentation_folder import IGNORED_LABEL
 from dinov3.data.datasets.strings import DATASETS, parse_dataset_string
 from dinov3.eval.dense.data import collate_pairs, make_paired_dataset
 from dinov3.eval.segmentation.config import SegmentationConfig
@@ -19,6 +21,8 @@ from dinov3.eval.segmentation.transforms import make_segmentation_eval_transform
 from dinov3.eval.training.loader import make_train_loader
 from dinov3.utils.files import atomic_write
 from dinov3.utils.messages import list_names
+
+logger = logging.getLogger("dinov3")
 
 CLASSES_FILENAME = "classes.txt"
 
@@ -53,6 +57,13 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
     transforms = make_train_transforms(config) if split == "train" else make_eval_transforms(config, use_tta=use_tta)
     dataset = make_paired_dataset(config.datasets, split, transforms)
     names, expected = class_names_of(dataset), config.decoder_head.num_classes
+    if expected == 1:
+        logger.warning(
+            "decoder_head.num_classes=1: a head of one class has nothing to learn. Pixels of %d are ignored, so masks "
+            "of 0 and %d have one class only: save the second class as 1, and give decoder_head.num_classes=2",
+            IGNORED_LABEL,
+            IGNORED_LABEL,
+        )
     if names is not None and len(names) != expected:
         raise ValueError(
             f"datasets.{split}={text} has {len(names)} classes ({list_names(names)}): "
