@@ -17,6 +17,7 @@ from dinov3.configs.scaling import count_iterations, learning_rate_scale
 from dinov3.configs.settings import ConfigError, as_list, flatten, format_keys
 from dinov3.configs.training_config import TrainingConfig, default_values
 from dinov3.configs.validation import find_problems
+from dinov3.data.datasets.strings import parse_dataset_string
 from dinov3.layers import convert_linears_to_fp8
 from dinov3.models.building import build_model_from_cfg
 from dinov3.utils.command_line import ArgumentParser
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     elif cfg.multidistillation.enabled:
         problems = _student_problems(cfg, args.processes, layers)
     else:
-        problems = find_problems(cfg, args.processes) or _network_problems(cfg)
+        problems = find_problems(cfg, args.processes) or [*_problems_of_parts(cfg)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -139,22 +140,26 @@ def _student_problems(cfg: DictConfig, processes: int, layers: list[Layer]) -> l
     for student in cfg.multidistillation.students:
         try:
             students[student.name] = merge_student(student, layers)
-            found = find_problems(students[student.name], processes) or _network_problems(students[student.name])
+            found = find_problems(students[student.name], processes) or [*_problems_of_parts(students[student.name])]
         except (ConfigError, FileNotFoundError) as error:
             found = [str(error)]
         problems += [f"student {student.name}: {problem}" for problem in found]
     return problems + [*disagreements(students)]
 
 
-def _network_problems(cfg: DictConfig) -> list[str]:
+def _problems_of_parts(cfg: DictConfig) -> Iterator[str]:
+    """Yield what the trainer would find where it opens the data and builds the network, as far as `cfg` says."""
+    try:
+        parse_dataset_string(cfg.train.dataset_path)
+    except ValueError as error:
+        yield f"train.dataset_path: {error}"
     # Building on the meta device takes no memory; what only a device can say (8-bit products) is left to the trainer.
     try:
         student = build_model_from_cfg(cfg, fp8=False)[0]
         if cfg.student.fp8_enabled:
             convert_linears_to_fp8(student, filter=cfg.student.fp8_filter)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        return [f"the network of the section student cannot be built: {error}"]
-    return []
+        yield f"the network of the section student cannot be built: {error}"
 
 
 def _changed(cfg: DictConfig) -> DictConfig:

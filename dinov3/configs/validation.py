@@ -26,7 +26,6 @@ from dinov3.configs.training_config import (
     TrainingConfig,
     default_values,
 )
-from dinov3.data.datasets.strings import parse_dataset_string
 from dinov3.utils.messages import list_names
 
 CONVNEXT_STRIDE = 32
@@ -165,11 +164,6 @@ def _data(cfg: Any, world_size: int) -> Iterator[str]:
     for key in ("train.dataset_path", "train.output_dir", *STARTS):
         if is_placeholder(value := OmegaConf.select(cfg, key)):
             yield f"{key}={value}: this is a placeholder, give your own"
-    if cfg.train.dataset_path and not is_placeholder(cfg.train.dataset_path):
-        try:
-            parse_dataset_string(cfg.train.dataset_path)
-        except ValueError as error:
-            yield f"train.dataset_path: {error}"
 
 
 def _sharding(cfg: Any, world_size: int) -> Iterator[str]:

@@ -75,6 +75,11 @@ def test_networks_that_cannot_be_built_are_errors(capsys: pytest.CaptureFixture[
     assert main(["student.arch=vit_small", "student.fp8_enabled=true"]) == 0
 
 
+def test_malformed_dataset_strings_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["student.arch=vit_small", "train.dataset_path=ImageFolder:rot=x"]) == 1
+    assert re.search("error: train.dataset_path: .*did you mean 'root'", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("arguments", [["no_such.yaml"], ["optim.lr=[1"], ["optim.lr=fast"]])
 def test_what_cannot_be_merged_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1

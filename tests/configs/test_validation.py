@@ -228,7 +228,6 @@ def test_switches_without_what_they_refine_are_remarked(switch: str, needed: str
     [
         ("train.fsdp=never compute_precision.param_dtype=bf16", "train.fsdp=never: it computes in float32"),
         ("optim.epochs=0.0001 optim.warmup_epochs=0", "optim.epochs=0.0001: less than one iteration"),
-        ("train.dataset_path=ImageFolder:rot=x", "train.dataset_path: .*did you mean 'root'"),
         (
             "crops.localcrops_subset_of_globalcrops=true crops.local_crops_size=100",
             "crops.local_crops_size=100: .*on the grid of patches; use 96",
