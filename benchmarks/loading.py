@@ -4,8 +4,9 @@
     python benchmarks/loading.py vit7b16 [--directory DIR]
     python benchmarks/loading.py imports [--rounds 7]
 
-`vitl16` (needs 1.3 GB of disk) interleaves the hub's load of a float32 ViT-L/16 with the floor, which maps the file and
-assigns its tensors without any check, and with the plain way: build, initialise, read, copy. `vit7b16` (needs 13.5 GB)
+`vitl16` (needs 2.5 GB of disk) interleaves the hub's load of a float32 ViT-L/16, from a PyTorch file and from
+safetensors, read or mapped, with the floor, which reads the file with torch.load and assigns its tensors to a model on
+the meta device without any check, and with the plain way: build, initialise, read, copy. `vit7b16` (needs 13.5 GB)
 loads a bfloat16 ViT-7B/16 and runs one image of 224 px. The checkpoints, of random numbers, are made in DIR (by default
 the directory for temporary files) and deleted afterwards. `imports` interleaves the import of `dinov3.hub.backbones`
 with that of only `torch`.
@@ -53,16 +54,21 @@ def parse_args() -> argparse.Namespace:
 
 
 def compare_vitl16(directory: Path, rounds: int) -> None:
-    """Print the table of the three ways to load a ViT-L/16."""
+    """Print the table of the ways to load a ViT-L/16."""
     import torch
 
+    from dinov3.utils.weight_files import write_safetensors
+
     path = make_checkpoint("dinov3_vitl16", directory, torch.float32)
-    ways: dict[str, list[Figures]] = {"floor": [], "hub": [], "plain": []}
-    for way in ways:
-        in_process(way, path, "dinov3_vitl16")  # Reads the file into the cache of the operating system.
-    for _ in range(rounds):
+    safetensors = path.with_suffix(".safetensors")
+    write_safetensors(safetensors, torch.load(path, mmap=True), {})
+    ways: dict[str, list[Figures]] = {way: [] for way in WAYS}
+    for index in range(rounds + 1):
         for way, figures in ways.items():
-            figures.append(in_process(way, path, "dinov3_vitl16"))
+            file = safetensors if "safetensors" in way else path
+            measured = in_process(way, file, "dinov3_vitl16")
+            if index > 0:  # The first round reads the files into the cache of the operating system.
+                figures.append(measured)
     size = path.stat().st_size
     print(f"ViT-L/16, float32, file of {size / 1e6:.0f} MB, torch {torch.__version__}, medians of {rounds} rounds\n")
     print("| | load, s | ratio | CPU, s | first forward, s |")
@@ -159,7 +165,7 @@ def measure(way: str, path: Path, entry: str) -> Figures:
     from dinov3.hub import backbones
 
     dtype = torch.bfloat16 if entry == "dinov3_vit7b16" else torch.float32
-    load = {"hub": load_by_hub, "floor": load_by_floor, "plain": load_plainly}[way]
+    load = WAYS[way]
     before = memory("VmRSS")
     figures: Figures = {"before_bytes": before}
     cpu, started = time.process_time(), time.perf_counter()
@@ -178,6 +184,10 @@ def load_by_hub(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
     return getattr(backbones, entry)(weights=path, dtype=dtype)
 
 
+def map_by_hub(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
+    return getattr(backbones, entry)(weights=path, dtype=dtype, mmap=True)
+
+
 def load_by_floor(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
     import torch
 
@@ -186,7 +196,7 @@ def load_by_floor(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
 
     with torch.device("meta"):
         model = DinoVisionTransformer(**PUBLISHED[entry].options())
-    model.load_state_dict(torch.load(path, mmap=True, weights_only=True), assign=True)
+    model.load_state_dict(torch.load(path, mmap=False, weights_only=True), assign=True)
     return model.eval()
 
 
@@ -196,6 +206,16 @@ def load_plainly(backbones: Any, entry: str, path: Path, dtype: Any) -> Any:
     model = getattr(backbones, entry)(pretrained=False)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
+
+
+WAYS = {
+    "floor": load_by_floor,
+    "hub": load_by_hub,
+    "hub, safetensors": load_by_hub,
+    "hub, mapped": map_by_hub,
+    "hub, safetensors, mapped": map_by_hub,
+    "plain": load_plainly,
+}
 
 
 def memory_figures(step: str, before: float) -> Figures:
