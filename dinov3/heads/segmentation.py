@@ -136,6 +136,7 @@ def build_segmentation_decoder(
     use_cls_token: bool = False,
     use_backbone_norm: bool = True,
     pad_to_patch_multiple: bool = False,
+    drop_path: float = 0.3,
     head_device: torch.device | str | None = None,
     **head_options: Any,
 ) -> FeatureDecoder:
@@ -154,6 +155,7 @@ def build_segmentation_decoder(
         use_backbone_norm: apply the backbone's final norm to every level (linear head; `"m2f"` always does).
         pad_to_patch_multiple: let `predict` see the last rows and columns of images whose sides are not multiples of
             the patch (of 32 pixels, for a ConvNeXt). With `"m2f"` it always does, in multiples of 32.
+        drop_path: share of the images whose feed-forward branches training drops in the adapter of a `"m2f"` head.
         head_device: where the head is built. Default: where the backbone is.
         **head_options: more arguments of `Mask2FormerHead`.
 
@@ -170,7 +172,7 @@ def build_segmentation_decoder(
     indices = sorted(backbone_out_indices(backbone_model, backbone_out_layers))
     with torch.device(head_device or next(backbone_model.parameters()).device):
         if decoder_type == "m2f":
-            adapter = DINOv3_Adapter(backbone_model, indices).eval()
+            adapter = DINOv3_Adapter(backbone_model, indices, drop_path_rate=drop_path).eval()
             widths = dict.fromkeys("1234", int(backbone_model.embed_dim))  # type: ignore[arg-type]
             head = Mask2FormerHead(widths, hidden_dim, num_classes, ignore_value=255, **head_options)
             parts, multiple = [adapter, head], adapter.multiple

@@ -2,6 +2,8 @@
 
 configs/config-ade20k-linear-training.yaml    trains a linear head on ADE20K
 configs/config-ade20k-m2f-inference.yaml      evaluates the released Mask2Former head of the 7B on it
+configs/config-ade20k-m2f-train.yaml          trains a Mask2Former head of that size on it
+configs/config-m2f-small.yaml                 trains a small Mask2Former head on a SegmentationFolder
 configs/config-folder-linear-training.yaml    trains a linear head on a SegmentationFolder
 """
 
@@ -59,6 +61,16 @@ class DecoderConfig:
     use_backbone_norm: bool = key(True, "apply the backbone's final norm (linear head)")
     num_classes: int = key(150, "number of classes", minimum=1)
     hidden_dim: int = key(2048, "width of an m2f head")
+    ffn_dim: int = key(4096, "hidden width of the feed-forward networks (m2f head)", minimum=1)
+    n_queries: int = key(100, "masks that are predicted for an image (m2f head)", minimum=1)
+    n_encoder_layers: int = key(6, "layers of the pixel decoder (m2f head)", minimum=1)
+    n_decoder_layers: int = key(9, "layers of the mask decoder (m2f head)", minimum=1)
+    drop_path: float = key(
+        0.3,
+        "share of the images whose feed-forward branches training drops (adapter of an m2f head)",
+        minimum=0,
+        below=1,
+    )
     dropout: float = key(0.1, "share of the channels that training drops (linear head)", minimum=0, maximum=1)
 
 
@@ -98,8 +110,9 @@ class TransformConfig:
 class TrainConfig:
     """The loss."""
 
-    diceloss_weight: float = key(0.0, "factor of the dice loss", minimum=0)
-    celoss_weight: float = key(1.0, "factor of the cross entropy", minimum=0)
+    diceloss_weight: float = key(0.0, "factor of the dice loss (linear head)", minimum=0)
+    celoss_weight: float = key(1.0, "factor of the cross entropy (linear head)", minimum=0)
+    n_points: int = key(12544, "points at which masks are compared (m2f head)", minimum=1)
 
 
 @dataclass
@@ -160,18 +173,12 @@ class SegmentationConfig(dense.RunConfig):
         """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
-            NotImplementedError: a training of a Mask2Former head.
             ValueError: names the key.
             FileNotFoundError: the trained head does not exist.
         """
         self.check_model()
         if not self.datasets.val:
             raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
-        if not self.load_from and self.decoder_head.type == "m2f":
-            raise NotImplementedError(
-                "decoder_head.type=m2f: a Mask2Former head cannot be trained yet; evaluate one with "
-                f"load_from={' or '.join(HUB_SEGMENTORS)} or load_from=FILE, or train decoder_head.type=linear"
-            )
         if not self.load_from and not self.datasets.train:
             raise ValueError(
                 "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"

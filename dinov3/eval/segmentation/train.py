@@ -1,8 +1,9 @@
-"""Training a linear segmentation head on a frozen backbone (arXiv 2508.10104, section 6.1)."""
+"""Training a segmentation head on a frozen backbone (arXiv 2508.10104, section 6.1)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.data import Batch, make_segmentation_train_loader
 from dinov3.eval.segmentation.eval import evaluate_segmentation_with_config
 from dinov3.eval.segmentation.loss import MultiSegmentationLoss
+from dinov3.eval.segmentation.mask_training import AdapterAndHead, train_mask_step
 from dinov3.eval.training.checkpoints import Checkpoints
 from dinov3.eval.training.config import training_settings
 from dinov3.eval.training.loop import (
@@ -33,6 +35,7 @@ from dinov3.heads.mask2former.adapter import DINOv3_Adapter
 from dinov3.heads.segmentation import FeatureDecoder, build_segmentation_decoder
 from dinov3.heads.weights import head_entries, load_head_, set_aside
 from dinov3.layers.resizing import resize_bilinear
+from dinov3.loss.mask_classification_loss import MaskClassificationLoss
 
 logger = logging.getLogger("dinov3")
 
@@ -50,6 +53,25 @@ WITHOUT_EFFECT_ON_TRAINING = (
     "eval.max_windows_per_batch",
     "transforms.eval.tta_ratios",
 )
+#: Settings of one type of head, which those of another type do not depend on.
+SETTINGS_OF_HEAD = {
+    "linear": (
+        "decoder_head.dropout",
+        "decoder_head.use_batchnorm",
+        "decoder_head.use_cls_token",
+        "decoder_head.use_backbone_norm",
+        "train.diceloss_weight",
+        "train.celoss_weight",
+    ),
+    "m2f": (
+        "decoder_head.ffn_dim",
+        "decoder_head.n_queries",
+        "decoder_head.n_encoder_layers",
+        "decoder_head.n_decoder_layers",
+        "decoder_head.drop_path",
+        "train.n_points",
+    ),
+}
 
 
 def train_segmentation_head(
@@ -76,14 +98,22 @@ def train_segmentation_head(
         torch.manual_seed(config.seed)  # the same first weights in every process
         model = build_model(backbone, config)
     device, dtype, clip = runtime.device(), config.model_dtype.autocast_dtype, config.optimizer.gradient_clip
-    criterion = MultiSegmentationLoss(
-        diceloss_weight=config.train.diceloss_weight, celoss_weight=config.train.celoss_weight
-    )
+    head = trained_part(model)
     optimizer, scheduler = build_optimizer(model, config)
+    criterion: nn.Module
+    if isinstance(head, AdapterAndHead):
+        criterion = MaskClassificationLoss(config.decoder_head.num_classes, n_points=config.train.n_points)
+        train = functools.partial(train_mask_step, seed=config.seed)
+        others = SETTINGS_OF_HEAD["linear"]
+    else:
+        criterion = MultiSegmentationLoss(
+            diceloss_weight=config.train.diceloss_weight, celoss_weight=config.train.celoss_weight
+        )
+        train, others = functools.partial(train_step), SETTINGS_OF_HEAD["m2f"]
 
     def step(batch: Batch, iteration: int) -> Tensor:
         try:
-            return train_step(model, batch, device, None, optimizer, clip, scheduler, criterion, dtype, iteration)
+            return train(model, batch, device, None, optimizer, clip, scheduler, criterion, dtype, iteration)
         except ValueError as error:
             names = ", ".join(train_set.get_image_relpath(index) for index in batch[1][0].tolist())
             raise ValueError(f"step {iteration}, images {names}: {error}") from error
@@ -91,11 +121,11 @@ def train_segmentation_head(
     output_dir = Path(config.output_dir or ".")
     task = HeadTraining(
         # Not the backbone: in training mode its positions are rescaled at random.
-        head=model.segmentation_model[1],
+        head=head,
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=Checkpoints(output_dir),
-        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING),
+        settings=training_settings(config, ignored=WITHOUT_EFFECT_ON_TRAINING + others),
         data=fingerprint(train_set),
         make_batches=lambda first: make_segmentation_train_loader(train_set, config, first),
         step=step,
@@ -117,12 +147,23 @@ def build_optimizer(model: FeatureDecoder, config: SegmentationConfig) -> tuple[
         logger.warning("max_lr=%s has no effect, as published: the peak is optimizer.lr", peak)
         others = {name: value for name, value in schedule.constructor_kwargs.items() if name != "max_lr"}
         schedule = dataclasses.replace(schedule, constructor_kwargs=others)
-    return build_adamw(model.segmentation_model[1].parameters(), config.optimizer, schedule)
+    parameters = [parameter for parameter in trained_part(model).parameters() if parameter.requires_grad]
+    return build_adamw(parameters, config.optimizer, schedule)
+
+
+def trained_part(model: FeatureDecoder) -> nn.Module:
+    """Return what learns: the head, and the adapter that a Mask2Former head reads through."""
+    reader, head = model.segmentation_model
+    return AdapterAndHead(model.segmentation_model) if isinstance(reader, DINOv3_Adapter) else head
 
 
 def build_model(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecoder:
     """Build the model of a run with a new head, on this process's device."""
     head = config.decoder_head
+    options: dict[str, Any] = {}
+    if head.type == "m2f":
+        names = ("ffn_dim", "n_queries", "n_encoder_layers", "n_decoder_layers")
+        options = {name: getattr(head, name) for name in names}
     model = build_segmentation_decoder(
         backbone,
         head.backbone_out_layers,
@@ -134,6 +175,8 @@ def build_model(backbone: nn.Module, config: SegmentationConfig) -> FeatureDecod
         use_batchnorm=head.use_batchnorm,
         use_cls_token=head.use_cls_token,
         use_backbone_norm=head.use_backbone_norm,
+        drop_path=head.drop_path,
+        **options,
     )
     return model.to(runtime.device())
 

@@ -175,11 +175,6 @@ def test_labels_out_of_range_stop_a_training(root: Path, tmp_path: Path) -> None
 
 BAD_SETTINGS: dict[str, tuple[list[str], type[Exception], str]] = {
     "typo": (["eval.strid=8"], ConfigError, "eval.stride"),
-    "head": (
-        ["decoder_head.type=m2f", "decoder_head.backbone_out_layers=FOUR_LAST"],
-        NotImplementedError,
-        "cannot be trained yet",
-    ),
     "one block": (["decoder_head.type=m2f"], ValueError, "backbone_out_layers=LAST: .* four blocks; give FOUR_EVEN"),
     "unknown head": (["decoder_head.type=linaer"], ValueError, "linaer"),
     "released": (["load_from=dinov3_vit7b16_ms"], ValueError, "dinov3_vit7b16_ms has a Mask2Former head: give .*=m2f"),

@@ -1,0 +1,143 @@
+"""Training a small Mask2Former head on scenes, from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinov3.eval.command.command_line import run_evaluation
+from dinov3.eval.command.config import parse_arguments
+from dinov3.eval.segmentation import run
+from dinov3.eval.segmentation.config import SegmentationConfig
+from dinov3.eval.segmentation.mask_training import AdapterAndHead, pad_to_multiple
+from dinov3.eval.segmentation.train import build_model, trained_part
+from dinov3.eval.training.checkpoints import load_checkpoint
+from tests.eval.dense import scenes
+from tests.multiprocess import run_ranks
+
+CONFIG = "config=dinov3/eval/segmentation/configs/config-m2f-small.yaml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = scenes.write_segmentation_folder(tmp_path_factory.mktemp("folder"))
+    scenes.write_backbone(root / "backbone.yaml")
+    return root
+
+
+def arguments(root: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        CONFIG,
+        f"datasets.root={root}",
+        f"model.config_file={root / 'backbone.yaml'}",
+        f"output_dir={output_dir}",
+        "num_workers=0",
+        "bs=2",
+        "decoder_head.num_classes=2",
+        "decoder_head.hidden_dim=32",
+        "decoder_head.ffn_dim=32",
+        "decoder_head.n_queries=5",
+        "decoder_head.n_encoder_layers=1",
+        "decoder_head.n_decoder_layers=2",
+        "train.n_points=64",
+        "scheduler.total_iter=3",
+        "scheduler.constructor_kwargs.warmup_iters=1",
+        "eval.crop_size=40",
+        "eval.stride=24",
+        "eval.eval_interval=2",
+        "transforms.train.img_size=48",
+        "transforms.train.crop_size=[40,48]",  # sides that are not multiples of 32
+        "transforms.eval.img_size=48",
+        *more,
+    ]
+
+
+def results_of(output_dir: Path) -> dict[str, float]:
+    with (output_dir / "results-semantic-segmentation.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    return {name: float(value) for name, value in row.items() if value}
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("trained")
+    assert run.main(arguments(root, output_dir)) == 0
+    return output_dir
+
+
+def head_of(directory: Path) -> dict[str, Any]:
+    return load_checkpoint(directory / "model_final.pth")[0]["model"]
+
+
+def test_checkpoints_hold_adapter_and_head_under_their_published_names(trained: Path) -> None:
+    names = set(head_of(trained))
+    assert {name.split(".")[1] for name in names} == {"0", "1"} and not any("backbone" in name for name in names)
+    assert {"segmentation_model.0.level_embed", "segmentation_model.1.predictor.query_feat.weight"} <= names
+
+
+def test_a_trained_head_evaluates_to_the_figures_of_its_training(root: Path, trained: Path, tmp_path: Path) -> None:
+    run.main(arguments(root, tmp_path, f"load_from={trained / 'best.pth'}"))
+    assert results_of(tmp_path) == results_of(trained)
+
+
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    root: Path, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copy(trained / "model_00000002.pth", tmp_path)
+    run.main(arguments(root, tmp_path))
+    one, other = head_of(trained), head_of(tmp_path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results_of(tmp_path) == results_of(trained)
+
+
+def test_training_learns_the_scenes(root: Path, tmp_path: Path) -> None:
+    more = ("scheduler.total_iter=25", "optimizer.lr=0.003", "eval.eval_interval=100", "decoder_head.drop_path=0")
+    run.main(arguments(root, tmp_path, *more))
+    assert results_of(tmp_path)["mIoU"] > 70
+
+
+def test_the_backbone_stays_frozen_and_in_evaluation_mode(root: Path, tmp_path: Path) -> None:
+    config = parse_arguments(arguments(root, tmp_path), SegmentationConfig)
+    model = build_model(run._load_backbone(config).model, config)
+    head = trained_part(model).train()
+    assert isinstance(head, AdapterAndHead)
+    backbone: Any = head[0].backbone
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert head[0].spm.training and head[1].training  # type: ignore[union-attr]
+
+
+def test_padding_does_not_count() -> None:
+    images, labels = pad_to_multiple(torch.ones(1, 3, 33, 64), torch.ones(1, 1, 33, 64, dtype=torch.uint8), 32)
+    assert images.shape == (1, 3, 64, 64) and images[..., 33:, :].eq(0).all() and images[..., :33, :].eq(1).all()
+    assert labels[..., 33:, :].eq(255).all() and labels[..., :33, :].eq(1).all()
+
+
+def test_a_convnext_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "convnext.yaml").write_text("student:\n  arch: convnext_tiny\n")
+    with pytest.raises(ValueError, match="a ViT-Adapter needs a ViT"):
+        run.main(arguments(root, tmp_path, f"model.config_file={tmp_path / 'convnext.yaml'}"))
+
+
+def run_in_ranks(rank: int, world_size: int, root: Path, output_dir: Path) -> dict[str, Any]:
+    # What the adapter drops is drawn by each process on its own; points depend on the image.
+    more = (f"bs={2 // world_size}", "decoder_head.drop_path=0", "scheduler.total_iter=2")
+    config = parse_arguments(arguments(root, output_dir, *more), SegmentationConfig)
+    return run_evaluation(config, evaluate=run.evaluate_segmentation, results_file=run.RESULTS_FILENAME)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one_does(root: Path, tmp_path: Path) -> None:
+    run_in_ranks(0, 1, root, tmp_path / "one")
+    run_ranks(run_in_ranks, 2, root, tmp_path / "two")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / d / "training_metrics.json").read_text().splitlines()[:1]]
+        for d in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
