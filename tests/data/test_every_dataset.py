@@ -127,6 +127,22 @@ def make_coco_captions(root: Path, bad: bool) -> str:
     return f"CocoCaptions:split=VAL:root={root}"
 
 
+def make_coco_instances(root: Path, bad: bool) -> str:
+    for number in range(N_IMAGES):
+        put(root / "images" / f"{number}.jpg", image(number, bad))
+    size = {"height": 5, "width": 6}
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.jpg", **size} for number in range(N_IMAGES)],
+        "annotations": [
+            {"id": number, "image_id": number, "category_id": 1, "segmentation": [[0, 0, 3, 0, 3, 3]]}
+            for number in range(N_IMAGES)
+        ],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    put(root / "instances.json", json.dumps(content))
+    return f"CocoInstances:images={root / 'images'}:annotations={root / 'instances.json'}"
+
+
 def make_web_dataset(root: Path, bad: bool) -> str:
     for shard in range(2):
         numbers = range(2 * shard, 2 * shard + 2)
@@ -158,6 +174,7 @@ def make_joined(root: Path, bad: bool) -> str:
 MAKERS: dict[str, Callable[[Path, bool], str]] = {
     "ADE20K": make_ade20k,
     "CocoCaptions": make_coco_captions,
+    "CocoInstances": make_coco_instances,
     "DepthFolder": make_depth_folder,
     "HFDataset": make_hf_dataset,
     "ImageFolder": make_image_folder,
@@ -174,6 +191,7 @@ MAKERS: dict[str, Callable[[Path, bool], str]] = {
 PATHS = {
     "ADE20K": "images/training/1.jpg",
     "CocoCaptions": "val2017/val2017/1.jpg",
+    "CocoInstances": "1.jpg",
     "DepthFolder": "images/train/1.jpg",
     "HFDataset": "1.png",
     "ImageFolder": "a/1.png",
@@ -324,6 +342,7 @@ def test_a_missing_directory_is_named(name: str, strings: dict[tuple[str, bool],
     root = strings[name, False].partition("root=")[2].partition(":")[0]
     root = root or os.path.dirname(strings[name, False].partition("urls=")[2].partition(":")[0])
     root = root or strings[name, False].partition("path=")[2]
+    root = root or strings[name, False].partition("images=")[2].partition("/images:")[0]
     string = strings[name, False].replace(root, str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=rf"{name.partition(' ')[0]}: .*{tmp_path}/nowhere"):
         make_dataset(dataset_str=string)

@@ -264,3 +264,42 @@ def test_folders_of_the_same_classes_can_be_joined(tmp_path: Path) -> None:
     assert [int(joined[index].max()) for index in (0, 1, -1)] == [0, 1, 1]
     with pytest.raises(ValueError, match="name different classes"):
         make_dataset(dataset_str=f"{a}+{c}")
+
+
+# Objects
+
+
+def with_instances(root: Path, numbers: np.ndarray) -> SegmentationFolder:
+    put(root / "instances/val/c.png", numbers)
+    return folder(root, split="val", instances="instances")
+
+
+def test_objects_are_told_apart_by_a_third_folder(root: Path) -> None:
+    put(root / "labels/val/c.png", mask(0, 0, 2, 2, 255, 255))
+    dataset = with_instances(root, np.resize(np.array([0, 0, 1, 300, 300, 0], np.uint16), (4, 6)))
+    label = np.asarray(dataset[0][1])
+    assert dataset.has_objects and not folder(root).has_objects
+    assert label.tolist() == [[0, 0, 2 + 256, 2 + 300 * 256, 255, 255]] * 4
+
+
+@pytest.mark.parametrize(
+    "numbers, match",
+    [
+        (np.resize(np.array([0, 0, 0, 0, 0, 7], np.uint16), (4, 6)), "objects 7 have no pixel with a class"),
+        (np.full((4, 6), 3, np.uint16), "objects 3 have pixels of several classes"),
+        (np.resize(np.array([1, 255], np.uint8), (4, 6)), "8 bits hold at most 254 objects.*16 bits"),
+        (np.ones((4, 5), np.uint16), r"it is \(4, 5\), the mask \(4, 6\)"),
+        (photo(), "it is a colour image"),
+    ],
+)
+def test_objects_that_do_not_fit_the_mask_are_refused(numbers: np.ndarray, match: str, root: Path) -> None:
+    put(root / "labels/val/c.png", mask(0, 0, 2, 2, 255, 255))
+    dataset = with_instances(root, numbers)
+    with pytest.raises(BadImageError, match=f"cannot read the objects of sample 0, .*c.png: ValueError: .*{match}"):
+        dataset[0]
+
+
+def test_masks_without_a_file_of_objects_are_named(root: Path) -> None:
+    with pytest.raises(ValueError, match="2 of 2 masks have no file of objects in .*instances: instances/train/b.png"):
+        put(root / "instances/val/c.png", mask(1))
+        folder(root, split="train", instances="instances")

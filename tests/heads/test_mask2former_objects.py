@@ -37,7 +37,9 @@ def test_objects_of_one_class_stay_apart_and_the_best_comes_first() -> None:
 
 
 def test_stuff_has_no_objects_and_a_mask_without_a_pixel_is_none() -> None:
-    found = instance(logits_of((0, 0.9), (1, 0.9), (1, 0.8)), masks_of("##..", "..##", "...."), stuff=[0], min_score=0.5)
+    found = instance(
+        logits_of((0, 0.9), (1, 0.9), (1, 0.8)), masks_of("##..", "..##", "...."), stuff=[0], min_score=0.5
+    )
     assert found.classes.tolist() == [1] and found.masks[:, 0].tolist() == [[False, False, True, True]]
     assert len(instance(logits_of((0, 0.9)), masks_of("#"), stuff=[0, 1]).scores) == 0
 

@@ -27,6 +27,7 @@ class ConcatenatedDataset(ExtendedVisionDataset):
     Attributes:
         classes: those of the datasets if they agree, otherwise None.
         class_names: those of datasets with maps of labels; None if they name none.
+        has_objects: whether all targets are object maps.
     """
 
     def __init__(self, datasets: Sequence[ExtendedVisionDataset], **transforms: Unpack[Transforms]) -> None:
@@ -40,6 +41,7 @@ class ConcatenatedDataset(ExtendedVisionDataset):
         classes = [getattr(dataset, "classes", None) for dataset in self.datasets]
         self.classes: list[str] | None = classes[0] if all(names == classes[0] for names in classes) else None
         self.has_maps = all(dataset.has_maps for dataset in self.datasets)
+        self.has_objects = all(getattr(dataset, "has_objects", False) for dataset in self.datasets)
         self.class_names: list[str] | None = None
         if self.has_maps:
             class_names = [getattr(dataset, "class_names", None) for dataset in self.datasets]

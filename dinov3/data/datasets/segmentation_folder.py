@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
 from dinov3.data.datasets.decoders import DenseTargetDecoder
-from dinov3.data.datasets.extended import Transforms
+from dinov3.data.datasets.extended import BadImageError, Transforms
 from dinov3.data.datasets.files import require_directory
+from dinov3.data.datasets.object_maps import STEP
 from dinov3.data.datasets.pairs import PairedFolderDataset
+from dinov3.data.images import read_stored
 from dinov3.utils.messages import list_names
 from dinov3.utils.text import read_text
 
@@ -32,11 +34,15 @@ class SegmentationFolder(PairedFolderDataset):
         split: a folder in both, e.g. `train`. Default: everything in them.
         images: folder of the images.
         labels: folder of the masks.
-        **transforms: see `Transforms`; targets are masks, PIL images of mode L.
+        instances: folder of PNGs (16 bits) of the same relative paths, in which each pixel holds the number of its
+            object in the image, or 0. Default: objects are not told apart.
+        **transforms: see `Transforms`; targets are masks, PIL images of mode L; with `instances`, object maps
+            (`object_maps`), PIL images of mode I.
 
     Attributes:
         class_names: by class index; None without `classes.txt`.
         counts_classes_from_zero: True; label 0 is a class like the others.
+        has_objects: whether targets are object maps.
 
     Raises:
         FileNotFoundError: a directory does not exist, or holds no image.
@@ -52,6 +58,7 @@ class SegmentationFolder(PairedFolderDataset):
         split: str | None = None,
         images: str = "images",
         labels: str = "labels",
+        instances: str | None = None,
         **transforms: Unpack[Transforms],
     ) -> None:
         self.class_names = _read_class_names(require_directory(root, "SegmentationFolder") / CLASSES_FILE)
@@ -66,6 +73,65 @@ class SegmentationFolder(PairedFolderDataset):
             target_decoder=partial(ClassMaskDecoder, n_classes=n_classes),
             **transforms,
         )
+        self.has_objects = instances is not None
+        if instances is not None:
+            self._find_instances(labels, instances)
+
+    def load_target(self, index: int) -> Any:
+        """Read the mask of sample `index`, and which object its pixels belong to.
+
+        Raises:
+            BadImageError: a file cannot be read, or the two do not belong together.
+        """
+        label = super().load_target(index)
+        if not self.has_objects:
+            return label
+        path = Path(self.root, self._instance_paths[index])
+        try:
+            return Image.fromarray(combine(np.asarray(label), read_stored(path.read_bytes())))
+        except Exception as error:
+            raise BadImageError(
+                f"SegmentationFolder: cannot read the objects of sample {index}, {path}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _find_instances(self, labels: str, instances: str) -> None:
+        # Beside each mask, in the other folder.
+        self._instance_paths = [instances + path.removeprefix(labels) for path in self.target_paths]
+        if missing := [path for path in self._instance_paths if not Path(self.root, path).is_file()]:
+            raise ValueError(
+                f"SegmentationFolder: {len(missing)} of {len(self)} masks have no file of objects in "
+                f"{Path(self.root, instances)}: {list_names(missing, 3)}"
+            )
+
+
+def combine(label: np.ndarray, stored: Image.Image) -> np.ndarray:
+    """Make an object map, int32 [H, W], of classes [H, W] and an image of the numbers of objects.
+
+    Raises:
+        ValueError: the image is not one of numbers, has another size, 8 bits do not suffice for it, an object has no
+            class or several.
+    """
+    if stored.mode not in _INDEX_MODES:
+        raise ValueError(f"it is a colour image (mode {stored.mode}): save the numbers of objects as a 16-bit PNG")
+    numbers = np.asarray(stored).astype(np.int32)
+    if numbers.shape != label.shape:
+        raise ValueError(f"it is {numbers.shape}, the mask {label.shape} (height, width)")
+    if stored.mode in ("L", "P") and numbers.max(initial=0) == IGNORED_LABEL:
+        raise ValueError(
+            "it has 8 bits and the number 255: 8 bits hold at most 254 objects, and larger numbers wrap around; save "
+            "it with 16 bits"
+        )
+    values = label.astype(np.int32) + STEP * numbers
+    values[label == IGNORED_LABEL] = IGNORED_LABEL
+    found = np.unique(values[numbers > 0])
+    owners = found[found != IGNORED_LABEL] // STEP
+    if without := sorted(set(np.unique(numbers).tolist()) - set(owners.tolist()) - {0}):
+        raise ValueError(f"objects {list_names(without)} have no pixel with a class in the mask")
+    several = [number for number, count in zip(*np.unique(owners, return_counts=True), strict=True) if count > 1]
+    if several:
+        raise ValueError(f"objects {list_names(several)} have pixels of several classes in the mask")
+    return values
 
 
 class ClassMaskDecoder(DenseTargetDecoder):

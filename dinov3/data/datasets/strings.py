@@ -24,6 +24,7 @@ from typing import Any
 from dinov3.data.datasets import (
     ade20k,
     coco_captions,
+    coco_instances,
     depth_folder,
     hf_dataset,
     image_folder,
@@ -80,6 +81,7 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
         coco_captions.CocoCaptions,
         DatasetGrammar(required=("split", "root"), splits=coco_captions.CocoCaptionsSplit),
     ),
+    "CocoInstances": (coco_instances.CocoInstances, DatasetGrammar(required=("images", "annotations"))),
     "DepthFolder": (
         depth_folder.DepthFolder,
         DatasetGrammar(required=("root",), optional=("split", "images", "depth", "scale"), numbers=("scale",)),
@@ -101,7 +103,7 @@ DATASETS: dict[str, tuple[type[ExtendedVisionDataset], DatasetGrammar]] = {
     "NYU": (nyu.NYU, DatasetGrammar(required=("split", "root"), splits=nyu.NYUSplit)),
     "SegmentationFolder": (
         segmentation_folder.SegmentationFolder,
-        DatasetGrammar(required=("root",), optional=("split", "images", "labels")),
+        DatasetGrammar(required=("root",), optional=("split", "images", "labels", "instances")),
     ),
     "WebDataset": (
         web_dataset.WebDataset,

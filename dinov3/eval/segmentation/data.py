@@ -64,6 +64,8 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
             IGNORED_LABEL,
             IGNORED_LABEL,
         )
+    if getattr(dataset, "has_objects", False) and config.decoder_head.type != "m2f":
+        raise ValueError(f"datasets.{split}={text} tells objects apart, which needs decoder_head.type=m2f")
     if names is not None and len(names) != expected:
         raise ValueError(
             f"datasets.{split}={text} has {len(names)} classes ({list_names(names)}): "
