@@ -322,8 +322,8 @@ class DinoVisionTransformer(Backbone):
         ropes: list[Rope] = []
         for index, (h, w) in enumerate(grids):
             # Not a dictionary: the symbolic sizes of an export cannot be hashed.
-            same = next((i for i, (rows, columns) in enumerate(grids[:index]) if rows == h and columns == w), None)
-            ropes.append(rope_with_prefix(self.rope_embed(H=h, W=w), n_prefix) if same is None else ropes[same])
+            same = [ropes[i] for i in range(index) if grids[i] == (h, w)]
+            ropes.append(same[0] if same else rope_with_prefix(self.rope_embed(H=h, W=w), n_prefix))
         while True:
             yield ropes
 
