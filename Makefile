@@ -1,5 +1,6 @@
 # make setup   a .venv in this clone with everything pinned in requirements.txt
-# make test    lint, types and all tests (what CI runs)
+# make test    lint, types and all tests (what CI runs first)
+# make test-oldest  a core of the tests on the oldest versions that pyproject.toml allows, in a .venv-oldest (what CI runs then)
 # make demo    train a small ViT on real images on the CPU, evaluate it, draw its features
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_ARGS ?=
 
-.PHONY: setup test lint types unit demo format clean
+OLDEST_VENV := .venv-oldest
+OLDEST_READY := $(OLDEST_VENV)/.ready
+# NumPy 1.26 has no packages for newer Pythons than 3.12.
+OLDEST_PYTHON ?= $(shell command -v python3.11 || echo $(PYTHON))
+# What a user of those versions relies on: models, heads, loading, checkpoints, training on one and two processes, two evaluations, and
+# the published numbers of backbones and training.
+OLDEST_TESTS := \
+  tests/models tests/layers tests/heads tests/fsdp tests/checkpointer tests/distributed tests/test_architecture.py \
+  $(addprefix tests/hub/test_,backbones.py classifiers.py convert.py formats.py hubconf.py sources.py weights.py) \
+  $(addprefix tests/train/test_,grad_accumulation.py multidist.py nonfinite.py resume.py ssl_meta_arch.py world_size.py) \
+  $(addprefix tests/data/test_,augmentations.py image_folder.py samplers.py transforms.py) \
+  tests/eval/test_knn.py tests/eval/test_linear.py $(wildcard tests/parity/test_backbones_*.py tests/parity/test_ssl_*.py)
+
+.PHONY: setup test test-oldest lint types unit demo format clean
 
 setup: $(READY)
 
@@ -33,6 +47,16 @@ types: setup
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# ONNX is an extra.
+test-oldest: $(OLDEST_READY)
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist worksteal -k "not onnx" $(OLDEST_TESTS)
+
+$(OLDEST_READY): requirements-oldest.txt
+	@echo "setting up $(OLDEST_VENV) (once; a few minutes, most of it PyTorch)"
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -r requirements-oldest.txt
+	@touch $(OLDEST_READY)
+
 demo: setup
 	$(BIN)/python -m dinov3.demo $(DEMO_ARGS)
 
@@ -41,4 +65,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
