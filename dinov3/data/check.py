@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dinov3.data.fingerprint import fingerprint
 from dinov3.data.images import open_image, read_image
-from dinov3.data.loaders import make_data_loader, make_dataset
+from dinov3.data.loaders import make_data_loader, make_dataset, usable_workers
 from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write, explaining_full_disk
 from dinov3.utils.text import read_lines
@@ -159,7 +159,7 @@ def check_dataset(
     loader = make_data_loader(
         dataset=CheckedImages(dataset, left, decode=decode),
         batch_size=BATCH_SIZE,
-        num_workers=min(num_workers, -(-len(left) // BATCH_SIZE)),
+        num_workers=min(usable_workers(num_workers), -(-len(left) // BATCH_SIZE)),
         shuffle=False,
         sampler_type=None,
         drop_last=False,
@@ -219,7 +219,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="dataset string, for example ImageFolder:root=/data/photos")
     parser.add_argument("--decode", action="store_true", help="decode every image instead of reading only its header")
     parser.add_argument("--output-dir", default="data-check", metavar="DIR", help="default: data-check")
-    parser.add_argument("--num-workers", default=4, type=int, metavar="N", help="processes that read; default: 4")
+    parser.add_argument(
+        "--num-workers",
+        default=4,
+        type=int,
+        metavar="N",
+        help="most processes that read; default: 4",
+    )
     parser.add_argument(
         "--skip-duplicates", action="store_true", help=f"also list images in {SKIP_FILE} that repeat an earlier one"
     )

@@ -435,6 +435,12 @@ def _make_sampler(
     raise ValueError(f"sampler_type={sampler_type!r} is not a SamplerType")
 
 
+def usable_workers(wanted: int) -> int:
+    """Limit the number of loader processes to the processors that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(wanted, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
 def _worker_options(num_workers: int, **options: Any) -> dict[str, Any]:
     # Torch refuses most of these options without workers.
     return {"num_workers": num_workers} | (options if num_workers > 0 else {})

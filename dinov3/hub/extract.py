@@ -104,7 +104,7 @@ class ExtractOptions:
     )
     device: str = cli.option("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", default="auto")
     num_workers: int = cli.option(
-        "processes that read images (default: 4); 0: the main process",
+        "processes that read images, at most one per processor (default: 4); 0: the main process",
         default=4,
         type=lambda text: 0 if text == "0" else cli.positive(text),
         metavar="N",
@@ -181,7 +181,7 @@ def extract(options: ExtractOptions) -> Features:
 def _extract(options: ExtractOptions) -> None:
     from torchvision.transforms import v2
 
-    from dinov3.data.loaders import make_data_loader
+    from dinov3.data.loaders import make_data_loader, usable_workers
     from dinov3.data.transforms import make_base_transform
 
     dataset = _check(options)
@@ -202,7 +202,7 @@ def _extract(options: ExtractOptions) -> None:
         dataset=images,
         # All shards but the last are whole batches, so that no batch has images of two.
         batch_size=options.batch_size,
-        num_workers=min(options.num_workers, -(-len(images) // options.batch_size)),
+        num_workers=min(usable_workers(options.num_workers), -(-len(images) // options.batch_size)),
         shuffle=False,
         sampler_type=None,
         drop_last=False,

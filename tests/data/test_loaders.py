@@ -32,7 +32,7 @@ from dinov3.data import (
 )
 from dinov3.data.datasets import BadImageError, ConcatenatedDataset, ImageFolder
 from dinov3.data.images import ImageReading
-from dinov3.data.loaders import make_train_data_loader
+from dinov3.data.loaders import make_train_data_loader, usable_workers
 from dinov3.data.meta_loaders import count_draws
 from dinov3.data.samplers import InfiniteSampler, ShardedInfiniteSampler
 
@@ -638,3 +638,8 @@ def test_a_root_is_for_datasets_whose_string_names_none(tmp_path: Path) -> None:
     assert str(make_dataset(dataset_str="ImageFolder", root=given).root) == given
     named = f"ImageFolder:root={tmp_path / 'named'}"
     assert str(make_dataset(dataset_str=named, root=given).root) == str(tmp_path / "named")
+
+
+def test_loader_processes_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    assert [usable_workers(wanted) for wanted in (0, 2, 3, 8)] == [0, 2, 3, 3]

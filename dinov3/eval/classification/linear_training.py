@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.checkpointer import find_all_checkpoints, keep_last_n_checkpoints
 from dinov3.data.fingerprint import fingerprint
+from dinov3.data.loaders import usable_workers
 from dinov3.eval.classification.linear_config import TrainConfig
 from dinov3.eval.classification.linear_heads import (
     AllClassifiers,
@@ -25,7 +26,7 @@ from dinov3.eval.classification.linear_heads import (
 )
 from dinov3.eval.classification.linear_scoring import Evaluator
 from dinov3.eval.features.cache import IN_MEMORY, FeatureStore, model_device, weights_digest
-from dinov3.eval.features.extraction import extract_cached, gather_rows, usable_workers
+from dinov3.eval.features.extraction import extract_cached, gather_rows
 from dinov3.eval.training.checkpoints import Checkpoints, copy_entries, unwrap_ddp_state_dict
 from dinov3.eval.training.loader import TrainOrder, make_train_loader
 from dinov3.eval.training.loop import HeadTraining, Metrics, train_head

@@ -9,7 +9,6 @@ Notable:
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.data import default_collate
 
 from dinov3 import distributed
 from dinov3.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
+from dinov3.data.loaders import usable_workers
 from dinov3.eval.command.progress import track
 from dinov3.eval.features.cache import IN_MEMORY, FeatureRows, FeatureStore, describe, model_device
 
@@ -28,12 +28,6 @@ logger = logging.getLogger("dinov3")
 
 GATHER_PIECE_BYTES = 64 * 2**20
 ROWS_PER_CHECK = 16384
-
-
-def usable_workers(wanted: int) -> int:
-    """Limit the number of loader processes to the processors that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return min(wanted, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
 def make_enumerated_loader(dataset: Any, batch_size: int, num_workers: int, collate_fn: Any = None) -> Any:
