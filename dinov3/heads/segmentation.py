@@ -27,6 +27,7 @@ from dinov3.layers.patch_multiple import CenterPadding, cut_margins
 from dinov3.layers.resizing import resize_bilinear
 from dinov3.models.intermediate_layers import ModelWithIntermediateLayers
 from dinov3.models.summary import patch_stride
+from dinov3.utils.messages import refuse_unknown_arguments
 
 __all__ = ["BackboneLayersSet", "FeatureDecoder", "FrozenBackbone", "build_segmentation_decoder"]
 
@@ -160,9 +161,8 @@ def build_segmentation_decoder(
         **head_options: more arguments of `Mask2FormerHead`.
 
     Returns:
-        A model whose entries are, with a linear head, `segmentation_model.0.feature_model.*` and
-        `segmentation_model.1.*`; with `"m2f"`, `segmentation_model.0.*` of the adapter, which has the backbone in
-        `segmentation_model.0.backbone.*`, and `segmentation_model.1.*`. Those of the backbone are not trainable.
+        A model. `segmentation_model.0` has the backbone, which is not trained, in `feature_model` (linear head) or
+        `backbone` (`"m2f"`, where the rest of it is the adapter); `segmentation_model.1` is the head.
 
     Raises:
         TypeError: an option that this head does not have.
@@ -173,23 +173,16 @@ def build_segmentation_decoder(
     with torch.device(head_device or next(backbone_model.parameters()).device):
         if decoder_type == "m2f":
             adapter = DINOv3_Adapter(backbone_model, indices, drop_path_rate=drop_path).eval()
-            widths = dict.fromkeys("1234", int(backbone_model.embed_dim))  # type: ignore[arg-type]
-            head = Mask2FormerHead(widths, hidden_dim, num_classes, ignore_value=255, **head_options)
-            parts, multiple = [adapter, head], adapter.multiple
+            shape = dict.fromkeys("1234", backbone_widths(backbone_model, indices)[0])
+            head = Mask2FormerHead(shape, hidden_dim, num_classes, ignore_value=255, **head_options)
+            parts, multiple = nn.ModuleList([adapter, head]), adapter.multiple
         elif decoder_type == "linear":
-            if head_options:
-                raise TypeError(f"a linear head does not take {', '.join(head_options)}")
-            parts = [
-                FrozenBackbone(backbone_model, indices, norm=use_backbone_norm, return_class_token=use_cls_token),
-                LinearSegmentationHead(
-                    backbone_widths(backbone_model, indices),
-                    num_classes,
-                    use_batchnorm=use_batchnorm,
-                    use_cls_token=use_cls_token,
-                    dropout=dropout,
-                ),
-            ]
+            refuse_unknown_arguments(LinearSegmentationHead, head_options)
+            widths = backbone_widths(backbone_model, indices)
+            linear = LinearSegmentationHead(widths, num_classes, use_batchnorm, use_cls_token, dropout)
+            reader = FrozenBackbone(backbone_model, indices, norm=use_backbone_norm, return_class_token=use_cls_token)
+            parts = nn.ModuleList([reader, linear])
             multiple = patch_stride(backbone_model) if pad_to_patch_multiple else 1
         else:
             raise ValueError(f"decoder_type={decoder_type!r}: expected 'linear' or 'm2f'")
-    return FeatureDecoder(nn.ModuleList(parts), autocast_dtype=autocast_dtype, patch_multiple=multiple)
+    return FeatureDecoder(parts, autocast_dtype=autocast_dtype, patch_multiple=multiple)

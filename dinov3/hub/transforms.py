@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinov3.hub.backbones import Weights
 from dinov3.hub.depthers import DepthWeights
+from dinov3.hub.segmentors import SegmentorWeights
 from dinov3.utils import pixel_statistics
 from dinov3.utils.integers import as_pair
 from dinov3.utils.messages import check_choice
@@ -38,13 +39,14 @@ class Normalization(NamedTuple):
     std: tuple[float, float, float]
 
 
-def normalization_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Normalization:
+def normalization_of(weights: Weights | DepthWeights | SegmentorWeights | str | os.PathLike[str]) -> Normalization:
     """Return the statistics that images were normalised with when these weights were trained.
 
     Args:
         weights: `Weights.LVD1689M` (those of ImageNet) or `Weights.SAT493M` (satellite images), or of a depth model
-            `DepthWeights.SYNTHMIX` (ImageNet) or `DepthWeights.CHMV2` (satellite images, of its own), or their names;
-            or a path or URL whose last part names one of them, as those of the published files do.
+            `DepthWeights.SYNTHMIX` (ImageNet) or `DepthWeights.CHMV2` (satellite images, of its own), or of the
+            segmentor `SegmentorWeights.ADE20K` (ImageNet), or their names; or a path or URL whose last part
+            names one of them, as those of the published files do.
 
     Raises:
         ValueError: the name contains none or several of them.
@@ -60,7 +62,7 @@ def normalization_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -
 def make_transform(
     resize_size: int | Sequence[int] | None = 256,
     *,
-    weights: Weights | DepthWeights | str | os.PathLike[str] = Weights.LVD1689M,
+    weights: Weights | DepthWeights | SegmentorWeights | str | os.PathLike[str] = Weights.LVD1689M,
     order: str = "resize_uint8_then_float",
 ) -> Callable[[Any], Tensor]:
     """Make a function that resizes a picture without a crop (bilinear, antialiased) and normalises it for a backbone.
@@ -100,11 +102,13 @@ def make_transform(
     return v2.Compose([_to_rgb, *steps, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])
 
 
-def _data_of(weights: Weights | DepthWeights | str | os.PathLike[str]) -> Weights | DepthWeights:
-    if isinstance(weights, Weights | DepthWeights):
+def _data_of(
+    weights: Weights | DepthWeights | SegmentorWeights | str | os.PathLike[str],
+) -> Weights | DepthWeights | SegmentorWeights:
+    if isinstance(weights, Weights | DepthWeights | SegmentorWeights):
         return weights
     name = os.fspath(weights).partition("?")[0].rstrip("/").rpartition("/")[2]
-    known = [*Weights, *DepthWeights]
+    known = [*Weights, *DepthWeights, *SegmentorWeights]
     found = {data for data in known if re.search(rf"(?<![a-z0-9]){data.name}(?![a-z0-9])", name, re.IGNORECASE)}
     if len(found) != 1:
         raise ValueError(

@@ -217,7 +217,7 @@ def test_padding_puts_every_pixel_where_it_is() -> None:
 def test_other_decoders_are_refused() -> None:
     with pytest.raises(ValueError, match="decoder_type='lineer': expected 'linear' or 'm2f'"):
         build_segmentation_decoder(vit(), decoder_type="lineer")
-    with pytest.raises(TypeError, match="a linear head does not take ffn_dim"):
+    with pytest.raises(TypeError, match="LinearSegmentationHead does not know ffn_dim=64"):
         build_segmentation_decoder(vit(), ffn_dim=64)
 
 

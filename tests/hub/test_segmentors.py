@@ -17,7 +17,8 @@ from dinov3.hub import backbones, sources
 from dinov3.hub.architectures import PUBLISHED as ARCHITECTURES
 from dinov3.hub.architectures import PublishedViT
 from dinov3.hub.backbones import Weights
-from dinov3.hub.segmentors import SegmentorWeights, dinov3_vit7b16_ms
+from dinov3.hub.segmentors import PUBLISHED, SegmentorWeights, dinov3_vit7b16_ms
+from dinov3.hub.transforms import normalization_of
 from dinov3.utils.weight_files import WeightsError
 from tests.heads.tiny import images, randomise_
 
@@ -185,6 +186,11 @@ def test_interchanged_cut_and_damaged_files(files: dict[str, Any], tmp_path: Pat
 def test_bad_arguments(files: dict[str, Any], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         load(files, **kwargs)
+
+
+@pytest.mark.parametrize("weights", [SegmentorWeights.ADE20K, "ade20k", PUBLISHED.url()])
+def test_images_are_normalised_as_for_imagenet(weights: Any) -> None:
+    assert normalization_of(weights) == normalization_of(Weights.LVD1689M)
 
 
 def test_signature() -> None:

@@ -104,6 +104,11 @@ def test_a_trained_head_is_read_from_its_file(released: list[str], tmp_path: Pat
     loaded, _ = run.load_segmentor(config)
     assert all(torch.equal(entry, loaded.state_dict()[name]) for name, entry in model.state_dict().items())
     assert not any(module.training for module in loaded.modules())
+    # The backbone in a whole model is left out.
+    whole = {name: entry + 1 if ".backbone." in name else entry for name, entry in model.state_dict().items()}
+    torch.save(whole, tmp_path / "trained.pth")
+    loaded, _ = run.load_segmentor(config)
+    assert all(torch.equal(entry, loaded.state_dict()[name]) for name, entry in model.state_dict().items())
     torch.save({"model": {**head, "segmentation_model.0.extra": torch.zeros(1)}}, tmp_path / "trained.pth")
     with pytest.raises(WeightsError, match=r"does not fit this segmentation head: .*1 unknown \(0.extra\)"):
         run.load_segmentor(config)
@@ -130,6 +135,8 @@ def test_photos_are_segmented_by_the_released_model(
         labels = np.asarray(Image.open(tmp_path / "out" / f"{name}_labels.png"))
         assert labels.shape == size and set(np.unique(labels)) <= {0, 1}
         assert (tmp_path / "out" / f"{name}_segmentation.png").is_file()
+    predictor = predict.load_segmentation_predictor(head, model="dinov3_vit7b16_ms", backbone_weights=backbone)
+    assert predictor.class_names == ["class 0", "class 1"]
     with pytest.raises(ValueError, match="no model: give --weights of a trained head, or --model dinov3_vit7b16_ms"):
         predict.main(["--images", "photo.png", "--out", "other"])
 

@@ -53,6 +53,12 @@ def test_only_the_adapter_learns_and_the_backbone_stays_in_evaluation_mode() -> 
     assert int(model.get_submodule("norm1").num_batches_tracked) == 1  # type: ignore[arg-type]
 
 
+def test_no_graph_is_made_of_the_backbone() -> None:
+    model, seen = adapter(), []
+    model.backbone.blocks[0].register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    assert model(images().requires_grad_())["4"].requires_grad and seen == [False]
+
+
 def test_two_forwards_in_training_mode_see_the_same_features() -> None:
     # Training mode would rescale the positions of the backbone at random.
     model, seen = adapter(drop_path_rate=0.0).train(), []
