@@ -15,7 +15,7 @@ from typing import Any
 from dinov3.configs.settings import key
 from dinov3.eval.dense import config as dense
 from dinov3.eval.dense.config import Dtype, check_declared, check_factors, check_image_size
-from dinov3.eval.segmentation.metrics import SEGMENTATION_METRICS
+from dinov3.eval.segmentation.metrics import INSTANCE_METRICS, PANOPTIC_METRICS, SEGMENTATION_METRICS
 from dinov3.eval.segmentation.transforms import MEAN, STD
 from dinov3.eval.training.config import OptimizerConfig, SchedulerConfig
 from dinov3.heads.backbone_layers import BackboneLayersSet
@@ -25,6 +25,9 @@ from dinov3.utils import did_you_mean
 HUB_SEGMENTORS = (PUBLISHED.entry,)
 HEAD_TYPES = ("linear", "m2f")
 MODES = ("slide", "whole")
+#: What is measured, and the metrics of each.
+TASKS = {"semantic": SEGMENTATION_METRICS, "instance": INSTANCE_METRICS, "panoptic": PANOPTIC_METRICS}
+ALL_METRICS = [name for names in TASKS.values() for name in names]
 
 
 @dataclass
@@ -127,6 +130,10 @@ class EvalConfig:
     crop_size: int = key(512, "side of the square windows, pixels", minimum=1)
     stride: int = key(341, "pixels between windows", minimum=1)
     eval_interval: int = key(40000, "steps between validations and checkpoints", minimum=1)
+    tasks: list[str] = key(
+        ["semantic"], "what is measured: semantic, always, and instance, panoptic (m2f head; datasets with objects)"
+    )
+    stuff: list[str] = key([], "names or numbers of classes that have no objects (tasks instance and panoptic)")
     use_tta: bool = key(False, "average over transforms.eval.tta_ratios and flips")
     max_windows_per_batch: int | None = key(
         None, "windows in one call of the model, which bounds its memory; null: 1 on the CPU, otherwise 8", minimum=1
@@ -142,7 +149,7 @@ class SegmentationConfig(dense.RunConfig):
     seed: int = key(100, "of the first weights, the order of the images and their augmentation")
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     load_from: str | None = key(None, f"evaluate: a trained head's file, or {' or '.join(HUB_SEGMENTORS)}")
-    metric_to_save: str = key("mIoU", "metric by which the best head is chosen", choices=SEGMENTATION_METRICS)
+    metric_to_save: str = key("mIoU", "metric by which the best head is chosen", choices=ALL_METRICS)
     decoder_head: DecoderConfig = field(default_factory=DecoderConfig)
     scheduler: SegmentationSchedulerConfig = field(default_factory=SegmentationSchedulerConfig)
     optimizer: SegmentationOptimizerConfig = field(default_factory=SegmentationOptimizerConfig)
@@ -177,12 +184,30 @@ class SegmentationConfig(dense.RunConfig):
             FileNotFoundError: the trained head does not exist.
         """
         self.check_model()
+        self.check_tasks()
         if not self.datasets.val:
             raise ValueError("datasets.val is missing, e.g. ADE20K:split=VAL or SegmentationFolder:split=val")
         if not self.load_from and not self.datasets.train:
             raise ValueError(
                 "training needs datasets.train, e.g. ADE20K:split=TRAIN; load_from=FILE evaluates a trained head"
             )
+
+    def check_tasks(self) -> None:
+        """Refuse tasks that the head does not have, or do not measure `metric_to_save`.
+
+        Raises:
+            ValueError: names the key.
+        """
+        tasks = self.eval.tasks
+        for task in tasks:
+            if task not in TASKS:
+                raise ValueError(f"eval.tasks={tasks}{did_you_mean(task, TASKS)}: expected some of {', '.join(TASKS)}")
+        if "semantic" not in tasks:
+            raise ValueError(f"eval.tasks={tasks}: semantic is always measured, add it")
+        if len(tasks) > 1 and self.decoder_head.type != "m2f":
+            raise ValueError(f"eval.tasks={tasks}: instance and panoptic need decoder_head.type=m2f")
+        if self.metric_to_save not in [name for task in tasks for name in TASKS[task]]:
+            raise ValueError(f"metric_to_save={self.metric_to_save} is not a metric of eval.tasks={tasks}")
 
     def check_model(self) -> None:
         """Refuse settings that name no model, a head that it cannot have, or weights that nothing uses.

@@ -64,7 +64,13 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
             IGNORED_LABEL,
             IGNORED_LABEL,
         )
-    if getattr(dataset, "has_objects", False) and config.decoder_head.type != "m2f":
+    has_objects = getattr(dataset, "has_objects", False)
+    if split == "val" and len(config.eval.tasks) > 1 and not has_objects:
+        raise ValueError(
+            f"datasets.val={text} does not tell objects apart, which eval.tasks={config.eval.tasks} need: "
+            "CocoInstances and SegmentationFolder:instances=instances do"
+        )
+    if has_objects and config.decoder_head.type != "m2f":
         raise ValueError(f"datasets.{split}={text} tells objects apart, which needs decoder_head.type=m2f")
     if names is not None and len(names) != expected:
         raise ValueError(

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.data.datasets.object_maps import classes_of
 from dinov3.eval.command.progress import track
 from dinov3.eval.dense.pictures import segmentation_picture
 from dinov3.eval.features.extraction import make_enumerated_loader
@@ -26,6 +27,7 @@ from dinov3.eval.segmentation.metrics import (
     calculate_segmentation_metrics,
     total_area_to_metrics,
 )
+from dinov3.eval.segmentation.objects import evaluate_objects
 from dinov3.utils.messages import list_names
 
 ALL_METRICS = ["mIoU", "dice", "fscore"]
@@ -49,6 +51,7 @@ def evaluate_segmentation_model(
     max_windows_per_batch: int | None = None,
     class_names: Sequence[str] | None = None,
     save_dir: str | Path | None = None,
+    has_objects: bool = False,
 ) -> dict[str, float]:
     """Compute metrics of a model, one image after another.
 
@@ -69,6 +72,7 @@ def evaluate_segmentation_model(
         max_windows_per_batch: see `slide_inference`.
         class_names: for the table of classes in the log.
         save_dir: directory for predicted maps. Default: none are saved.
+        has_objects: labels are object maps, of which the classes count; pixels in no object are ignored.
 
     Returns:
         The metrics of `SEGMENTATION_METRICS` in percent, with two decimals; they do not depend on the number of
@@ -82,6 +86,7 @@ def evaluate_segmentation_model(
         model.eval()
     rows: dict[int, Tensor] = {}
     for images, (index, label) in track(test_dataloader, "evaluation", unit="image"):
+        label = classes_of(label) if has_objects else label
         _require_known_labels(label, int(index), num_classes, counts_from=1 if reduce_zero_label else 0)
         probabilities = torch.zeros(())
         for number, image in enumerate(images):
@@ -119,7 +124,7 @@ def evaluate_segmentation_with_config(
     dataset: Any,
     save_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Call `evaluate_segmentation_model` as `config` describes.
+    """Call `evaluate_segmentation_model`, and `evaluate_objects` for the tasks that need it, as `config` describes.
 
     Args:
         config: of the run.
@@ -128,7 +133,7 @@ def evaluate_segmentation_with_config(
         dataset: the validation images with their transforms, which decide on sizes and flips.
         save_dir: directory for predicted maps. Default: none are saved.
     """
-    return evaluate_segmentation_model(
+    metrics = evaluate_segmentation_model(
         segmentation_model,
         make_enumerated_loader(dataset, batch_size=1, num_workers=config.num_workers),
         device,
@@ -143,7 +148,11 @@ def evaluate_segmentation_with_config(
         max_windows_per_batch=config.eval.max_windows_per_batch,
         class_names=class_names_of(dataset),
         save_dir=save_dir,
+        has_objects=getattr(dataset, "has_objects", False),
     )
+    if len(config.eval.tasks) > 1:
+        metrics |= evaluate_objects(config, segmentation_model, device, dataset=dataset, save_dir=save_dir)
+    return metrics
 
 
 def _require_known_labels(label: Tensor, index: int, num_classes: int, *, counts_from: int) -> None:

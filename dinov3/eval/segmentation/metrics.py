@@ -24,6 +24,9 @@ WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 #: What can be computed, in the order of reports.
 SEGMENTATION_METRICS = ["mIoU", "acc", "aAcc", "dice", "fscore", "precision", "recall"]
+#: Of object masks and of panoptic maps, see `dinov3.eval.segmentation.objects`.
+INSTANCE_METRICS = ["AP", "AP50"]
+PANOPTIC_METRICS = ["PQ", "SQ", "RQ"]
 METRIC_GROUPS = {"mIoU": ("mIoU", "acc"), "dice": ("dice", "acc"), "fscore": ("fscore", "precision", "recall")}
 
 

@@ -51,6 +51,8 @@ WITHOUT_EFFECT_ON_TRAINING = (
     "datasets.root",
     "eval.use_tta",
     "eval.max_windows_per_batch",
+    "eval.tasks",
+    "eval.stuff",
     "transforms.eval.tta_ratios",
 )
 #: Settings of one type of head, which those of another type do not depend on.
