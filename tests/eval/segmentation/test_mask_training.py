@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinov3.eval.command.command_line import run_evaluation
 from dinov3.eval.command.config import parse_arguments
@@ -141,3 +143,51 @@ def test_two_processes_train_as_one_does(root: Path, tmp_path: Path) -> None:
         for d in ("one", "two")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_objects_are_learnt_and_measured_and_the_files_give_the_same_figures(root: Path, tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    shutil.copytree(root, tmp_path / "data")
+    for path in (tmp_path / "data/labels").rglob("*.png"):
+        numbers = np.asarray(Image.open(path)).astype(np.uint16)  # the box is object 1, the wall is in none
+        target = tmp_path / "data/instances" / path.relative_to(tmp_path / "data/labels")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(target)
+    folder = "SegmentationFolder:instances=instances:split="
+    more = (
+        "eval.tasks=[semantic,instance,panoptic]",
+        "eval.stuff=[wall]",
+        "metric_to_save=PQ",
+        "save_predictions=true",
+    )
+    out = tmp_path / "out"
+    data = (f"datasets.train={folder}train", f"datasets.val={folder}val")
+    run.main(arguments(tmp_path / "data", out, *data, *more))
+    results = results_of(out)
+    assert {"mIoU", "AP", "AP50", "PQ", "SQ", "RQ"} <= set(results)
+    truth = coco.COCO(str(out / "predictions/instances_truth.json"))
+    evaluation = pytest.importorskip("pycocotools.cocoeval").COCOeval(
+        truth, truth.loadRes(str(out / "predictions/instances.json")), "segm"
+    )
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert results["AP50"] == pytest.approx(100 * evaluation.stats[1], abs=0.01)
+    ids = np.asarray(Image.open(out / "predictions/000000_panoptic.png"))
+    segments = json.loads((out / "predictions/000000_panoptic.json").read_text())
+    assert ids.shape == (scenes.HEIGHT, scenes.WIDTH) and set(np.unique(ids)) - {0} <= {one["id"] for one in segments}
+
+
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        (["eval.tasks=[semantic,instance]"], "does not tell objects apart"),
+        (["eval.tasks=[semantic,panoptik]"], "did you mean 'panoptic'"),
+        (["eval.tasks=[instance]"], "semantic is always measured"),
+        (["metric_to_save=PQ"], "metric_to_save=PQ is not a metric of eval.tasks"),
+        (["decoder_head.type=linear", "eval.tasks=[semantic,instance]"], "need decoder_head.type=m2f"),
+    ],
+)
+def test_tasks_that_cannot_be_measured_are_refused(more: list[str], match: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        run.main(arguments(root, tmp_path, *more))
