@@ -107,6 +107,13 @@ TARGETS: dict[str, str] = {
     "dinov3.eval.text.tokenizer": "dinov3.heads.dinotxt.tokenizer",
     "dinov3.eval.text.clip_loss.memory_efficient_clip_loss": "dinov3.loss.contrastive_loss.contrastive_loss",
     "dinov3.eval.text.gram_loss.gram_loss_fn": "dinov3.loss.gram_loss.sampled_gram_loss",
+    # Detection.
+    "dinov3.eval.detection.config": "dinov3.heads.plain_detr.config",
+    "dinov3.eval.detection.models.detr": "dinov3.heads.plain_detr.detr",
+    "dinov3.eval.detection.models.detr.PostProcess": "dinov3.heads.plain_detr.postprocess.PostProcess",
+    "dinov3.eval.detection.models.position_encoding": "dinov3.heads.plain_detr.config",
+    "dinov3.eval.detection.util.misc": "dinov3.heads.plain_detr.nested",
+    "dinov3.eval.detection.util.box_ops": "dinov3.layers.boxes",
     # Segmentation.
     "dinov3.eval.segmentation.schedulers": "dinov3.eval.training.schedulers",
     "dinov3.eval.segmentation.models.BackboneLayersSet": "dinov3.heads.backbone_layers.BackboneLayersSet",

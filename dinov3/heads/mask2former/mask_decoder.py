@@ -11,13 +11,12 @@ Notable:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.heads.mask2former.pixel_decoder import position_of
+from dinov3.layers.multihead_attention import MultiheadAttention
 from dinov3.layers.perceptron import Perceptron
 from dinov3.layers.resizing import resize_bilinear
 
@@ -129,7 +128,7 @@ class CrossAttentionLayer(nn.Module):
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
-        self.multihead_attn = Attention(dim, n_heads)
+        self.multihead_attn = MultiheadAttention(dim, n_heads)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -145,7 +144,7 @@ class SelfAttentionLayer(nn.Module):
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
-        self.self_attn = Attention(dim, n_heads)
+        self.self_attn = MultiheadAttention(dim, n_heads)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, query_position: Tensor) -> Tensor:
@@ -169,35 +168,3 @@ class FFNLayer(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """Update queries [B, Q, D]."""
         return self.norm(queries + self.linear2(F.relu(self.linear1(queries))))
-
-
-class Attention(nn.Module):
-    """Multi-head attention with the entries of `nn.MultiheadAttention`, and one mask for all heads.
-
-    The module of torch would copy the mask for each head, and average weights that nobody reads.
-
-    Args:
-        dim: D, of queries, keys and values.
-        n_heads: number of heads.
-    """
-
-    def __init__(self, dim: int, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        if not self.in_proj_weight.is_meta:
-            nn.init.xavier_uniform_(self.in_proj_weight)
-            nn.init.xavier_uniform_(self.out_proj.weight)
-            nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Attend from [B, Q, D] to [B, N, D], where `seen` (bool [B, 1, Q, N]) is True. Default: everywhere."""
-        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), (query, key, value), strict=True)
-        q, k, v = (self._split_heads(F.linear(x, weight, bias)) for weight, bias, x in projections)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # [B, M, Q, D / M]
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Any:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3.heads.mask2former.head import Mask2FormerHead
-from dinov3.heads.mask2former.mask_decoder import Attention
 from dinov3.heads.segmentation import build_segmentation_decoder
 from tests.heads.mask2former.small import HEAD, N_CLASSES, small_segmentor
 from tests.heads.tiny import images, randomise_, tiny_backbone
@@ -72,19 +71,6 @@ def test_gradients_flow_through_auxiliary_predictions() -> None:
     first["pred_masks"].square().mean().backward()
     assert model.predictor.query_feat.weight.grad is not None
     assert model.predictor.transformer_ffn_layers[0].linear1.weight.grad is None
-
-
-def test_attention_is_that_of_torch() -> None:
-    torch.manual_seed(0)
-    ours, theirs = Attention(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
-    nn.init.normal_(ours.in_proj_bias)
-    theirs.load_state_dict(ours.state_dict())
-    query, key, value = torch.randn(3, 4, 8), torch.randn(3, 6, 8), torch.randn(3, 6, 8)
-    seen = torch.rand(3, 1, 4, 6) < 0.6
-    seen[..., 0] = True
-    want, _ = theirs(query, key, value, attn_mask=~seen.expand(-1, 2, -1, -1).flatten(0, 1))
-    torch.testing.assert_close(ours(query, key, value, seen), want)
-    torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
 
 
 def test_a_query_without_a_mask_sees_everything() -> None:
