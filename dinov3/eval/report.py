@@ -2,9 +2,10 @@
 
     python -m dinov3.eval.report DIR... [--output-dir OUT]
 
-Each DIR and everything below it is searched for the results files of k-NN, logistic regression and linear probing. The
-results of a model become a row of `report.md`; `report.png` shows the same as bars. Rows and columns come in the order
-of the directories given; the best value of a column is bold.
+Each DIR and everything below it is searched for the results files of k-NN, logistic regression, linear probing,
+zero-shot classification and retrieval, and open-vocabulary segmentation. The results of a model become a row of
+`report.md`; `report.png` shows the same as bars. Rows and columns come in the order of the directories given; the best
+value of a column is bold.
 
 Notable: a column is one evaluation on one dataset with one metric and setting (few-shot, feature), so all figures in it
 are comparable. Results in one directory, or in neighbouring ones such as RUN/knn and RUN/linear, share a row if they
@@ -31,6 +32,7 @@ from dinov3.eval.classification import knn_config, linear_config, log_regression
 from dinov3.eval.classification.knn_config import Feature
 from dinov3.eval.classification.metrics import ClassificationMetricType
 from dinov3.eval.command import results
+from dinov3.eval.text import config as text_config
 from dinov3.utils.command_line import ArgumentParser, run_command_line
 from dinov3.utils.files import atomic_write
 
@@ -40,7 +42,11 @@ EVALUATIONS: dict[str, tuple[str, list[str]]] = {
     knn_config.RESULTS_FILENAME: ("k-NN", knn_config.MAIN_METRICS),
     log_regression_config.RESULTS_FILENAME: ("logistic regression", log_regression_config.MAIN_METRICS),
     linear_config.RESULTS_FILENAME: ("linear", linear_config.MAIN_METRICS),
+    text_config.ZERO_SHOT_RESULTS_FILENAME: ("zero-shot", text_config.ZERO_SHOT_MAIN_METRICS),
+    text_config.OPEN_VOCABULARY_RESULTS_FILENAME: ("open vocabulary", text_config.OPEN_VOCABULARY_MAIN_METRICS),
 }
+#: Metrics that columns name as the results file does, for evaluations that have no setting for it.
+NAMED_METRICS = [text_config.ZERO_SHOT_MAIN_METRICS[1], *text_config.OPEN_VOCABULARY_MAIN_METRICS]
 DEFAULT_METRIC = ClassificationMetricType.MEAN_ACCURACY.name
 LOWER_IS_BETTER = {metric.value for metric in ClassificationMetricType if metric.is_lower_better}
 _NEIGHBOURS = re.compile(r"(?P<k>[0-9]+) Top 1")
@@ -279,9 +285,15 @@ def _column(title: str, key: str, origin: Mapping[str, Any]) -> Column:
     return Column(
         dataset=_short_dataset(dataset),
         evaluation=f"{neighbours['k']}-NN" if neighbours else title,
-        metric="" if metric == DEFAULT_METRIC else ClassificationMetricType[metric].value,
+        metric=_metric_title(key, metric),
         setting=", ".join(setting),
     )
+
+
+def _metric_title(key: str, metric: str) -> str:
+    if any(re.fullmatch(pattern, key) for pattern in NAMED_METRICS):
+        return key
+    return "" if metric == DEFAULT_METRIC else ClassificationMetricType[metric].value
 
 
 def _find_dataset_and_metric(name: str, config: Mapping[str, Any]) -> tuple[str, str]:

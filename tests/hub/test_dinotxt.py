@@ -13,36 +13,23 @@ from torch import Tensor
 
 from dinov3.heads.dinotxt.model import DINOTxt
 from dinov3.heads.dinotxt.tokenizer import Tokenizer
-from dinov3.hub import dinotxt
-from dinov3.hub.architectures import PUBLISHED, PublishedViT
 from dinov3.hub.backbones import Weights
 from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l, get_tokenizer
 from dinov3.utils.weight_files import WeightsError
-from tests.heads.tiny import randomise_
-
-BACKBONE = "visual_model.backbone."
+from tests.hub.small_dinotxt import BACKBONE, make_published_dinotxt_small, write_dinotxt
 
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The published sizes are those of tests, and the cache is empty."""
-    hashes = {"LVD1689M": "8aa4cbdd", "SAT493M": "eadcf0ff"}
-    monkeypatch.setitem(PUBLISHED, "dinov3_vitl16", PublishedViT(32, 2, 2, 4, "mlp", hashes))
-    small = {"dim": 16, "num_heads": 2, "num_layers": 1}
-    monkeypatch.setattr(dinotxt, "TEXT_TRANSFORMER", dinotxt.TEXT_TRANSFORMER | small)
+    make_published_dinotxt_small(monkeypatch)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Any]:
     """A filled model, and the paths of its parts."""
-    torch.manual_seed(0)
-    model = dinov3_vitl16_dinotxt_tet1280d20h24l(pretrained=False)[0]
-    randomise_(model)
-    state = model.state_dict()
-    torch.save(model.visual_model.backbone.state_dict(), tmp_path / "backbone.pth")
-    torch.save({name: entry for name, entry in state.items() if not name.startswith(BACKBONE)}, tmp_path / "head.pth")
-    return {"backbone": tmp_path / "backbone.pth", "head": tmp_path / "head.pth", "state": state}
+    return write_dinotxt(tmp_path)
 
 
 def load(files: dict[str, Any], **kwargs: Any) -> DINOTxt:

@@ -14,7 +14,7 @@ from dinov3 import distributed
 from dinov3.configs import write_config
 from dinov3.configs.settings import format_keys
 from dinov3.eval.command.config import parse_arguments
-from dinov3.eval.command.model import FrozenBackbone, ModelConfig, load_model
+from dinov3.eval.command.model import FrozenBackbone, load_model
 from dinov3.eval.command.results import EvaluationResult, provenance, write_results
 from dinov3.run.init import job_context
 
@@ -25,8 +25,8 @@ class EvaluationConfig(Protocol):
     """What `run_command` needs of the configuration dataclass of an evaluation."""
 
     @property
-    def model(self) -> ModelConfig | None:
-        """The backbone; None if the evaluation brings its own."""
+    def model(self) -> Any:
+        """A `ModelConfig`; None or another section if the evaluation loads its model by itself."""
 
     @property
     def output_dir(self) -> str | None:
