@@ -40,19 +40,19 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     """
     n, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(value.device.type, enabled=False):
-        cells, shares = _cells_around(locations.to(dtype), weights.to(dtype), shapes)  # [N, Q, M, L P 4]
-        # The table has a row for each (image, cell, head): a view of the values, not a copy.
-        image = torch.arange(n, dtype=torch.int32, device=value.device)[:, None, None, None]
-        head = torch.arange(m, dtype=torch.int32, device=value.device)[:, None]
-        rows = cells.add_(image * s).mul_(m).add_(head)
-        out = F.embedding_bag(
-            rows.flatten(0, 2),
-            value.to(dtype).reshape(n * s * m, d),
-            mode="sum",
-            per_sample_weights=shares.flatten(0, 2),
-        )
-    return out.view(n, -1, m * d)
+    # None of these operators is one that autocast would run in half precision.
+    cells, shares = _cells_around(locations.to(dtype), weights.to(dtype), shapes)  # [N, Q, M, L P 4]
+    # The table has a row for each (image, cell, head): a view of the values, not a copy.
+    image = torch.arange(n, dtype=torch.int32, device=value.device)[:, None, None, None]
+    head = torch.arange(m, dtype=torch.int32, device=value.device)[:, None]
+    rows = cells.add_(image * s).mul_(m).add_(head)
+    out = F.embedding_bag(
+        rows.flatten(0, 2),
+        value.to(dtype).reshape(n * s * m, d),
+        mode="sum",
+        per_sample_weights=shares.flatten(0, 2),
+    )
+    return out.view(n, locations.shape[1], m * d)
 
 
 def _cells_around(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:

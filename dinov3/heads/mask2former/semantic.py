@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dinov3.heads.precision import autocast_to
 from dinov3.layers.resizing import resize_bilinear
 
 #: Rows of the result that are computed at once.
@@ -31,7 +32,7 @@ def semantic_scores(
     """
     height, width = pred_masks.shape[-2:] if size is None else (int(size[0]), int(size[1]))
     # Without autocast, in which the product would be in half precision.
-    with torch.autocast(pred_masks.device.type, enabled=False):
+    with autocast_to(pred_masks.device.type, torch.float32):
         classes = pred_logits.float().softmax(dim=-1)[..., :-1].mT  # [B, K, Q]
         scores = classes.new_empty(*classes.shape[:2], height, width)
         for first in range(0, height, band_height):

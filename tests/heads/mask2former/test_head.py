@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.heads.mask2former.head import Mask2FormerHead
+from dinov3.heads.mask2former.semantic import semantic_scores
 from dinov3.heads.segmentation import build_segmentation_decoder
 from tests.heads.mask2former.small import HEAD, N_CLASSES, small_segmentor
 from tests.heads.tiny import images, randomise_, tiny_backbone
@@ -123,6 +124,13 @@ def test_one_step_lowers_a_loss() -> None:
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
     assert not model.segmentation_model[0].backbone.training
+
+
+def test_shapes_are_known_without_data() -> None:
+    model = small_segmentor().to("meta")
+    out = model(images(64, 96, batch=2).to("meta"))
+    assert out["pred_masks"].shape == (2, 7, 16, 24)
+    assert semantic_scores(out["pred_logits"], out["pred_masks"], (64, 96)).shape == (2, N_CLASSES, 64, 96)
 
 
 def test_predictions_do_not_depend_on_chance() -> None:
