@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3.heads.mask2former.objects import instance, panoptic, semantic
+from dinov3.heads.mask2former.objects import flatten, instance, panoptic, semantic
 
 NOTHING = 2  # of two classes
 
@@ -67,3 +67,8 @@ def test_masks_that_others_hide_and_uncertain_ones_are_dropped() -> None:
 def test_an_image_may_have_no_segments() -> None:
     found = panoptic(logits_of((NOTHING, 0.9)), masks_of("##"), (4, 4))
     assert len(found.classes) == 0 and not found.ids.any()
+
+
+def test_the_best_object_is_on_top_of_those_that_it_overlaps() -> None:
+    found = flatten(instance(logits_of((0, 0.8), (1, 0.9)), masks_of("###.", ".##."), min_score=0.5))
+    assert found.ids.tolist() == [[2, 1, 1, 0]] and found.classes.tolist() == [1, 0]

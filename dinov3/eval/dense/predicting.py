@@ -24,8 +24,9 @@ from dinov3.hub.command_line import parse_dtype, positive
 from dinov3.utils.command_line import ArgumentParser
 from dinov3.utils.files import atomic_write
 
-#: Arrays (written as .npy) and pictures (.png) of one image by the endings of their file names, in order of writing.
-Files = Mapping[str, np.ndarray[Any, Any] | Image.Image]
+#: Arrays (written as .npy), pictures (.png) and texts of one image by the endings of their file names, in order of
+#: writing.
+Files = Mapping[str, np.ndarray[Any, Any] | Image.Image | str]
 
 Config = TypeVar("Config")
 
@@ -111,6 +112,8 @@ def predict_images(
                 with atomic_write(f"{arguments.out / stem}{suffix}") as target:
                     if isinstance(content, Image.Image):
                         content.save(target, format="PNG")
+                    elif isinstance(content, str):
+                        target.write(content.encode())
                     else:
                         np.save(target, content)
     if n_bad and n_bad == len(images):

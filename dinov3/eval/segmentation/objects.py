@@ -190,10 +190,18 @@ def box_of(mask: Tensor) -> list[int]:
 
 
 def segments_of(found: Panoptic) -> list[dict[str, Any]]:
-    """Describe the segments of a panoptic map, by the ids in it."""
+    """Describe the segments of a panoptic map, by the ids in it; hidden ones are left out."""
+    masks = [(number, found.ids == number) for number in range(1, len(found.classes) + 1)]
     return [
-        {"id": number, "class": int(label), "score": round(float(score), 4), "area": int((found.ids == number).sum())}
-        for number, (label, score) in enumerate(zip(found.classes, found.scores, strict=True), start=1)
+        {
+            "id": number,
+            "class": int(found.classes[number - 1]),
+            "score": round(float(found.scores[number - 1]), 4),
+            "area": int(mask.sum()),
+            "box": box_of(mask),
+        }
+        for number, mask in masks
+        if mask.any()
     ]
 
 

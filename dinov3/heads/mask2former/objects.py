@@ -89,6 +89,14 @@ def instance(
     return Instances(classes[order], scores[kept], masks[queries[order]])
 
 
+def flatten(found: Instances) -> Panoptic:
+    """Lay objects on each other, the best on top."""
+    ids = torch.zeros(found.masks.shape[-2:], dtype=torch.long, device=found.masks.device)
+    for number in range(len(found.masks), 0, -1):
+        ids[found.masks[number - 1]] = number
+    return Panoptic(ids, found.classes, found.scores)
+
+
 def panoptic(
     pred_logits: Tensor,
     pred_masks: Tensor,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinov3.eval.command.command_line import run_evaluation
 from dinov3.eval.command.config import parse_arguments
-from dinov3.eval.segmentation import run
+from dinov3.eval.segmentation import predict, run
 from dinov3.eval.segmentation.config import SegmentationConfig
 from dinov3.eval.segmentation.mask_training import AdapterAndHead, pad_to_multiple
 from dinov3.eval.segmentation.train import build_model, trained_part
@@ -191,3 +191,16 @@ def test_objects_are_learnt_and_measured_and_the_files_give_the_same_figures(roo
 def test_tasks_that_cannot_be_measured_are_refused(more: list[str], match: str, root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         run.main(arguments(root, tmp_path, *more))
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_objects_of_photos_are_written_and_drawn(task: str, root: Path, trained: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (70, 45), "gray").save(tmp_path / "photo.png")
+    given = ["--images", f"{tmp_path / 'photo.png'}", "--weights", str(trained), "--out", str(tmp_path / "out")]
+    predict.main([*given, "--task", task, "--min-score", "0"])
+    ids = np.asarray(Image.open(tmp_path / f"out/photo_{task}.png"))
+    objects = json.loads((tmp_path / f"out/photo_{task}.json").read_text())
+    assert ids.shape == (45, 70)
+    assert [one["id"] for one in objects] == [number for number in np.unique(ids).tolist() if number]
+    assert all(one["name"] in ("wall", "box") and one["area"] == (ids == one["id"]).sum() for one in objects)
+    assert Image.open(tmp_path / f"out/photo_{task}_view.png").size == (350, 225)
