@@ -18,6 +18,7 @@ from dinov3.eval.segmentation.objects import (
     evaluate_objects,
     stuff_indices,
 )
+from tests.multiprocess import run_ranks
 
 pytest.importorskip("pycocotools")
 
@@ -94,6 +95,17 @@ def test_what_lies_where_pixels_do_not_count_is_not_wrong_elsewhere_it_is() -> N
     assert ignored["PQ"] == pytest.approx(100) and ignored["AP"] == pytest.approx(100)
     false = measure(([0, 0, 1, 0], masks_of(STEP, 2 * STEP, 1, NOTHING)))
     assert false["RQ"] == pytest.approx(100 * (2 / 2.5 + 1) / 2, abs=0.01)
+
+
+def measure_in_ranks(rank: int, world_size: int) -> dict[str, float]:
+    return measure(PERFECT, ([0, 1], masks_of(STEP, 1)), PERFECT)
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_one_does() -> None:
+    one = measure_in_ranks(0, 1)
+    assert 0 < one["PQ"] < 100 and 0 < one["AP"] < 100
+    assert run_ranks(measure_in_ranks, 2) == [one, one]
 
 
 def test_images_without_objects_and_without_predictions_are_measured() -> None:
