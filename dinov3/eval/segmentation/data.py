@@ -43,17 +43,7 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
         FileNotFoundError: what it names does not exist.
     """
     text = getattr(config.datasets, split)
-    for one in parse_dataset_string(text):
-        dataset_class = DATASETS[one.name][0]
-        if not issubclass(dataset_class, PairedImageDataset):
-            raise ValueError(
-                f"datasets.{split}={text}: {one.name} has no label maps; ADE20K and SegmentationFolder have"
-            )
-        if config.eval.reduce_zero_label and getattr(dataset_class, "counts_classes_from_zero", False):
-            raise ValueError(
-                f"datasets.{split}={text}: label 0 of {one.name} is its first class, which eval.reduce_zero_label=true "
-                "would ignore: give eval.reduce_zero_label=false"
-            )
+    require_label_maps(text, f"datasets.{split}", config.eval.reduce_zero_label)
     transforms = make_train_transforms(config) if split == "train" else make_eval_transforms(config, use_tta=use_tta)
     dataset = make_paired_dataset(config.datasets, split, transforms)
     names, expected = class_names_of(dataset), config.decoder_head.num_classes
@@ -78,6 +68,35 @@ def make_segmentation_dataset(config: SegmentationConfig, split: str, *, use_tta
             f"give decoder_head.num_classes={len(names)}, not {expected}"
         )
     return dataset
+
+
+def require_label_maps(text: str, name: str, reduce_zero_label: bool | None) -> bool:
+    """Check a dataset string, and return whether label 0 is ignored and the classes begin at 1.
+
+    Args:
+        text: the dataset string.
+        name: of the setting, for messages.
+        reduce_zero_label: the setting. Default: as the datasets have it.
+
+    Raises:
+        ValueError: a dataset has no label maps, or its label 0 is a class that would be ignored.
+    """
+    counts_from_zero = []
+    for one in parse_dataset_string(text):
+        dataset_class = DATASETS[one.name][0]
+        if not issubclass(dataset_class, PairedImageDataset):
+            raise ValueError(f"{name}={text}: {one.name} has no label maps; ADE20K and SegmentationFolder have")
+        counts_from_zero.append(getattr(dataset_class, "counts_classes_from_zero", False))
+        if reduce_zero_label and counts_from_zero[-1]:
+            raise ValueError(
+                f"{name}={text}: label 0 of {one.name} is its first class, which eval.reduce_zero_label=true "
+                "would ignore: give eval.reduce_zero_label=false"
+            )
+    if reduce_zero_label is None and len(set(counts_from_zero)) > 1:
+        raise ValueError(
+            f"{name}={text}: label 0 is a class of some of the datasets only: give eval.reduce_zero_label=false"
+        )
+    return not counts_from_zero[0] if reduce_zero_label is None else reduce_zero_label
 
 
 def class_names_of(dataset: Any) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ ALL_METRICS = ["mIoU", "dice", "fscore"]
 N_DECIMALS = 2
 
 
-@torch.no_grad()
 def evaluate_segmentation_model(
     segmentation_model: Any,
     test_dataloader: Iterable[Any],
@@ -58,8 +57,7 @@ def evaluate_segmentation_model(
     Args:
         segmentation_model: has `predict` as `make_inference` needs it, or an attribute `module` that has. A torch
             module is put into evaluation mode.
-        test_dataloader: yields `(images, (index, label [1, 1, h, w]))`: a list of [1, 3, H, W], whose second half is
-            the first one flipped; items with a negative index, which pad a process's share, are predicted and dropped.
+        test_dataloader: see `count_areas`.
         device: of the model.
         eval_res: side of the square windows, pixels.
         eval_stride: pixels between windows.
@@ -84,25 +82,78 @@ def evaluate_segmentation_model(
     model = getattr(segmentation_model, "module", segmentation_model)
     if isinstance(model, nn.Module):
         model.eval()
+    infer = functools.partial(
+        make_inference,
+        inference_mode=inference_mode,
+        decoder_head_type=decoder_head_type,
+        crop_size=(eval_res, eval_res),
+        stride=(eval_stride, eval_stride),
+        output_activation=functools.partial(torch.softmax, dim=1),
+        whole_size=(eval_res, eval_res),
+        max_windows_per_batch=max_windows_per_batch,
+    )
+    areas = count_areas(
+        model,
+        test_dataloader,
+        device,
+        num_classes,
+        autocast_dtype,
+        infer=infer,
+        reduce_zero_label=reduce_zero_label,
+        class_names=class_names,
+        save_dir=save_dir,
+        has_objects=has_objects,
+    )
+    return summarise_areas(areas, metric_per_image=metric_per_image, class_names=class_names)
+
+
+@torch.no_grad()
+def count_areas(
+    model: Any,
+    test_dataloader: Iterable[Any],
+    device: torch.device | str,
+    num_classes: int,
+    autocast_dtype: torch.dtype,
+    *,
+    infer: Callable[..., Tensor],
+    reduce_zero_label: bool = True,
+    class_names: Sequence[str] | None = None,
+    save_dir: str | Path | None = None,
+    has_objects: bool = False,
+) -> list[Tensor]:
+    """Predict one image after another, and count the pixels of each class; every process must call it.
+
+    Args:
+        model: has `predict` as `make_inference` needs it, in evaluation mode.
+        test_dataloader: yields `(images, (index, label [1, 1, h, w]))`: a list of [1, 3, H, W], whose second half is
+            the first one flipped; items with a negative index, which pad a process's share, are predicted and dropped.
+        device: of the model.
+        num_classes: K.
+        autocast_dtype: of the images.
+        infer: `make_inference` with its settings, except for those that depend on the image.
+        reduce_zero_label: label 0 is ignored, and label k means class k - 1.
+        class_names: for pictures.
+        save_dir: directory for predicted maps. Default: none are saved.
+        has_objects: labels are object maps, of which the classes count; pixels in no object are ignored.
+
+    Returns:
+        Areas [4, K] of all images, in the order of the data set; see `calculate_intersect_and_union`.
+
+    Raises:
+        ValueError: a label is not a class.
+    """
     rows: dict[int, Tensor] = {}
     for images, (index, label) in track(test_dataloader, "evaluation", unit="image"):
         label = classes_of(label) if has_objects else label
         _require_known_labels(label, int(index), num_classes, counts_from=1 if reduce_zero_label else 0)
         probabilities = torch.zeros(())
         for number, image in enumerate(images):
-            probabilities = probabilities.to(device) + make_inference(
+            probabilities = probabilities.to(device) + infer(
                 image.to(device, autocast_dtype, non_blocking=True),
                 model,
-                inference_mode=inference_mode,
-                decoder_head_type=decoder_head_type,
                 rescale_to=label.shape[-2:],
                 n_output_channels=num_classes,
-                crop_size=(eval_res, eval_res),
-                stride=(eval_stride, eval_stride),
                 apply_horizontal_flip=number >= (len(images) + 1) // 2,
-                output_activation=functools.partial(torch.softmax, dim=1),
-                whole_size=(eval_res, eval_res),
-                max_windows_per_batch=max_windows_per_batch,
             )
         if int(index) < 0:
             continue
@@ -113,7 +164,8 @@ def evaluate_segmentation_model(
         rows[int(index)] = areas.cpu()
         if save_dir is not None:
             _save_prediction(prediction[0], Path(save_dir), int(index), num_classes, class_names, reduce_zero_label)
-    return _collect(rows, metric_per_image=metric_per_image, class_names=class_names)
+    gathered = {index: areas for part in distributed.all_gather_objects(rows) for index, areas in part.items()}
+    return [gathered[index] for index in sorted(gathered)]
 
 
 def evaluate_segmentation_with_config(
@@ -163,20 +215,31 @@ def _require_known_labels(label: Tensor, index: int, num_classes: int, *, counts
         raise ValueError(
             f"image {index} of the dataset, from 0, has labels {list_names(unknown)}: for {num_classes} classes "
             f"expected {counts_from} to {last}, or {'0 or ' if counts_from else ''}{IGNORE_INDEX} where a pixel is "
-            "ignored: correct its label map, or decoder_head.num_classes"
+            "ignored: correct its label map, or the number of classes"
         )
 
 
-def _collect(
-    own_rows: dict[int, Tensor], *, metric_per_image: bool, class_names: Sequence[str] | None
+def summarise_areas(
+    areas: Sequence[Tensor], *, metric_per_image: bool = False, class_names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    gathered = {index: areas for part in distributed.all_gather_objects(own_rows) for index, areas in part.items()}
-    areas = [gathered[index] for index in sorted(gathered)]
+    """Compute metrics from the areas of images.
+
+    Args:
+        areas: of each image, [4, K], as `count_areas` gives them.
+        metric_per_image: means over the metrics of images instead of the metrics of all areas.
+        class_names: for the table of classes in the log.
+
+    Returns:
+        The metrics of `SEGMENTATION_METRICS` in percent, with two decimals.
+
+    Raises:
+        ValueError: no pixel of any image has a label that counts.
+    """
     labelled = [one for one in areas if int(one[3].sum())]
     if not labelled:
         raise ValueError(
             f"none of {len(areas)} images has a labelled pixel that counts: check the labels (255 is ignored, 0 "
-            "too with eval.reduce_zero_label=true) and decoder_head.num_classes"
+            "too with eval.reduce_zero_label=true) and the number of classes"
         )
     if metric_per_image:
         by_image = [total_area_to_metrics(one[0], one[1], one[2], one[3], ALL_METRICS) for one in labelled]

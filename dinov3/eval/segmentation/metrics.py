@@ -168,13 +168,8 @@ def calculate_segmentation_metrics(
         KeyError: a metric is unknown.
         ValueError: there are no images, or the number of names is not that of classes.
     """
-    if len(pre_eval_results) == 0:
-        raise ValueError("no areas to compute metrics of: the dataset has no images")
-    areas = torch.stack([torch.as_tensor(area) for area in pre_eval_results])  # [N, 4, K]
-    # In float32, pixels of a class would be lost above 2^24.
-    total = areas.sum(dim=0, dtype=torch.float64 if areas.is_floating_point() else torch.int64)
-    intersect, union, predicted, true = total
-    by_class = total_area_to_metrics(intersect, union, predicted, true, metrics, beta)
+    total = sum_areas(pre_eval_results)
+    by_class = total_area_to_metrics(*total, metrics, beta)
     names = [str(index) for index in range(total.shape[1])] if class_names is None else list(class_names)
     if len(names) != total.shape[1]:
         raise ValueError(f"{len(names)} class names for areas of {total.shape[1]} classes")
@@ -183,6 +178,15 @@ def calculate_segmentation_metrics(
     logger.info("per class, in percent:\n%s", _table(names, ordered))
     logger.info("over all classes: %s", ", ".join(f"{name} {100 * value:.2f}" for name, value in means.items()))
     return means
+
+
+def sum_areas(areas: Sequence[Tensor] | Tensor) -> Tensor:
+    """Sum the areas [4, K] of images; raises a ValueError if there are none."""
+    if len(areas) == 0:
+        raise ValueError("no areas to compute metrics of: the dataset has no images")
+    stacked = torch.stack([torch.as_tensor(area) for area in areas])  # [N, 4, K]
+    # In float32, pixels of a class would be lost above 2^24.
+    return stacked.sum(dim=0, dtype=torch.float64 if stacked.is_floating_point() else torch.int64)
 
 
 def _table(class_names: Sequence[str], metrics: dict[str, Tensor]) -> str:

@@ -47,8 +47,10 @@ class OpenVocabularySegmenter:
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
         _, of_head, of_backbone = self.model.visual_model.get_class_and_patch_tokens(images)
-        patch_tokens = F.normalize(of_head if self.patch_tokens == "head" else of_backbone, dim=-1)
-        cosines = patch_tokens @ self.class_features.mT  # [B, P, C]
+        patch_tokens = F.normalize((of_head if self.patch_tokens == "head" else of_backbone).float(), dim=-1)
+        # Classes differ by less than half precision can tell.
+        with torch.autocast(images.device.type, enabled=False):
+            cosines = patch_tokens @ self.class_features.mT  # [B, P, C]
         return cosines.mT.unflatten(2, (height, width))
 
     def predict(self, images: Tensor, rescale_to: Sequence[int]) -> Tensor:
