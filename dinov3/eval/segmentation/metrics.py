@@ -169,7 +169,8 @@ def calculate_segmentation_metrics(
         ValueError: there are no images, or the number of names is not that of classes.
     """
     total = sum_areas(pre_eval_results)
-    by_class = total_area_to_metrics(*total, metrics, beta)
+    intersect, union, predicted, true = total
+    by_class = total_area_to_metrics(intersect, union, predicted, true, metrics, beta)
     names = [str(index) for index in range(total.shape[1])] if class_names is None else list(class_names)
     if len(names) != total.shape[1]:
         raise ValueError(f"{len(names)} class names for areas of {total.shape[1]} classes")
