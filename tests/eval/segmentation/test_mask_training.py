@@ -21,6 +21,7 @@ from dinov3.eval.segmentation.mask_training import AdapterAndHead, pad_to_multip
 from dinov3.eval.segmentation.train import build_model, trained_part
 from dinov3.eval.training.checkpoints import load_checkpoint
 from tests.eval.dense import scenes
+from tests.eval.segmentation import photos
 from tests.multiprocess import run_ranks
 
 CONFIG = "config=dinov3/eval/segmentation/configs/config-m2f-small.yaml"
@@ -204,3 +205,19 @@ def test_objects_of_photos_are_written_and_drawn(task: str, root: Path, trained:
     assert [one["id"] for one in objects] == [number for number in np.unique(ids).tolist() if number]
     assert all(one["name"] in ("wall", "box") and one["area"] == (ids == one["id"]).sum() for one in objects)
     assert Image.open(tmp_path / f"out/photo_{task}_view.png").size == (350, 225)
+
+
+def test_objects_of_real_photos_are_trained_on_and_measured(root: Path, tmp_path: Path) -> None:
+    # Two steps learn nothing; that training learns, the scenes show in less time.
+    source = Path(str(pytest.importorskip("skimage.data").__file__)).parent
+    photos.write_photos(tmp_path / "photos", source, side=96)
+    folder = f"SegmentationFolder:root={tmp_path / 'photos'}:instances=instances:split=train"
+    more = ("scheduler.total_iter=2", "decoder_head.num_classes=5", "save_predictions=true")
+    tasks = ("eval.tasks=[semantic,instance,panoptic]", "eval.stuff=[background]")
+    out = tmp_path / "out"
+    run.main(arguments(root, out, f"datasets.train={folder}", f"datasets.val={folder}", *more, *tasks))
+    assert {"mIoU", "AP", "AP50", "PQ"} <= set(results_of(out))
+    truth = json.loads((out / "predictions/instances_truth.json").read_text())
+    names = [one["name"] for one in truth["categories"]]
+    found = [names[one["category_id"] - 1] for one in truth["annotations"]]
+    assert sorted(found) == sorted(name for objects in photos.OUTLINES.values() for name, _ in objects)
