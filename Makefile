@@ -13,7 +13,7 @@ OLDEST_READY := $(OLDEST_VENV)/.ready
 # NumPy 1.26 has no packages for newer Pythons than 3.12.
 OLDEST_PYTHON ?= $(shell command -v python3.11 || echo $(PYTHON))
 # What a user of those versions relies on: models, heads, loading, checkpoints, training on one and two processes, two evaluations, and
-# the published numbers of backbones and training.
+# most of the published numbers of backbones and training.
 OLDEST_TESTS := \
   tests/layers tests/fsdp tests/checkpointer tests/distributed \
   $(addprefix tests/models/test_,convnext.py image_dtype.py summary.py vision_transformer.py) \
