@@ -40,6 +40,7 @@ from dinov3.hub.backbones import (
 )
 from dinov3.hub.classifiers import dinov3_vit7b16_lc
 from dinov3.hub.depthers import dinov3_vit7b16_dd, dinov3_vitl16_chmv2
+from dinov3.hub.detectors import dinov3_vit7b16_de
 from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l
 from dinov3.hub.from_checkpoint import dinov3_from_checkpoint
 from dinov3.hub.runs import dinov3_from_run
@@ -56,6 +57,7 @@ __all__ = [
     "dinov3_from_run",
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",
+    "dinov3_vit7b16_de",
     "dinov3_vit7b16_lc",
     "dinov3_vit7b16_ms",
     "dinov3_vitb16",

@@ -4,6 +4,7 @@ Notable:
 - Published files hold a head's entries bare, trainings write `{"model": {...}}`, and state dicts of whole models have
   prefixes: all of them are accepted, and the backbone in them is left out.
 - Loading is strict: an entry that is missing, unknown or of another shape is an error that says what the weights are.
+- A parameter that a head has under several names may be in the weights under any of them.
 - A head that was built on the meta device takes over the tensors as they were read or mapped: nothing is initialised
   or copied in vain. **Never write over a mapped file while the head lives** (see `dinov3.utils.weight_files`).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,6 +103,7 @@ def load_head_(head: Head, entries: Mapping[str, Any], *, source: str, target: s
         WeightsError: the weights are not those of this head.
     """
     expected = head.state_dict()
+    entries = complete_tied(head, entries)
     differences = list_differences(expected, entries)
     if differences:
         message = f"{source} does not fit {target}: expected {_describe(expected)}, found {_describe(entries)}"
@@ -108,6 +111,18 @@ def load_head_(head: Head, entries: Mapping[str, Any], *, source: str, target: s
         raise WeightsError("; ".join([message, *details]) + ".")
     head.load_state_dict({name: cast_like(entries[name], entry) for name, entry in expected.items()}, assign=True)
     return head
+
+
+def complete_tied(head: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the entries of parameters that a head has under several names, if the weights have one of the names."""
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in head.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    completed = dict(entries)
+    for names in names_of.values():
+        if present := [name for name in names if name in entries]:
+            completed |= {name: entries[present[0]] for name in names if name not in entries}
+    return completed
 
 
 @contextlib.contextmanager
@@ -157,7 +172,11 @@ def cast_like(tensor: Tensor, entry: Tensor) -> Tensor:
 
 def _describe(entries: Mapping[str, Any]) -> str:
     shapes = {name: list(entry.shape) for name, entry in entries.items() if isinstance(entry, Tensor)}
-    if kind := _query_head(shapes) or _kind_of({name: shape for name, shape in shapes.items() if len(shape) == 4}):
+    if (
+        kind := _query_head(shapes)
+        or _detector(shapes)
+        or _kind_of({name: shape for name, shape in shapes.items() if len(shape) == 4})
+    ):
         return f"{kind} ({len(entries)} entries)"
     return list_names([f"{name} {shapes.get(name, type(entry).__name__)}" for name, entry in entries.items()], _N_FEW)
 
@@ -171,6 +190,14 @@ def _query_head(shapes: dict[str, list[int]]) -> str | None:
     if not masks or not classes:
         return None
     return f"a Mask2Former head of width {masks[1]} and {classes[0] - 1} classes"
+
+
+def _detector(shapes: dict[str, list[int]]) -> str | None:
+    projection = next((shape for name, shape in shapes.items() if name.endswith("input_proj.0.0.weight")), None)
+    classes = next((shape for name, shape in shapes.items() if name.endswith("class_embed.0.weight")), None)
+    if not projection or not classes:
+        return None
+    return f"a Plain-DETR head of {projection[1]} input channels, width {projection[0]} and {classes[0]} classes"
 
 
 def _kind_of(kernels: Mapping[str, list[int]]) -> str | None:

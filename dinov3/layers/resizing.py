@@ -1,4 +1,4 @@
-"""Bilinear resizing of maps."""
+"""Bilinear resizing of maps, and of images."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ def resize_bilinear(maps: Tensor, size: Sequence[int], *, align_corners: bool = 
     if maps.shape[-2:] == (height, width):
         return maps
     return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=align_corners)
+
+
+def resize_antialiased(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps [B, C, H, W] to (height, width), with antialiasing where they become smaller.
+
+    It computes in float32, because PyTorch lacks bfloat16 for this on the CPU.
+    """
+    height, width = int(size[0]), int(size[1])
+    resized = F.interpolate(maps.float(), size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(maps.dtype)

@@ -67,3 +67,17 @@ def test_a_backbone_inside_a_head_is_set_aside_and_comes_back() -> None:
     assert backbone.weight.dtype == torch.float32 and head[1].weight.dtype == torch.float64
     with set_aside(head, nn.Linear(3, 3)) as prefix:
         assert prefix is None and list(head.state_dict()) == names
+
+
+def test_a_parameter_with_several_names_may_have_any_of_them() -> None:
+    head = nn.ModuleDict({"first": nn.Linear(3, 2), "other": nn.Linear(3, 2)})
+    head["second"] = head["first"]
+    values = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    other = {f"other.{name}": entry for name, entry in values.items()}
+    for names in (["first"], ["second"], ["first", "second"]):
+        head["first"].weight.data.zero_()
+        entries = other | {f"{name}.{key}": entry for name in names for key, entry in values.items()}
+        load_head_(head, entries, source="w.pth", target="the head")
+        assert torch.equal(head["first"].weight, values["weight"]) and head["first"] is head["second"]
+    with pytest.raises(WeightsError, match="first.weight"):
+        load_head_(head, other, source="w.pth", target="the head")

@@ -27,6 +27,7 @@ ENTRIES = [
     "dinov3_from_run",
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",
+    "dinov3_vit7b16_de",
     "dinov3_vit7b16_lc",
     "dinov3_vit7b16_ms",
     "dinov3_vitb16",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.heads.mask2former.pixel_decoder import position_of
+from dinov3.layers.embedding import make_embedding
 from dinov3.layers.multihead_attention import MultiheadAttention
 from dinov3.layers.perceptron import Perceptron
 from dinov3.layers.resizing import resize_bilinear
@@ -58,9 +59,9 @@ class MaskDecoder(nn.Module):
         )
         self.transformer_ffn_layers = nn.ModuleList(FFNLayer(hidden_dim, ffn_dim) for _ in range(n_layers))
         self.post_norm = nn.LayerNorm(hidden_dim)
-        self.query_feat = _embedding(n_queries, hidden_dim)
-        self.query_embed = _embedding(n_queries, hidden_dim)
-        self.level_embed = _embedding(N_LEVELS, hidden_dim)
+        self.query_feat = make_embedding(n_queries, hidden_dim)
+        self.query_embed = make_embedding(n_queries, hidden_dim)
+        self.level_embed = make_embedding(N_LEVELS, hidden_dim)
         self.input_proj = nn.ModuleList(
             nn.Identity() if in_channels == hidden_dim else nn.Conv2d(in_channels, hidden_dim, kernel_size=1)
             for _ in range(N_LEVELS)
@@ -107,13 +108,6 @@ class MaskDecoder(nn.Module):
         normed = self.post_norm(queries)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(normed), mask_features)
         return {"pred_logits": self.class_embed(normed), "pred_masks": masks}
-
-
-def _embedding(n_rows: int, dim: int) -> nn.Embedding:
-    embedding = nn.Embedding.from_pretrained(torch.empty(n_rows, dim), freeze=False)
-    if not embedding.weight.is_meta:  # On the meta device torch would import its compiler to do nothing.
-        embedding.reset_parameters()
-    return embedding
 
 
 def _seen_cells(masks: Tensor, grid: torch.Size) -> Tensor:

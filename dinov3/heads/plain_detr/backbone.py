@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from dinov3.heads.backbone_layers import backbone_widths
 from dinov3.heads.plain_detr.config import PositionEncoding
 from dinov3.heads.plain_detr.nested import NestedTensor, resize_mask
+from dinov3.layers.embedding import make_embedding
 from dinov3.layers.position_encodings import grid_sine_encoding
+from dinov3.layers.resizing import resize_antialiased
 
 #: Rows and columns of a learned encoding.
 N_LEARNED = 50
@@ -133,14 +135,12 @@ class WindowedReader(nn.Module):
             )
         size = (cut[0][0], cut[1][0])
         windows = [w for row in images.split(cut[0], dim=2) for w in row.split(cut[1], dim=3)]
-        whole = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        whole = resize_antialiased(images, size)
         weights = [None, None] if weight is None else list(weight.chunk(2, dim=1))
         first, *maps = self._read([whole, *windows], weights)
         n = self.n_windows
         joined = torch.cat([torch.cat(maps[i * n : (i + 1) * n], dim=3) for i in range(n)], dim=2)
-        context = F.interpolate(
-            first, size=joined.shape[-2:], mode="bilinear", align_corners=False, antialias=True
-        )  # [B, C or E, h, w]
+        context = resize_antialiased(first, joined.shape[-2:])  # [B, C or E, h, w]
         return torch.cat([context, joined], dim=1) if weight is None else context + joined
 
     def _read(self, parts: list[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor]:
@@ -187,8 +187,8 @@ class LearnedEncoding(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        self.row_embed = nn.Embedding(N_LEARNED, n_features)
-        self.col_embed = nn.Embedding(N_LEARNED, n_features)
+        self.row_embed = make_embedding(N_LEARNED, n_features)
+        self.col_embed = make_embedding(N_LEARNED, n_features)
         if not self.row_embed.weight.is_meta:
             nn.init.uniform_(self.row_embed.weight)
             nn.init.uniform_(self.col_embed.weight)

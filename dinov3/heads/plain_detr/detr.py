@@ -34,6 +34,7 @@ from dinov3.heads.plain_detr.encoder import Encoder
 from dinov3.heads.plain_detr.nested import NestedTensor, nested_tensor_from_tensor_list
 from dinov3.heads.plain_detr.proposals import Proposals, build_expansion, make_proposals
 from dinov3.layers.boxes import box_xyxy_to_cxcywh, delta2bbox, inverse_sigmoid
+from dinov3.layers.embedding import make_embedding
 from dinov3.layers.perceptron import Perceptron
 from dinov3.layers.position_encodings import sine_encoding
 
@@ -233,7 +234,7 @@ class PlainDetr(nn.Module):
         self.backbone = backbone
         projection = nn.Sequential(nn.Conv2d(n_channels, dim, 1), nn.GroupNorm(N_GROUPS, dim))
         self.input_proj = nn.ModuleList([projection])
-        self.query_embed = nn.Embedding(self.num_queries, dim) if config.mixed_selection else None
+        self.query_embed = make_embedding(self.num_queries, dim) if config.mixed_selection else None
         self.transformer = Transformer(config)
         # The last ones are those of the proposals.
         self.class_embed = nn.ModuleList(nn.Linear(dim, config.num_classes) for _ in range(n_predictions))
