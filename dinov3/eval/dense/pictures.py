@@ -81,6 +81,42 @@ def depth_picture(depth: np.ndarray, *, image: Image.Image, limits: tuple[float,
     return _render(figure, gap)
 
 
+def heat_picture(values: np.ndarray, *, image: Image.Image, title: str) -> Image.Image:
+    """Draw a map of any values in colours, half transparent over the photo, with a scale.
+
+    Args:
+        values: [H, W], finite.
+        image: the photo, stretched to the size of the map.
+        title: what the values are of, above the picture.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: the map is not [H, W].
+    """
+    _check_map(values, "values")
+    height, width, text = _layout(values.shape)
+    gap = text // 2
+    top = 2 * text + gap
+    figure = _new_figure(max(width + 10 * text, (MAX_NAME_LENGTH + 2) * text), top + height + 2 * gap)
+    axes = _add_axes(figure, gap, top, width, height)
+    axes.imshow(image.convert("RGB").resize((width, height)), aspect="auto")
+    mapped = axes.imshow(
+        values, cmap="turbo", alpha=OVERLAY_ALPHA, extent=(-0.5, width - 0.5, height - 0.5, -0.5), aspect="auto"
+    )
+    axes.set_title(_shorten(title), fontsize=text, loc="left", parse_math=False)
+    bar = figure.colorbar(
+        mapped,
+        cax=_add_axes(figure, gap + width + gap, top, 1.2 * text, height),
+        ticks=MaxNLocator(min(7, max(2, int(height / (2.5 * text)))), steps=[1, 2, 5, 10]),
+    )
+    bar.solids.set_alpha(1)
+    bar.ax.tick_params(labelsize=text, length=text // 3, width=max(1, text // 12))
+    bar.outline.set_visible(False)
+    return _render(figure, gap)
+
+
 class _MetreFormatter(ScalarFormatter):
     # All ticks have the same number of decimals, as the base class finds it, and no factor beside the axis.
     def __init__(self) -> None:
