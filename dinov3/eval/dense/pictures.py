@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -107,11 +108,10 @@ def heat_picture(values: np.ndarray, *, image: Image.Image, title: str) -> Image
     )
     axes.set_title(_shorten(title), fontsize=text, loc="left", parse_math=False)
     bar = figure.colorbar(
-        mapped,
+        ScalarMappable(mapped.norm, mapped.cmap),  # without the transparency of the map
         cax=_add_axes(figure, gap + width + gap, top, 1.2 * text, height),
         ticks=MaxNLocator(min(7, max(2, int(height / (2.5 * text)))), steps=[1, 2, 5, 10]),
     )
-    bar.solids.set_alpha(1)
     bar.ax.tick_params(labelsize=text, length=text // 3, width=max(1, text // 12))
     bar.outline.set_visible(False)
     return _render(figure, gap)

@@ -17,6 +17,7 @@ from dinov3.eval.dense.pictures import (
     class_colors,
     depth_picture,
     depth_tensor_to_colorized_pil,
+    heat_picture,
     normalized_tensor_to_pil,
     segmentation_picture,
 )
@@ -345,3 +346,17 @@ def test_blending_weighs_the_colours() -> None:
     assert np.array_equal(alpha_blend(image, colors, 0.0), image)
     assert np.array_equal(alpha_blend(image, colors, 1.0), colors)
     assert abs(pixels(alpha_blend(image, colors, 0.25)) - [162.5, 87.5, 12.5]).max() <= 1.5
+
+
+def test_heat_is_half_transparent_over_the_photo_and_solid_on_its_scale() -> None:
+    values = np.full((400, 400), -0.5, dtype=np.float32)
+    values[:, 200:] = 2.0
+    picture = heat_picture(values, image=Image.new("RGB", (40, 40), (0, 255, 0)), title="a $1 cup $")
+    low, high = (np.array(matplotlib.colormaps["turbo"](share, bytes=True)[:3]) for share in (0.0, 1.0))
+    pixels = np.asarray(picture).astype(int)
+    for column, colour in ((100, low), (300, high)):
+        mixed = pictures.OVERLAY_ALPHA * colour + (1 - pictures.OVERLAY_ALPHA) * np.array([0, 255, 0])
+        assert np.abs(pixels[250, column] - mixed).max() <= 2
+        assert (np.abs(pixels - colour).max(axis=-1) <= 3).any()
+    with pytest.raises(ValueError, match=r"values: expected a map \[height, width\], not an array \[3\]"):
+        heat_picture(np.zeros(3), image=Image.new("RGB", (4, 4)), title="")
