@@ -26,8 +26,8 @@ from dinov3.heads.precision import autocast_to
 from dinov3.layers.boxes import box_cxcywh_to_xyxy
 from dinov3.layers.multihead_attention import MultiheadAttention
 
-#: Numbers of the bias that exist at a time: 16 MB in float32.
-BIAS_CHUNK = 2**22
+#: Numbers of the bias that exist at a time: 8 MB in float32.
+BIAS_CHUNK = 2**21
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
