@@ -111,7 +111,8 @@ def main() -> None:
     print("| part | ours | literal | ratio | MB ours | MB literal | ratio | difference |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for part, (make, ours, literal) in PARTS.items():
-        inputs, seconds = make(), ([], [])
+        inputs = make()
+        seconds: tuple[list[float], list[float]] = ([], [])
         difference = float((ours(*inputs) - literal(*inputs)).abs().max())
         for _ in range(args.rounds):
             for values, way in zip(seconds, (ours, literal), strict=True):
