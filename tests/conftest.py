@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 
@@ -19,6 +20,15 @@ def feature_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.environ["DINOV3_FEATURE_CACHE"] = directory
         yield
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """Undo what PyTorch's launcher leaves behind in a process that it ran in: its handler would end later tests."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if signal.getsignal(signal.SIGTERM) is not before:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def pytest_collection_finish() -> None:
